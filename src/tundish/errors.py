@@ -1,0 +1,79 @@
+"""Every error that tundish raises on purpose.
+
+    TundishError
+    ├── InputError (ValueError)        what the caller gave is wrong; `.problems` holds every problem found
+    │   ├── SpecError                  an argument
+    │   └── DataError                  the training or evaluation data
+    ├── RequestError (ValueError)      a call that makes no sense (cancel nothing, cancel two ways at once)
+    ├── RunNotFoundError (LookupError) no run of that name
+    ├── CheckpointError (ValueError)   a checkpoint that is incomplete, damaged or unsafe to read
+    └── StageError (RuntimeError)      a stage of a run ended without its result; `.log_path` says more
+
+Messages say: where – what was found – what is allowed – what to do. The `DatabricksGenAI…` names at the end are
+aliases, so that `except` clauses written for the original client still work after its import line is changed.
+"""
+
+from collections.abc import Sequence
+
+
+class TundishError(Exception):
+    """Base of all errors of tundish; `.message` is the whole text."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InputError(TundishError, ValueError):
+    """What the caller gave is wrong. `.problems` lists all problems of the call, one sentence or two each."""
+
+    def __init__(self, problems: Sequence[str] | str) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__(_join(self.problems))
+
+    def __reduce__(self) -> tuple[type["InputError"], tuple[tuple[str, ...]]]:
+        return type(self), (self.problems,)
+
+
+class SpecError(InputError):
+    """An argument of `create()` is wrong."""
+
+
+class DataError(InputError):
+    """The training or evaluation data is wrong."""
+
+
+class RequestError(TundishError, ValueError):
+    """A call that contradicts itself or names nothing."""
+
+
+class RunNotFoundError(TundishError, LookupError):
+    """There is no run of that name."""
+
+
+class CheckpointError(TundishError, ValueError):
+    """A checkpoint is incomplete, damaged, or holds what may not be loaded."""
+
+
+class StageError(TundishError, RuntimeError):
+    """A stage of a run failed. `.log_path` is the file to read, or None."""
+
+    def __init__(self, message: str, log_path: str | None = None) -> None:
+        super().__init__(message)
+        self.log_path = log_path
+
+    def __reduce__(self) -> tuple[type["StageError"], tuple[str, str | None]]:
+        return type(self), (self.message, self.log_path)
+
+
+def _join(problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return "\n".join([f"{len(problems)} problems:", *(f"  - {problem}" for problem in problems)])
+
+
+DatabricksGenAIError = TundishError
+DatabricksModelTrainingRequestError = RequestError
+DatabricksGenAIResponseError = RunNotFoundError
+DatabricksGenAIConfigError = SpecError
+ValidationError = InputError

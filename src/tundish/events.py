@@ -1,0 +1,64 @@
+"""events.jsonl: appended to by the stage that did the thing, after it did it; read by everybody.
+
+One JSON object a line with `type`, `time` (ISO 8601, UTC), `message`, and facts for machines where there are any.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+TERMINAL_TYPES = frozenset({"COMPLETED", "FAILED", "STOPPED", "CANCELED"})
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of events.jsonl."""
+
+    type: str
+    time: datetime
+    message: str
+    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+def append(path: Path, type: str, message: str, **facts: Any) -> None:
+    """Append one event; whole lines only, whoever else writes."""
+    record = {"type": type, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), "message": message, **facts}
+    line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.write(descriptor, line)
+        # Progress may be lost in a power cut; what a run reached may not.
+        if type != "TRAIN_UPDATED":
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> list[Event]:
+    """All events in order, of TRAIN_UPDATED only the latest; a line that was cut off is left out."""
+    events: list[Event] = []
+    for event in _lines(path):
+        if event.type == "TRAIN_UPDATED" and events and events[-1].type == "TRAIN_UPDATED":
+            events.pop()
+        events.append(event)
+    latest = max((i for i, event in enumerate(events) if event.type == "TRAIN_UPDATED"), default=-1)
+    return [event for i, event in enumerate(events) if event.type != "TRAIN_UPDATED" or i == latest]
+
+
+def _lines(path: Path) -> Iterator[Event]:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    for line in content.split(b"\n")[:-1]:
+        try:
+            record = json.loads(line)
+            yield Event(record.pop("type"), datetime.fromisoformat(record.pop("time")), record.pop("message"), record)
+        except (ValueError, KeyError):
+            continue

@@ -1,0 +1,249 @@
+"""RunSpec → LLM-Foundry YAML: merges the layers of `yamls/` and fills in what the arguments and the data decide.
+
+Pure, and the only module that knows LLM Foundry's key names. Layers, later ones winning: `base.yaml`,
+`task/<task>.yaml`, the model family's layer, `scale.yaml`, what is computed here, the caller's `overrides`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import yaml
+
+from tundish import __version__
+from tundish.foundry_text import comments_of, dump
+from tundish.models import ModelCard, foundry_layers
+from tundish.paths import RunPaths, yamls_dir
+from tundish.spec import RunSpec
+
+MAX_ROWS_PER_DEVICE = 16
+"""Upper end of the automatic batch size, in rows of one device."""
+MIN_STEPS = 100
+"""A run should take at least this many optimizer steps, as far as its rows allow."""
+MICROBATCH_TOKENS = 16_384
+"""Tokens in one forward pass of a small model; a large one gets one row."""
+SMALL_MODEL_PARAMETERS = 600_000_000
+
+KEYS = frozenset(
+    """model tokenizer optimizer scheduler train_loader device_train_batch_size device_eval_batch_size max_duration
+    max_seq_len seed precision code_paths max_split_size_mb expandable_segments cuda_load_lazy dist_timeout fsdp_config
+    tp_config accumulate_train_batch_on_tokens eval_interval eval_loader eval_loaders icl_tasks icl_tasks_str
+    eval_gauntlet eval_gauntlet_str icl_subset_num_batches icl_seq_len loggers progress_bar log_to_console
+    python_log_level console_log_interval log_config callbacks algorithms save_folder save_latest_filename
+    save_overwrite save_weights_only save_filename save_interval save_num_checkpoints_to_keep load_path
+    load_weights_only load_strict_model_weights load_ignore_keys save_ignore_keys only_hf_checkpoint
+    only_composer_checkpoint train_subset_num_batches device_train_microbatch_size global_train_batch_size
+    spin_dataloaders eval_subset_num_batches eval_first compile_config metadata flatten_metadata run_name autoresume
+    profiler variables n_gpus device_train_grad_accum""".split()
+)
+"""Top-level keys that LLM Foundry 0.22 knows; a test compares them with its `TRAIN_CONFIG_KEYS`."""
+
+REFUSED_OVERRIDES: Mapping[str, str] = {
+    "code_paths": "it would run any file; tundish runs no code from configuration",
+    "run_name": "create() has run_name for it",
+    "max_duration": "create() has training_duration for it",
+    "max_seq_len": "create() has context_length for it",
+    "n_gpus": "LLM Foundry fills it in; create() has compute for it",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Destination:
+    """Where a run's checkpoints and metrics go."""
+
+    save_folder: str
+    tracking_uri: str
+    experiment_name: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """What the translator needs to know of the prepared training data."""
+
+    rows: int
+    tokens: int
+
+
+def check_overrides(overrides: Mapping[str, Any]) -> list[str]:
+    """Problems of the `overrides` argument, one sentence each; empty when all is well."""
+    import difflib
+
+    problems: list[str] = []
+    for key in overrides:
+        top = key.split(".")[0]
+        if top in REFUSED_OVERRIDES:
+            problems.append(f"overrides: {key!r} is not allowed: {REFUSED_OVERRIDES[top]}.")
+        elif top not in KEYS:
+            near = difflib.get_close_matches(top, KEYS, n=3)
+            hint = f"Did you mean {' or '.join(near)}?" if near else "See the keys of a run's foundry.yaml."
+            problems.append(f"overrides: LLM Foundry has no key {top!r}. {hint}")
+    if not problems:
+        problems.extend(_merge_problems(overrides))
+    return problems
+
+
+def _merge_problems(overrides: Mapping[str, Any]) -> list[str]:
+    base = yaml.safe_load((yamls_dir() / "base.yaml").read_text())
+    problems: list[str] = []
+    for key, value in overrides.items():
+        node: Any = base
+        for part in key.split(".")[:-1]:
+            node = node.get(part, {}) if isinstance(node, dict) else None
+        if node is None:
+            problems.append(f"overrides: {key!r} goes below a key that holds a single value. Shorten it.")
+        if "${" in repr(value):
+            problems.append(f"overrides: {key!r} holds '${{', which LLM Foundry would resolve. Write the value itself.")
+    return problems
+
+
+def choose_batch_size(rows: int, devices: int, epochs: int) -> int:
+    """Rows in one optimizer step, over all devices: a multiple of `devices`.
+
+    The largest power of two of rows a device, up to MAX_ROWS_PER_DEVICE, that still leaves MIN_STEPS steps; one row a
+    device where even that leaves fewer. Rows that do not divide evenly are no matter: the loader fills the last batch
+    of an epoch with rows without targets, so that every sample is trained in every epoch.
+    """
+    per_device = MAX_ROWS_PER_DEVICE
+    while per_device > 1 and epochs * math.ceil(rows / (per_device * devices)) < MIN_STEPS:
+        per_device //= 2
+    return per_device * devices
+
+
+def render(spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destination, rows: Rows | None) -> str:
+    """The run's LLM-Foundry YAML, with comments.
+
+    `rows` is None before the data is prepared: batch size and warm-up are then those of a large data set, and a
+    comment says so.
+    """
+    texts = [(yamls_dir() / "base.yaml").read_text(), (yamls_dir() / "task" / f"{spec.task_type.lower()}.yaml").read_text()]
+    batch_size, reason = _batch_size(spec, rows)
+    layers = [
+        *(yaml.safe_load(text) for text in texts),
+        *foundry_layers(card),
+        _computed(spec, card, paths, destination, rows, batch_size),
+        *(_nested(key, value) for key, value in spec.overrides.items()),
+    ]
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _merge(merged, layer)
+    comments: dict[tuple[str, ...], list[str]] = {}
+    for text in texts:
+        comments |= comments_of(text)
+    comments |= comments_of((yamls_dir() / "scale.yaml").read_text(), below="foundry")
+    comments["global_train_batch_size",] = [*comments["global_train_batch_size",], f"# {reason}"]
+    header = (
+        f"# Run {spec.run_name}, written by tundish {__version__}. It also trains under stock LLM Foundry (2 ranks or more):\n"
+        f"#   FSDP_VERSION=2 composer -n {spec.compute.devices_per_node} $(which llmfoundry) train {paths.foundry_yaml.name}\n\n"
+    )
+    return header + dump(merged, comments)
+
+
+def _batch_size(spec: RunSpec, rows: Rows | None) -> tuple[int, str]:
+    given = spec.overrides.get("global_train_batch_size")
+    if given is not None:
+        return int(given), "Set by overrides."
+    devices, epochs = spec.compute.devices, spec.training_duration.value if spec.training_duration.unit == "ep" else 1
+    if rows is None:
+        return MAX_ROWS_PER_DEVICE * devices, "For large data; chosen again from the number of rows once they are packed."
+    size = choose_batch_size(rows.rows, devices, epochs)
+    steps = math.ceil(rows.rows / size)
+    return size, f"Chosen for {rows.rows:,} rows on {devices} device(s): {steps:,} steps an epoch."
+
+
+def _steps(spec: RunSpec, rows: Rows | None, batch_size: int) -> int | None:
+    """Optimizer steps of the whole run, as far as they can be known."""
+    duration = spec.training_duration
+    if duration.unit == "ba":
+        return duration.value
+    if rows is None:
+        return None
+    per_epoch = math.ceil(rows.rows / batch_size)
+    return per_epoch * duration.value if duration.unit == "ep" else per_epoch * duration.value // max(1, rows.tokens)
+
+
+def _warm_up(steps: int | None) -> str:
+    return "0.02dur" if steps is None or steps >= 50 else "1ba"
+
+
+def _interval(spec: RunSpec) -> str:
+    """How often to evaluate and to save: at most ten times in a run, and at its end."""
+    duration = spec.training_duration
+    return f"{math.ceil(duration.value / 10)}ep" if duration.unit == "ep" else "0.25dur"
+
+
+def _attention(spec: RunSpec) -> str:
+    import importlib.util
+
+    if spec.compute.device == "cpu":
+        return "sdpa"
+    return "flash_attention_2" if importlib.util.find_spec("flash_attn") else "flex_attention"
+
+
+def _computed(
+    spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destination, rows: Rows | None, batch_size: int
+) -> dict[str, Any]:
+    attention = _attention(spec)
+    per_device = max(1, batch_size // spec.compute.devices)
+    small = card.parameters <= SMALL_MODEL_PARAMETERS
+    microbatch = min(per_device, max(1, MICROBATCH_TOKENS // spec.context_length)) if small else 1
+    dataset = {"max_seq_len": spec.context_length, "attn_implementation": attention}
+    computed: dict[str, Any] = {
+        "run_name": spec.run_name,
+        "max_seq_len": spec.context_length,
+        "max_duration": str(spec.training_duration),
+        "global_train_batch_size": batch_size,
+        "device_train_microbatch_size": microbatch,
+        "device_eval_batch_size": microbatch,
+        "precision": "amp_bf16" if spec.compute.device == "gpu" else "fp32",
+        "tokenizer": {"name": spec.model, "kwargs": {"model_max_length": spec.context_length}},
+        "model": {
+            "pretrained_model_name_or_path": spec.model,
+            "use_auth_token": card.gated,
+            "attn_implementation": attention,
+        },
+        "optimizer": {"lr": spec.learning_rate},
+        "scheduler": {"t_warmup": _warm_up(_steps(spec, rows, batch_size))},
+        "train_loader": {
+            "dataset": {"local": str(paths.data("train")), **dataset, "shuffle_seed": 17},
+            "num_workers": 2 if spec.compute.device == "gpu" else 0,
+        },
+        "eval_interval": _interval(spec),
+        "save_folder": destination.save_folder,
+        "save_interval": _interval(spec),
+        "loggers": {
+            "mlflow": {"experiment_name": destination.experiment_name, "tracking_uri": destination.tracking_uri}
+        },
+        "callbacks": {"tundish_events": {"events_path": str(paths.events)}},
+    }
+    return _merge(computed, _optional(spec, paths, dataset, computed["train_loader"]["num_workers"]))
+
+
+def _optional(spec: RunSpec, paths: RunPaths, dataset: Mapping[str, Any], num_workers: int) -> dict[str, Any]:
+    """Sections that only some runs have."""
+    sections: dict[str, Any] = {}
+    if spec.eval_data_path:
+        evaluation = {"local": str(paths.data("eval")), **dataset, "shuffle": False}
+        sections["eval_loader"] = {"name": "tundish_packed", "dataset": evaluation, "num_workers": num_workers}
+    if spec.eval_prompts:
+        prompts = {"prompts": list(spec.eval_prompts)}
+        sections["callbacks"] = {"tundish_eval_prompts": prompts}
+    if spec.custom_weights_path:
+        # Weights only: optimizer, schedule and data start anew.
+        sections |= {"load_path": spec.custom_weights_path, "load_weights_only": True}
+    return sections
+
+
+def _nested(dotted_key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(dotted_key.split(".")):
+        value = {part: value}
+    return cast(dict[str, Any], value)
+
+
+def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """Both mappings in one, `high` winning, nested mappings merged."""
+    merged = dict(low)
+    for key, value in high.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged

@@ -1,0 +1,141 @@
+"""Model cards: what is known of each supported model, read from `yamls/model/<family>.yaml`.
+
+A card answers what planning needs (context, sizes, chat rules) without asking a model hub. A Hugging Face folder gets
+a card of its own from its `config.json`, by the same family's key names.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tundish.errors import SpecError
+from tundish.paths import yamls_dir
+
+DEFAULT_LEARNING_RATE = 5e-7
+"""The managed service's peak learning rate for every model whose card names no other."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelCard:
+    """One model: its name, its limits and its architecture's numbers."""
+
+    name: str
+    """Hugging Face name, or the path of a Hugging Face folder."""
+    display_name: str
+    max_context_length: int
+    """Tokens."""
+    family: str
+    """The file in `yamls/model/` that the card comes from."""
+    gated: bool
+    """Whether the hub asks for a licence agreement and a token."""
+    system_message: bool
+    """Whether the family's chat template takes a system message."""
+    learning_rate: float
+    """Default peak learning rate."""
+    layers: int
+    hidden_size: int
+    heads: int
+    key_value_heads: int
+    feed_forward_size: int
+    """Of one expert, where there are several."""
+    vocabulary_size: int
+    experts: int = 1
+    """Feed-forward blocks a layer; 1 = dense."""
+    tied_embeddings: bool = False
+    head_size: int | None = None
+    """Channels of one attention head; None = hidden_size / heads."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, from the architecture's numbers."""
+        head_size = self.head_size or self.hidden_size // self.heads
+        attention = 2 * self.hidden_size * head_size * (self.heads + self.key_value_heads)
+        feed_forward = 3 * self.hidden_size * self.feed_forward_size * self.experts
+        router = self.hidden_size * self.experts if self.experts > 1 else 0
+        layer = attention + feed_forward + router + 2 * self.hidden_size
+        embeddings = self.vocabulary_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return self.layers * layer + embeddings + self.hidden_size
+
+
+@cache
+def _families() -> dict[str, dict[str, Any]]:
+    return {path.stem: yaml.safe_load(path.read_text()) for path in sorted((yamls_dir() / "model").glob("*.yaml"))}
+
+
+@cache
+def model_cards() -> Mapping[str, ModelCard]:
+    """All supported models by name, in the order of the YAML files."""
+    cards: dict[str, ModelCard] = {}
+    for family, content in _families().items():
+        for name, numbers in content["cards"].items():
+            common = {"learning_rate": DEFAULT_LEARNING_RATE, "system_message": content["system_message"]}
+            cards[name] = ModelCard(name=name, family=family, **(common | numbers))
+    return cards
+
+
+def foundry_layers(card: ModelCard) -> list[dict[str, Any]]:
+    """The LLM-Foundry YAML layers of the card's family, then those of `yamls/scale.yaml` for its size."""
+    scale = yaml.safe_load((yamls_dir() / "scale.yaml").read_text())
+    steps = [step["foundry"] for step in scale if card.parameters > step["above_parameters"]]
+    return [_families()[card.family].get("foundry", {}), *steps]
+
+
+def find_card(model: str) -> ModelCard:
+    """The card of a supported model's name or of a Hugging Face folder.
+
+    Raises:
+        SpecError: the name is not supported (near names are listed), or the folder is not a supported model's.
+    """
+    cards = model_cards()
+    # The 3.1 models were renamed on the hub; callers use either spelling.
+    for spelling in (model, model.replace("/Llama-3.1-", "/Meta-Llama-3.1-")):
+        if spelling in cards:
+            return cards[spelling]
+    if Path(model).is_dir():
+        return _folder_card(Path(model))
+    near = difflib.get_close_matches(model, cards, n=3, cutoff=0.4)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise SpecError(
+        f"model: {model!r} is neither a supported model nor a folder on this machine.{hint} "
+        "`tundish models` lists the supported names; a folder needs a config.json."
+    )
+
+
+def _folder_card(folder: Path) -> ModelCard:
+    config_path = folder / "config.json"
+    try:
+        config = json.loads(config_path.read_text())
+    except (OSError, ValueError) as error:
+        raise SpecError(f"model: {config_path} cannot be read ({error}). Give the folder of a Hugging Face model.") from error
+    by_type = {model_type: family for family, content in _families().items() for model_type in content["model_types"]}
+    family = by_type.get(config.get("model_type"))
+    if family is None:
+        raise SpecError(
+            f"model: {config_path} says model_type {config.get('model_type')!r}; "
+            f"tundish trains {', '.join(sorted(by_type))}. Use a model of these architectures."
+        )
+    content = _families()[family]
+    numbers = {name: _lookup(config, key) for name, key in content["config_keys"].items()}
+    numbers = {name: value for name, value in numbers.items() if value is not None}
+    numbers.setdefault("key_value_heads", numbers.get("heads"))
+    try:
+        return ModelCard(
+            name=str(folder.resolve()), display_name=folder.resolve().name, family=family, gated=False,
+            system_message=content["system_message"], learning_rate=DEFAULT_LEARNING_RATE, **numbers,
+        )  # fmt: skip
+    except TypeError as error:
+        missing = sorted(set(content["config_keys"].values()) - set(config))
+        raise SpecError(f"model: {config_path} lacks {', '.join(missing)}. Complete the model's config.") from error
+
+
+def _lookup(config: Mapping[str, Any], dotted_key: str) -> Any:
+    value: Any = config
+    for part in dotted_key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value

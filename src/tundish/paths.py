@@ -1,0 +1,163 @@
+"""Where things are: every name in a run folder, workspace paths, atomic writes.
+
+No other module spells a file name of a run folder. Names that come from arguments or data are joined through
+`inside`, which refuses what would leave its root by `..` or by a link.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tundish.errors import SpecError
+
+REMOTE_SCHEMES = ("s3://", "gs://", "oci://", "azure://", "azure-dl://", "hf://")
+
+
+def home() -> Path:
+    """`$TUNDISH_HOME`, else `~/.tundish`; not created."""
+    return Path(os.environ.get("TUNDISH_HOME") or Path.home() / ".tundish").absolute()
+
+
+def yamls_dir() -> Path:
+    """The folder of YAML layers: inside the installed package, or at the top of a source checkout."""
+    packaged = Path(__file__).parent / "yamls"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "yamls"
+
+
+def inside(root: Path, *parts: str) -> Path:
+    """`root` joined with `parts`, made absolute.
+
+    Raises:
+        SpecError: the result would lie outside `root`, by `..`, an absolute part or a link.
+    """
+    real_root = root.resolve()
+    path = root.joinpath(*parts).resolve()
+    if not path.is_relative_to(real_root):
+        raise SpecError(f"{'/'.join(parts)}: leaves {root}. Give a path without '..' and without links to other places.")
+    return path
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write beside `path`, flush to disk, rename: a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = content.encode() if isinstance(content, str) else content
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True, slots=True)
+class RunPaths:
+    """Every name in the folder of one run: `$TUNDISH_HOME/runs/<run_name>/`."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, run_name: str) -> "RunPaths":
+        """The folder of the run of that name, whether it exists or not."""
+        return cls(inside(runs_dir(), run_name))
+
+    @property
+    def spec(self) -> Path:
+        """The checked arguments, as JSON; written last, so a folder without it is not a run."""
+        return self.folder / "spec.json"
+
+    @property
+    def foundry_yaml(self) -> Path:
+        """What LLM Foundry trains."""
+        return self.folder / "foundry.yaml"
+
+    @property
+    def events(self) -> Path:
+        """Append-only, one JSON object a line."""
+        return self.folder / "events.jsonl"
+
+    @property
+    def supervisor(self) -> Path:
+        """Process id and start time of the supervisor, as JSON."""
+        return self.folder / "supervisor.json"
+
+    @property
+    def logs(self) -> Path:
+        """One log a stage, and one a rank while training."""
+        return self.folder / "logs"
+
+    def log(self, stage: str) -> Path:
+        """The log of one stage."""
+        return self.logs / f"{stage}.log"
+
+    def result(self, stage: str) -> Path:
+        """What a stage found, as JSON: its result, or the sentence that says why it failed."""
+        return self.folder / "results" / f"{stage}.json"
+
+    def data(self, split: str) -> Path:
+        """A link to the prepared data of `train` or `eval`."""
+        return self.folder / "data" / split
+
+    @property
+    def work(self) -> Path:
+        """Working directory of the ranks."""
+        return self.folder / "work"
+
+    @property
+    def export(self) -> Path:
+        """The Hugging Face folder."""
+        return self.folder / "export"
+
+
+def runs_dir() -> Path:
+    """Where all run folders are."""
+    return home() / "runs"
+
+
+def prepared_dir() -> Path:
+    """Prepared data, shared by all runs; one folder for each distinct input."""
+    return home() / "prepared"
+
+
+def mlflow_artifacts_dir() -> Path:
+    """Artifact root of the default MLflow store: `<experiment>/<run id>/artifacts` below it."""
+    return home() / "mlflow" / "artifacts"
+
+
+def default_tracking_uri() -> str:
+    """The MLflow store used when `MLFLOW_TRACKING_URI` is not set: a SQLite file."""
+    return f"sqlite:///{home() / 'mlflow' / 'mlflow.db'}"
+
+
+def resolve(path: str) -> str:
+    """The local path or the URI that a workspace path stands for.
+
+    `dbfs:/Volumes/…` and `/Volumes/…` are the machine's `/Volumes` if the file exists there, else
+    `$TUNDISH_HOME/Volumes`. `dbfs:/databricks/mlflow-tracking/<experiment>/<run>/artifacts/…` is that run's
+    artifact folder. URIs of object stores stay as they are; anything else is a path of this machine.
+
+    Raises:
+        SpecError: the path leaves its root, or names an MLflow run that this machine does not have.
+    """
+    if path.startswith(REMOTE_SCHEMES):
+        return path
+    plain = re.sub(r"^dbfs:/+", "/", path)
+    if plain.startswith("/Volumes/"):
+        below = plain.removeprefix("/Volumes/")
+        machine = inside(Path("/Volumes"), below)
+        return str(machine if machine.exists() else inside(home() / "Volumes", below))
+    if plain.startswith("/databricks/mlflow-tracking/"):
+        return str(_artifact_path(plain))
+    return str(Path(plain).expanduser().absolute())
+
+
+def _artifact_path(path: str) -> Path:
+    parts = path.removeprefix("/databricks/mlflow-tracking/").split("/")
+    if len(parts) < 3 or parts[2] != "artifacts":
+        raise SpecError(
+            f"{path}: found no '<experiment id>/<run id>/artifacts/…' after 'mlflow-tracking/'. "
+            "Copy the path from get_checkpoints()."
+        )
+    folders = [folder for folder in mlflow_artifacts_dir().glob("*/*/artifacts") if folder.parent.name == parts[1]]
+    if not folders:
+        raise SpecError(f"{path}: this machine has no MLflow run {parts[1]!r}. Copy the path from get_checkpoints().")
+    return inside(folders[0], *parts[3:])

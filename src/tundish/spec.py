@@ -1,0 +1,293 @@
+"""RunSpec: the checked arguments of `create()`.
+
+`parse_spec` is the door: strings become values here, once, and all problems are reported together. Nothing behind it
+sees an unchecked argument.
+"""
+
+import dataclasses
+import getpass
+import json
+import math
+import re
+import secrets
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from tundish.errors import SpecError
+from tundish.models import ModelCard, find_card
+from tundish.paths import RunPaths
+
+TaskType = Literal["CHAT_COMPLETION", "INSTRUCTION_FINETUNE", "CONTINUED_PRETRAIN"]
+TASK_PREFIXES: Mapping[TaskType, str] = {
+    "CHAT_COMPLETION": "chat",
+    "INSTRUCTION_FINETUNE": "ift",
+    "CONTINUED_PRETRAIN": "cpt",
+}
+DEFAULT_CONTEXT_LENGTH = 8192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Duration:
+    """How long to train."""
+
+    value: int
+    unit: Literal["ep", "ba", "tok"]
+    """Composer's unit: epochs, batches or tokens."""
+
+    @classmethod
+    def parse(cls, text: object) -> "Duration":
+        """Read `3ep`, `100ba` or `1_000_000tok`.
+
+        Raises:
+            ValueError: it is none of these, or not positive.
+        """
+        match = re.fullmatch(r"\s*([0-9][0-9_]*)\s*(ep|ba|tok)\s*", str(text))
+        if match is None or int(match[1]) == 0:
+            raise ValueError(
+                f"found {text!r}; allowed is a positive whole number and ep, ba or tok. "
+                "For example '3ep', '100ba' or '1_000_000tok'."
+            )
+        return cls(value=int(match[1]), unit=cast(Any, match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.value}{self.unit}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compute:
+    """Where to train and on how many devices."""
+
+    device: Literal["gpu", "cpu"]
+    devices_per_node: int
+    """Processes on each node: one a GPU, or ranks that share the processor."""
+    nodes: int = 1
+    launcher: Literal["local"] = "local"
+
+    @property
+    def devices(self) -> int:
+        """World size."""
+        return self.nodes * self.devices_per_node
+
+    @classmethod
+    def parse(cls, value: object) -> "Compute":
+        """Read a mapping of these fields; absent ones come from this machine.
+
+        Raises:
+            ValueError: an unknown key or a value that is not allowed.
+        """
+        if isinstance(value, Compute):
+            return value
+        given = dict(cast(Mapping[str, Any], value or {}))
+        known = [f.name for f in dataclasses.fields(cls)]
+        if unknown := sorted(set(given) - set(known)):
+            raise ValueError(f"found unknown key {', '.join(unknown)}; allowed are {', '.join(known)}.")
+        gpus = count_gpus()
+        device = given.setdefault("device", "gpu" if gpus else "cpu")
+        given.setdefault("devices_per_node", gpus if device == "gpu" and gpus else 1)
+        for key, allowed in (("device", ("gpu", "cpu")), ("launcher", ("local",))):
+            if key in given and given[key] not in allowed:
+                raise ValueError(f"found {key} {given[key]!r}; allowed is {' or '.join(allowed)}.")
+        for key in ("nodes", "devices_per_node"):
+            if type(given.get(key, 1)) is not int or given.get(key, 1) < 1:
+                raise ValueError(f"found {key} {given[key]!r}; allowed is a whole number from 1.")
+        return cls(**given)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSpec:
+    """Everything that a run is asked to do. Made by `parse_spec` only."""
+
+    run_name: str
+    created_by: str
+    created_at: str
+    """ISO 8601 with zone."""
+    model: str
+    """Canonical name of a supported model, or the absolute path of a Hugging Face folder."""
+    train_data_path: str
+    """As the caller gave it."""
+    register_to: str
+    experiment_path: str
+    task_type: TaskType
+    eval_data_path: str | None = None
+    eval_prompts: tuple[str, ...] = ()
+    custom_weights_path: str | None = None
+    training_duration: Duration
+    learning_rate: float
+    """Peak."""
+    context_length: int
+    """Tokens in a row."""
+    validate_inputs: bool = True
+    data_prep_cluster_id: str | None = None
+    compute: Compute
+    overrides: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """LLM-Foundry keys, dotted keys allowed; merged last."""
+
+    @property
+    def registered_name(self) -> str:
+        """`catalog.schema.name`; the run's own name where only `catalog.schema` was given."""
+        return self.register_to if self.register_to.count(".") == 2 else f"{self.register_to}.{self.run_name}"
+
+    def to_json(self) -> str:
+        """The content of `spec.json`."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunSpec":
+        """Read what `to_json` wrote."""
+        content = json.loads(text)
+        content["training_duration"] = Duration(**content["training_duration"])
+        content["compute"] = Compute(**content["compute"])
+        content["eval_prompts"] = tuple(content["eval_prompts"])
+        return cls(**content)
+
+
+def count_gpus() -> int:
+    """GPUs of this machine that this process may use, without loading torch."""
+    import os
+
+    found = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return len(found) if visible is None else min(len(found), len([v for v in visible.split(",") if v.strip()]))
+
+
+def parse_spec(arguments: Mapping[str, Any], *, created_at: str) -> tuple[RunSpec, ModelCard]:
+    """Check the arguments of `create()` and make values of them.
+
+    Raises:
+        SpecError: with every problem of the call.
+    """
+    problems: list[str] = []
+
+    def check(name: str, read: Callable[[Any], Any]) -> Any:
+        try:
+            return read(arguments.get(name))
+        except SpecError as error:
+            problems.extend(error.problems)
+        except (ValueError, TypeError) as error:
+            problems.append(f"{name}: {error}")
+        return None
+
+    card = check("model", _read_model)
+    task_type: TaskType = check("task_type", _read_task) or "CHAT_COMPLETION"
+    user = getpass.getuser()
+    name = check("run_name", lambda given: _read_run_name(given, task_type, card))
+    values = {
+        "run_name": name,
+        "task_type": task_type,
+        "train_data_path": check("train_data_path", _required_text),
+        "register_to": check("register_to", _read_register_to),
+        "experiment_path": check("experiment_path", _optional_text) or f"/Users/{user}/{name}",
+        "eval_data_path": check("eval_data_path", _optional_text),
+        "eval_prompts": check("eval_prompts", _read_prompts),
+        "custom_weights_path": check("custom_weights_path", _optional_text),
+        "training_duration": check("training_duration", lambda given: Duration.parse(given or "1ep")),
+        "learning_rate": check("learning_rate", lambda given: _read_learning_rate(given, card)),
+        "context_length": check("context_length", lambda given: _read_context_length(given, card)),
+        "validate_inputs": arguments.get("validate_inputs") is not False,
+        "data_prep_cluster_id": check("data_prep_cluster_id", _read_cluster),
+        "compute": check("compute", Compute.parse),
+        "overrides": check("overrides", _read_overrides),
+    }
+    if problems:
+        raise SpecError(problems)
+    spec = RunSpec(created_by=user, created_at=created_at, model=card.name, **values)
+    return spec, card
+
+
+def _read_model(given: object) -> ModelCard:
+    return find_card(_required_text(given) if given else _fail("is missing. Give a supported model's name or a folder."))
+
+
+def _fail(text: str) -> Any:
+    raise ValueError(text)
+
+
+def _required_text(given: object) -> str:
+    return _optional_text(given) or _fail(f"found {given!r}; needed is a text that is not empty.")
+
+
+def _optional_text(given: object) -> str | None:
+    if given is None or given == "":
+        return None
+    if not isinstance(given, str | Path):
+        raise ValueError(f"found {type(given).__name__}; allowed is text.")
+    # LLM Foundry resolves ${…} in its YAML, environment variables included.
+    return str(given) if "${" not in str(given) else _fail(f"found {str(given)!r}; '${{' is not allowed in it.")
+
+
+def _read_task(given: object) -> TaskType:
+    allowed = get_args(TaskType)
+    if not given:
+        return "CHAT_COMPLETION"
+    return cast(TaskType, given) if given in allowed else _fail(f"found {given!r}; allowed is {', '.join(allowed)}.")
+
+
+def _read_run_name(given: object, task_type: TaskType, card: ModelCard | None) -> str:
+    if given is None:
+        source = card.name if card else "model"
+        slug = re.sub(r"[^a-z0-9]+", "-", source.rstrip("/").rsplit("/", 1)[-1].lower()).strip("-")[:60]
+        suffix = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(6))
+        return f"{TASK_PREFIXES[task_type]}-{slug or 'model'}-{suffix}"
+    name = _required_text(given)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name):
+        raise ValueError(f"found {name!r}; allowed are up to 100 letters, digits, '-' and '_', the first not '-' or '_'.")
+    if RunPaths.of(name).folder.exists():
+        raise ValueError(f"there is a run {name!r} already. Choose another name, or leave it out to get a new one.")
+    return name
+
+
+def _read_register_to(given: object) -> str:
+    text = _required_text(given)
+    parts = text.split(".")
+    if len(parts) not in (2, 3) or not all(re.fullmatch(r"[\w-]+", part) for part in parts):
+        raise ValueError(
+            f"found {text!r}; allowed is 'catalog.schema' or 'catalog.schema.name', "
+            "each part of letters, digits, '_' and '-'."
+        )
+    return text
+
+
+def _read_prompts(given: object) -> tuple[str, ...]:
+    if given is None:
+        return ()
+    if isinstance(given, str) or not all(isinstance(p, str) and p for p in cast(Any, given)):
+        raise ValueError("allowed is a list of texts that are not empty. For example ['What is MLflow?'].")
+    return tuple(cast(Any, given))
+
+
+def _read_learning_rate(given: object, card: ModelCard | None) -> float:
+    if given is None or given == "":
+        return card.learning_rate if card else math.nan
+    try:
+        rate = float(cast(Any, given))
+    except (TypeError, ValueError):
+        rate = math.nan
+    return rate if 0 < rate < math.inf else _fail(f"found {given!r}; allowed is a number above 0. For example '5e-7'.")
+
+
+def _read_context_length(given: object, card: ModelCard | None) -> int:
+    maximum = card.max_context_length if card else DEFAULT_CONTEXT_LENGTH
+    if given is None:
+        return min(DEFAULT_CONTEXT_LENGTH, maximum)
+    if type(given) is not int or given < 8:
+        raise ValueError(f"found {given!r}; allowed is a whole number from 8.")
+    if card and given > maximum:
+        raise ValueError(f"found {given}; {card.name} takes at most {maximum} tokens. Give {maximum} or less.")
+    return given
+
+
+def _read_cluster(given: object) -> str | None:
+    if given:
+        raise ValueError("preparing data on a Spark cluster is not built yet. Leave it out: this machine prepares the data.")
+    return None
+
+
+def _read_overrides(given: object) -> Mapping[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in cast(Any, given)):
+        raise ValueError("allowed is a mapping of LLM-Foundry keys. For example {'global_train_batch_size': 8}.")
+    return dict(cast(Any, given))

@@ -1,0 +1,106 @@
+"""Every rank's entry: `composer -n N -m tundish.train run.yaml`.
+
+Builds Composer's Trainer from LLM Foundry's own builders. It does what `llmfoundry train` does with the keys that
+tundish writes, except that FSDP2 stays on with one rank, so that checkpoints are sharded at every world size.
+"""
+
+import os
+import sys
+from typing import Any
+
+os.environ.setdefault("FSDP_VERSION", "2")
+
+from composer import Trainer  # noqa: E402  FSDP_VERSION must be set before
+from composer.utils import dist, get_device, reproducibility
+from llmfoundry.command_utils.train import validate_config
+from llmfoundry.data.dataloader import build_dataloader
+from llmfoundry.eval.metrics import InContextLearningMetric
+from llmfoundry.utils.builders import (
+    add_metrics_to_eval_loaders,
+    build_algorithm,
+    build_callback,
+    build_composer_model,
+    build_evaluators,
+    build_logger,
+    build_optimizer,
+    build_scheduler,
+    build_tokenizer,
+)
+from llmfoundry.utils.config_utils import (
+    TRAIN_CONFIG_KEYS,
+    TrainConfig,
+    make_dataclass_and_log_config,
+    process_init_device,
+)
+from omegaconf import DictConfig, OmegaConf
+
+TRAINER_KEYS = (
+    "run_name seed max_duration eval_interval eval_subset_num_batches train_subset_num_batches precision progress_bar "
+    "log_to_console console_log_interval device_train_microbatch_size save_folder save_interval save_overwrite "
+    "save_weights_only save_num_checkpoints_to_keep save_ignore_keys load_path load_weights_only load_ignore_keys "
+    "load_strict_model_weights autoresume python_log_level dist_timeout compile_config spin_dataloaders "
+    "accumulate_train_batch_on_tokens"
+).split()
+"""Keys of LLM Foundry's that are the Trainer's arguments by the same name."""
+
+
+def build_trainer(cfg: DictConfig) -> Trainer:
+    """The Trainer of a run's YAML, on this rank."""
+    logged, config = make_dataclass_and_log_config(cfg, TrainConfig, TRAIN_CONFIG_KEYS, transforms="all")
+    dist.initialize_dist(get_device(None), timeout=config.dist_timeout)
+    validate_config(config)
+    reproducibility.seed_all(config.seed)
+    fsdp = config.fsdp_config
+    init_context = process_init_device(config.model, fsdp)
+    tokenizer = build_tokenizer(config.tokenizer["name"], config.tokenizer.get("kwargs", {}))
+    callbacks = [build_callback(str(name), kwargs, logged) for name, kwargs in (config.callbacks or {}).items()]
+    train_loader = build_dataloader(config.train_loader, tokenizer, config.device_train_batch_size)
+    model_name = config.model.pop("name")
+    model = build_composer_model(model_name, config.model, tokenizer, init_context)
+    optimizer = build_optimizer(model, config.optimizer.pop("name"), config.optimizer)
+    scheduler = build_scheduler(config.scheduler.pop("name"), config.scheduler)
+    return Trainer(
+        model=model,
+        train_dataloader=train_loader,
+        eval_dataloader=_evaluators(config, tokenizer, model),
+        optimizers=optimizer,
+        schedulers=scheduler,
+        loggers=[build_logger(str(name), kwargs) for name, kwargs in (config.loggers or {}).items()],
+        callbacks=callbacks,
+        algorithms=[build_algorithm(str(name), kwargs) for name, kwargs in (config.algorithms or {}).items()],
+        parallelism_config={"fsdp": fsdp},
+        save_latest_filename=config.save_latest_filename or "latest-sharded-rank{rank}",
+        save_filename=config.save_filename or "ep{epoch}-ba{batch}-rank{rank}.pt",
+        **{key: getattr(config, key) for key in TRAINER_KEYS},
+    )
+
+
+def _evaluators(config: TrainConfig, tokenizer: Any, model: Any) -> list[Any] | None:
+    if config.eval_loader is None:
+        return None
+    evaluators, _, _ = build_evaluators(
+        config.eval_loader,
+        None,
+        None,
+        tokenizer=tokenizer,
+        device_eval_batch_size=config.device_eval_batch_size,
+        icl_seq_len=config.max_seq_len,
+        icl_subset_num_batches=None,
+    )
+    # In-context-learning metrics need batches of their own kind.
+    metrics = model.get_metrics(is_train=False).items()
+    names = [name for name, metric in metrics if not isinstance(metric, InContextLearningMetric)]
+    return add_metrics_to_eval_loaders(evaluators, names)
+
+
+def main() -> None:
+    """Train the YAML named on the command line."""
+    cfg = OmegaConf.load(sys.argv[1])
+    assert isinstance(cfg, DictConfig)
+    trainer = build_trainer(cfg)
+    trainer.fit()
+    trainer.close()
+
+
+if __name__ == "__main__":
+    main()

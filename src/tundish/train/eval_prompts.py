@@ -1,0 +1,87 @@
+"""What the model says to the eval prompts at every checkpoint, logged to MLflow with its step.
+
+Composer's own `Generate` logs no step and leaves the tokenizer changed when generation fails. This one leaves
+training as it found it: mode, random state and tokenizer.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Logger, State
+from composer.core import get_precision_context
+from composer.utils import dist, reproducibility
+
+from tundish.train.at_checkpoints import AtCheckpoints
+
+log = logging.getLogger(__name__)
+
+GENERATION = {"max_new_tokens": 100, "do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 0.95}
+"""The managed service's settings."""
+SEED = 17
+
+
+class EvalPrompts(AtCheckpoints):
+    """Registered with LLM Foundry as the callback `tundish_eval_prompts`.
+
+    Args:
+        prompts: texts to go on from.
+    """
+
+    def __init__(self, prompts: list[str]) -> None:
+        super().__init__()
+        self.prompts = list(prompts)
+
+    def checkpoint_saved(self, state: State, logger: Logger, folder: Path) -> None:
+        """Generate on every rank (a sharded model needs all of them), log from rank 0."""
+        started = time.monotonic()
+        outputs = generate(state, self.prompts)
+        rows = [[int(state.timestamp.batch), folder.name, *pair] for pair in zip(self.prompts, outputs, strict=True)]
+        # Rows of later checkpoints are appended to the same table.
+        logger.log_table(columns=["step", "checkpoint", "prompt", "output"], rows=rows, name="eval_prompts")
+        log.info("Answered %d eval prompts in %.1f s.", len(rows), time.monotonic() - started)
+
+
+def generate(state: State, prompts: list[str]) -> list[str]:
+    """The model's continuation of each prompt, special tokens left out; the same at any world size."""
+    model = state.model.module if state.is_model_ddp else state.model
+    tokenizer = model.tokenizer
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    outputs: list[str] = []
+    with _undisturbed(model), torch.no_grad(), get_precision_context(state.precision):
+        for prompt in prompts:
+            ids = state.device.tensor_to_device(torch.tensor([tokenizer(prompt)["input_ids"]]))
+            # One prompt at a time needs no padding, and so no mask that differs between attentions.
+            arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "pad_token_id": padding, **GENERATION}
+            whole = model.generate(ids, use_cache=True, synced_gpus=dist.get_world_size() > 1, **arguments)
+            outputs.append(tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True))
+    return outputs
+
+
+@contextmanager
+def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode and a fixed seed on every rank; mode and random state as before afterwards, whatever happens."""
+    mode, random_state = model.training, reproducibility.get_rng_state()[dist.get_global_rank()]
+    model.eval()
+    reproducibility.seed_all(SEED)
+    try:
+        yield
+    finally:
+        model.train(mode)
+        _restore(random_state)
+
+
+def _restore(state: dict[str, Any]) -> None:
+    import random
+
+    import numpy as np
+
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.random.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

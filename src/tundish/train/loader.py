@@ -1,0 +1,172 @@
+"""Prepared rows → batches in which packed samples do not see each other.
+
+Registered with LLM Foundry as the loader `tundish_packed`. Every row is in exactly one batch of an epoch; where rows do
+not divide evenly, the last batch is filled with rows that have no targets.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from composer.core import DataSpec
+from composer.utils import dist
+from streaming import LocalDataset
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
+Row = Mapping[str, np.ndarray]
+
+FILLER: Row = {
+    "tokens": np.zeros(1, dtype=np.int32),
+    "loss_mask": np.zeros(1, dtype=np.uint8),
+    "segments": np.ones(1, dtype=np.int32),
+}
+"""A row of one token without a target."""
+
+
+class PackedRows(Dataset[Row]):
+    """The rows of a prepared folder by number; number -1 is a filler."""
+
+    def __init__(self, local: str) -> None:
+        self.shards = LocalDataset(local)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, number: int) -> Row:
+        return FILLER if number < 0 else self.shards[number]
+
+
+class RowOrder(DistributedSampler[int]):
+    """Row numbers of one rank, the same global batches at any world size.
+
+    Batch b of an epoch is rows b·G … (b+1)·G of that epoch's order; rank r takes the r-th of its equal parts.
+    Composer calls `set_epoch` before each epoch.
+    """
+
+    def __init__(self, num_rows: int, rank_batch_size: int, *, shuffle: bool, seed: int) -> None:
+        self.num_rows, self.rank_batch_size = num_rows, rank_batch_size
+        self.num_replicas, self.rank = dist.get_world_size(), dist.get_global_rank()
+        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+        # Composer takes what these two differ by for rows that are there twice, and drops them from evaluation; ours
+        # are fillers, which no metric counts.
+        self.total_size = len(self) * self.num_replicas
+        self.dataset = range(self.total_size)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches in an epoch."""
+        return -(-self.num_rows // (self.rank_batch_size * self.num_replicas))
+
+    def __len__(self) -> int:
+        return self.num_batches * self.rank_batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        rows = np.arange(self.num_rows)
+        if self.shuffle:
+            np.random.default_rng((self.seed, self.epoch)).shuffle(rows)
+        filled = np.full(len(self) * self.num_replicas, -1)
+        filled[: self.num_rows] = rows
+        # [batches, ranks, rows of a rank]: this rank's column
+        mine = filled.reshape(self.num_batches, self.num_replicas, self.rank_batch_size)[:, self.rank]
+        return iter(mine.ravel().tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class Collate:
+    """Rows → one batch, as long as its longest row (rounded up to 8), with the mask that the attention needs."""
+
+    pad_token_id: int
+    max_seq_len: int
+    attention: Attention
+
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
+        """A batch of B rows, T tokens.
+
+        `input_ids`, `labels`, `position_ids` int64 [B, T]; `attention_mask` as `attention_mask` says;
+        `total_tokens`, `loss_generating_tokens` lists of B numbers, so that microbatches can be cut from them.
+        """
+        longest = max(len(row["tokens"]) for row in rows)
+        length = min(-(-longest // 8) * 8, max(self.max_seq_len, longest))
+        shape = (len(rows), length)
+        input_ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORE_INDEX)
+        segment_ids, position_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        for i, row in enumerate(rows):
+            n = len(row["tokens"])
+            tokens, lengths = torch.from_numpy(row["tokens"].astype(np.int64)), row["segments"]
+            starts = np.cumsum(lengths) - lengths
+            input_ids[i, :n] = tokens
+            targets = row["loss_mask"].astype(bool)
+            # A sample's first token has nothing before it to be predicted from, least of all the sample before.
+            targets[starts] = False
+            labels[i, :n] = torch.where(torch.from_numpy(targets), tokens, IGNORE_INDEX)
+            segment_ids[i, :n] = torch.from_numpy(np.repeat(np.arange(1, len(lengths) + 1), lengths))
+            position_ids[i, :n] = torch.from_numpy(np.arange(n) - np.repeat(starts, lengths))
+        batch: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+        mask = attention_mask(segment_ids, self.attention)
+        if mask is not None:
+            batch["attention_mask"] = mask
+        batch["total_tokens"] = (segment_ids > 0).sum(1).tolist()
+        batch["loss_generating_tokens"] = (labels != IGNORE_INDEX).sum(1).tolist()
+        return batch
+
+
+def attention_mask(segment_ids: torch.Tensor, attention: Attention) -> torch.Tensor | None:
+    """What keeps a token from looking beyond its own sample, in the form that the attention takes.
+
+    Args:
+        segment_ids: int64 [B, T]; 1, 2, … for the samples of a row, 0 for padding.
+        attention: `sdpa` and `eager` take a float mask [B, 1, T, T] that is added to the scores; `flex_attention`
+            takes the segment ids themselves; `flash_attention_2` finds the samples by their restarted positions and
+            must be given no mask.
+    """
+    if attention == "flash_attention_2":
+        return None
+    if attention == "flex_attention":
+        return segment_ids
+    length = segment_ids.shape[1]
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    # Padding looks at padding, so that no row of the softmax is empty.
+    allowed = (same & causal)[:, None]
+    return torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)
+
+
+def count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
+    """Tokens that are not padding, and tokens that the loss is taken over."""
+    return {"total": sum(batch["total_tokens"]), "loss_generating": sum(batch["loss_generating_tokens"])}
+
+
+def build_packed_dataloader(
+    tokenizer: PreTrainedTokenizerBase,
+    device_batch_size: int,
+    dataset: Mapping[str, Any],
+    num_workers: int = 0,
+) -> DataSpec:
+    """LLM Foundry's builder of `name: tundish_packed`.
+
+    Args:
+        tokenizer: gives the padding token.
+        device_batch_size: rows in a batch of one rank.
+        dataset: `local` (prepared folder), `max_seq_len`, `attn_implementation`, `shuffle`, `shuffle_seed`.
+        num_workers: processes that read ahead; 0 = none.
+    """
+    rows = PackedRows(dataset["local"])
+    order = RowOrder(len(rows), device_batch_size, shuffle=dataset["shuffle"], seed=dataset.get("shuffle_seed", 0))
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    collate = Collate(padding, dataset["max_seq_len"], dataset["attn_implementation"])
+    loader = DataLoader(
+        rows,
+        batch_size=device_batch_size,
+        sampler=order,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+    )
+    return DataSpec(loader, get_num_tokens_in_batch=count_tokens)

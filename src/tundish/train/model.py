@@ -1,0 +1,39 @@
+"""LLM Foundry's `hf_causal_lm` with a loss that a batch without targets cannot turn into NaN.
+
+A rank whose share of the last batch is all filler rows still takes part in every step; a mean over no tokens would be
+NaN, and NaN times a weight of zero is NaN.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from llmfoundry.models import ComposerHFCausalLM
+from torch.nn.functional import cross_entropy
+
+from tundish.train.loader import IGNORE_INDEX
+
+
+def target_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy over the targets, in float32; 0 where there are none.
+
+    Args:
+        logits: [B, T, vocabulary]; position t predicts token t+1.
+        labels: int64 [B, T], -100 where a token is no target.
+    """
+    targets = labels[:, 1:].reshape(-1)
+    scores = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
+    total = cross_entropy(scores, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+
+
+class CausalLM(ComposerHFCausalLM):
+    """Registered with LLM Foundry as the model `tundish_causal_lm`."""
+
+    def forward(self, batch: Mapping[str, Any]) -> Any:
+        """The Hugging Face model's output, with `loss` where the batch has labels."""
+        labels = batch.get("labels")
+        outputs = super().forward({key: value for key, value in batch.items() if key != "labels"})
+        if labels is not None:
+            outputs["loss"] = target_loss(outputs["logits"], labels)
+        return outputs

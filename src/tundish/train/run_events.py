@@ -1,0 +1,98 @@
+"""The training events of a run: written by rank 0 after the deed, from the values used."""
+
+import time
+from pathlib import Path
+
+from composer import Logger, State, TimeUnit
+from composer.utils import dist
+
+from tundish import events
+from tundish.paths import write_atomic
+from tundish.train.at_checkpoints import AtCheckpoints
+
+PROGRESS_SECONDS = 2.0
+LATEST = "latest-sharded-rank0.symlink"
+
+
+class RunEvents(AtCheckpoints):
+    """Registered with LLM Foundry as the callback `tundish_events`.
+
+    Args:
+        events_path: the run's events.jsonl.
+    """
+
+    def __init__(self, events_path: str) -> None:
+        super().__init__()
+        self.path = Path(events_path)
+        self._started_s = self._started_done = 0.0
+        self._last_word = 0.0
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """The model and, where there is one, its checkpoint are loaded."""
+        model = state.model
+        name = getattr(getattr(model, "config", None), "_name_or_path", type(model).__name__)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._write("MODEL_INITIALIZED", f"Model initialized for base model {name}: {parameters:,} parameters.")
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Training begins, or goes on."""
+        super().fit_start(state, logger)
+        self._started_s, self._started_done = time.monotonic(), _progress(state)[0]
+        batch = int(state.timestamp.batch)
+        where = f" It goes on from batch {batch}." if batch else ""
+        self._write("TRAIN_STARTED", f"Training started on {dist.get_world_size()} device(s).{where}")
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """At most one line in PROGRESS_SECONDS, and one for the last batch."""
+        done, total = _progress(state)
+        if time.monotonic() - self._last_word < PROGRESS_SECONDS and done < total:
+            return
+        self._last_word = time.monotonic()
+        elapsed = time.monotonic() - self._started_s
+        eta_s = elapsed / max(done - self._started_done, 1e-9) * max(0.0, total - done)
+        loss = state.total_loss_dict.get("loss/train/total") if hasattr(state, "total_loss_dict") else None
+        text = f"{_place(state)}[ETA={_short(eta_s)}]" + (f" Train loss: {loss:.4g}" if loss is not None else "")
+        facts = {"eta_s": round(eta_s, 1), "batch": int(state.timestamp.batch), "loss": loss}
+        self._write("TRAIN_UPDATED", text, share=round(min(1.0, done / total), 4), **facts)
+
+    def checkpoint_saved(self, state: State, logger: Logger, folder: Path) -> None:
+        """Point `latest` at the checkpoint and say so."""
+        if dist.get_global_rank() == 0:
+            write_atomic(folder.parent / LATEST, str(folder))
+        self._write("CHECKPOINT_SAVED", f"Checkpoint {folder.name} saved.", path=str(folder))
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """All batches are done."""
+        batches, tokens = int(state.timestamp.batch), int(state.timestamp.token)
+        self._write("TRAIN_FINISHED", f"Training finished after {batches:,} batches and {tokens:,} tokens.")
+
+    def _write(self, type: str, message: str, **facts: object) -> None:
+        if dist.get_global_rank() == 0:
+            events.append(self.path, type, message, **facts)
+
+
+def _progress(state: State) -> tuple[float, float]:
+    """How much is done and how much there is, in one unit."""
+    duration = state.max_duration
+    assert duration is not None
+    if duration.unit == TimeUnit.EPOCH:
+        per_epoch = int(state.dataloader_len or 1)
+        return float(int(state.timestamp.batch)), float(duration.value * per_epoch)
+    return float(state.timestamp.get(duration.unit).value), float(duration.value)
+
+
+def _place(state: State) -> str:
+    duration, now = state.max_duration, state.timestamp
+    assert duration is not None
+    done, total = _progress(state)
+    if duration.unit == TimeUnit.EPOCH:
+        epoch = min(int(now.epoch) + (1 if int(now.batch_in_epoch) else 0), duration.value)
+        return f"[epoch={max(1, epoch)}/{duration.value}][batch={int(done)}/{int(total)}]"
+    return f"[{'batch' if duration.unit == TimeUnit.BATCH else 'token'}={int(done):,}/{int(total):,}]"
+
+
+def _short(seconds: float) -> str:
+    for limit, size, unit in ((60, 1, "s"), (3600, 60, "min"), (86400, 3600, "hr")):
+        if seconds < limit:
+            return f"{int(seconds / size)}{unit}"
+    return f"{int(seconds / 86400)}d"
