@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tundish.errors import SpecError
 
+CHECKPOINT_LINK = "latest-sharded-rank0.symlink"
+"""A text file beside the checkpoints that holds the newest one's path."""
 REMOTE_SCHEMES = ("s3://", "gs://", "oci://", "azure://", "azure-dl://", "hf://")
 
 

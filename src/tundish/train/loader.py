@@ -22,11 +22,11 @@ Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
 Row = Mapping[str, np.ndarray]
 
 FILLER: Row = {
-    "tokens": np.zeros(1, dtype=np.int32),
-    "loss_mask": np.zeros(1, dtype=np.uint8),
-    "segments": np.ones(1, dtype=np.int32),
+    "tokens": np.zeros(0, dtype=np.int32),
+    "loss_mask": np.zeros(0, dtype=np.uint8),
+    "segments": np.zeros(0, dtype=np.int32),
 }
-"""A row of one token without a target."""
+"""A row of nothing but padding."""
 
 
 class PackedRows(Dataset[Row]):
@@ -91,7 +91,7 @@ class Collate:
         `input_ids`, `labels`, `position_ids` int64 [B, T]; `attention_mask` as `attention_mask` says;
         `total_tokens`, `loss_generating_tokens` lists of B numbers, so that microbatches can be cut from them.
         """
-        longest = max(len(row["tokens"]) for row in rows)
+        longest = max(1, *(len(row["tokens"]) for row in rows))
         length = min(-(-longest // 8) * 8, max(self.max_seq_len, longest))
         shape = (len(rows), length)
         input_ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORE_INDEX)

@@ -7,11 +7,10 @@ from composer import Logger, State, TimeUnit
 from composer.utils import dist
 
 from tundish import events
-from tundish.paths import write_atomic
+from tundish.paths import CHECKPOINT_LINK, write_atomic
 from tundish.train.at_checkpoints import AtCheckpoints
 
 PROGRESS_SECONDS = 2.0
-LATEST = "latest-sharded-rank0.symlink"
 
 
 class RunEvents(AtCheckpoints):
@@ -58,8 +57,8 @@ class RunEvents(AtCheckpoints):
     def checkpoint_saved(self, state: State, logger: Logger, folder: Path) -> None:
         """Point `latest` at the checkpoint and say so."""
         if dist.get_global_rank() == 0:
-            write_atomic(folder.parent / LATEST, str(folder))
-        self._write("CHECKPOINT_SAVED", f"Checkpoint {folder.name} saved.", path=str(folder))
+            write_atomic(folder.parent / CHECKPOINT_LINK, str(folder))
+        self._write("CHECKPOINT_SAVED", f"Checkpoint {folder.name} saved.", checkpoint=str(folder))
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """All batches are done."""

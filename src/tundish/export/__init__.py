@@ -1,0 +1,1 @@
+"""Export: `.distcp` → Hugging Face folder, shard by shard; and its registration in MLflow."""

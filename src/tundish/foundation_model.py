@@ -1,0 +1,144 @@
+"""The public verbs: `from tundish import foundation_model as fm`.
+
+The first parameters, their defaults and what comes back are those of the original client; a notebook changes its
+import line. Each verb is a few calls into the parts that do the work.
+"""
+
+import builtins
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from tundish.models import model_cards
+from tundish.runs import control, creating, reading, selecting
+from tundish.runs.records import ObjectList, RunStatus, TrainingEvent, TrainingModelConstants, TrainingRun
+from tundish.spec import Compute
+
+__all__ = ["cancel", "create", "get", "get_checkpoints", "get_events", "get_models", "list"]
+
+
+def create(
+    model: str,
+    train_data_path: str,
+    register_to: str,
+    *,
+    experiment_path: str | None = "",
+    task_type: str | None = "CHAT_COMPLETION",
+    eval_data_path: str | None = None,
+    eval_prompts: Sequence[str] | None = None,
+    custom_weights_path: str | None = None,
+    training_duration: str | None = None,
+    learning_rate: float | str | None = None,
+    context_length: int | None = None,
+    validate_inputs: bool | None = True,
+    data_prep_cluster_id: str | None = None,
+    run_name: str | None = None,
+    compute: Compute | Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> TrainingRun:
+    """Fine-tune a model: returns as soon as the run is accepted, work goes on in a detached process.
+
+    Args:
+        model: a supported model's name (see `get_models`), or the path of a Hugging Face folder.
+        train_data_path: a .jsonl file for chats and instructions, a folder of .txt files for continued pretraining.
+        register_to: `catalog.schema` or `catalog.schema.name`; an existing name gets a new version.
+        experiment_path: MLflow experiment; default `/Users/<user>/<run_name>`.
+        task_type: `CHAT_COMPLETION`, `INSTRUCTION_FINETUNE` or `CONTINUED_PRETRAIN`.
+        eval_data_path: evaluation data in the format of the training data.
+        eval_prompts: texts that the model goes on from at every checkpoint; the answers are logged to MLflow.
+        custom_weights_path: a Composer checkpoint whose weights replace the pretrained ones.
+        training_duration: `3ep`, `100ba` or `1_000_000tok`; default `1ep`.
+        learning_rate: peak; default 5e-7 (1e-5 for Llama 3.1 405B).
+        context_length: tokens in a row; longer samples are cut. Default: 8192, or the model's maximum if less.
+        validate_inputs: read and check every row before the run is accepted; otherwise it is done by the run.
+        data_prep_cluster_id: not built yet.
+        run_name: default `<task>-<model>-<6 random characters>`.
+        compute: `device` ("gpu" or "cpu"), `devices_per_node`; default: all GPUs of this machine, else its CPU.
+        overrides: LLM-Foundry keys, dotted keys allowed, merged last.
+
+    Raises:
+        SpecError: an argument is wrong; all problems of the call are listed, those of the data too.
+        DataError: only the data is wrong.
+    """
+    return creating.create(dict(locals()))
+
+
+def get(training_run: str | TrainingRun) -> TrainingRun:
+    """The run as it is now.
+
+    Raises:
+        RunNotFoundError: there is none of that name.
+    """
+    return reading.read_run(selecting.name_of(training_run))
+
+
+def list(  # noqa: A001  the original client's name
+    training_runs: Sequence[str | TrainingRun] | ObjectList[TrainingRun] | None = None,
+    experiment_id: str | None = None,
+    *,
+    statuses: Sequence[str | RunStatus] | None = None,
+    user_emails: Sequence[str] | None = None,
+    before: str | datetime | None = None,
+    after: str | datetime | None = None,
+    include_details: bool = True,
+    limit: int | None = 100,
+) -> ObjectList[TrainingRun]:
+    """Runs of this machine, newest first.
+
+    Args:
+        training_runs: only these.
+        experiment_id: only runs of this MLflow experiment.
+        statuses: only runs with one of these.
+        user_emails: only runs created by one of these users.
+        before: only runs created before this time (`Y-m-d`, `m-d-Y`, with or without a time, or a datetime).
+        after: only runs created at this time or after it.
+        include_details: False leaves events and submitted_config out.
+        limit: at most so many.
+    """
+    names = None if training_runs is None else {selecting.name_of(run) for run in training_runs}
+    wanted = selecting.Filter.parse(names, experiment_id, statuses, user_emails, before, after)
+    return selecting.select(wanted, limit=limit, include_details=include_details)
+
+
+def cancel(
+    runs: str | TrainingRun | Sequence[str] | Sequence[TrainingRun] | None = None, experiment_id: str | None = None
+) -> int:
+    """Stop runs, by name or object, or all of an MLflow experiment. Checkpoints stay.
+
+    Returns:
+        How many were stopped; what was done is printed.
+
+    Raises:
+        RequestError: neither or both were given.
+    """
+    canceled, asked = control.cancel(runs, experiment_id)
+    print(control.cancel_message(canceled, asked))
+    return len(canceled)
+
+
+def get_events(training_run: str | TrainingRun, follow: bool = False) -> ObjectList[TrainingEvent]:
+    """The events of a run.
+
+    Args:
+        training_run: name or object.
+        follow: print each new event until the run has ended; in a notebook, redraw the table.
+    """
+    name = selecting.name_of(training_run)
+    if follow:
+        control.follow(name)
+    return reading.read_events(reading.find_run(name))
+
+
+def get_checkpoints(training_run: str | TrainingRun) -> builtins.list[str]:
+    """Full paths of the complete `ep…` folders, oldest first; prints a note when there are none."""
+    paths = selecting.checkpoints(selecting.name_of(training_run))
+    if not paths:
+        print("No checkpoints created yet for this run. Please try again later.")
+    return paths
+
+
+def get_models() -> ObjectList[TrainingModelConstants]:
+    """The supported models."""
+    cards = model_cards().values()
+    models = (TrainingModelConstants(card.name, card.display_name, card.max_context_length) for card in cards)
+    return ObjectList(models, TrainingModelConstants.COLUMNS)

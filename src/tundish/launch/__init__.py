@@ -1,0 +1,1 @@
+"""Launching: the composer launcher with the right command, environment and logs."""

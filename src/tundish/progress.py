@@ -1,0 +1,90 @@
+"""A run's events on a terminal: lines as they come, and a bar while the model trains."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from tundish import events
+from tundish.runs.control import POLL_SECONDS
+from tundish.runs.reading import find_run, read_run
+from tundish.runs.records import TrainingRun
+
+PLAIN_SECONDS = 15.0
+"""Without a terminal: seconds between two lines of training progress."""
+DOING = {
+    "CREATED": "starting",
+    "STARTED": "preparing the data",
+    "DATA_VALIDATED": "loading the model",
+    "MODEL_INITIALIZED": "loading the model",
+    "TRAIN_STARTED": "training",
+    "TRAIN_UPDATED": "training",
+    "CHECKPOINT_SAVED": "training",
+    "TRAIN_FINISHED": "exporting and registering",
+}
+STYLES = {"COMPLETED": "bold green", "FAILED": "bold red", "CANCELED": "bold yellow"}
+
+
+def watch(name: str) -> TrainingRun:
+    """Show the run's events until it has ended, and return it. The caller may stop watching; the run goes on."""
+    return _watch_live(name) if sys.stdout.isatty() else _watch_plain(name)
+
+
+def _watch_plain(name: str) -> TrainingRun:
+    shown, last_progress = 0, 0.0
+    while True:
+        run = read_run(name)
+        found = events.read(find_run(name).events)
+        lasting = [event for event in found if event.type != "TRAIN_UPDATED"]
+        for event in lasting[shown:]:
+            print(_line(event), flush=True)
+        shown = len(lasting)
+        if found and found[-1].type == "TRAIN_UPDATED" and time.monotonic() - last_progress > PLAIN_SECONDS:
+            last_progress = time.monotonic()
+            print(_line(found[-1]), flush=True)
+        if run.status.is_terminal():
+            return run
+        time.sleep(POLL_SECONDS)
+
+
+def _watch_live(name: str) -> TrainingRun:
+    console = Console(highlight=False)
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[facts]}"),
+        console=console,
+    )
+    task = bar.add_task("starting", total=None, facts="")
+    shown = 0
+    with Live(bar, console=console, refresh_per_second=8, transient=True):
+        while True:
+            run = read_run(name)
+            found = events.read(find_run(name).events)
+            lasting = [event for event in found if event.type != "TRAIN_UPDATED"]
+            for event in lasting[shown:]:
+                console.print(_line(event), style=STYLES.get(event.type, ""), markup=False, soft_wrap=True)
+            shown = len(lasting)
+            _update(bar, task, found)
+            if run.status.is_terminal():
+                return run
+            time.sleep(POLL_SECONDS)
+
+
+def _update(bar: Progress, task: "int", found: list[events.Event]) -> None:
+    from rich.progress import TaskID
+
+    latest = next((event for event in reversed(found) if event.type == "TRAIN_UPDATED"), None)
+    doing = DOING.get(found[-1].type, "working") if found else "starting"
+    share = latest.facts.get("share") if latest and doing == "training" else None
+    facts = latest.message if latest and share is not None else ""
+    bar.update(TaskID(task), description=doing, total=None if share is None else 1.0, completed=share or 0, facts=facts)
+
+
+def _line(event: events.Event) -> str:
+    return f"{event.time.astimezone():%H:%M:%S}  {event.type:<17}  {event.message}"

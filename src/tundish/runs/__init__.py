@@ -1,0 +1,1 @@
+"""Runs: records, reading a run back, and the supervisor that takes it through its stages."""

@@ -1,0 +1,148 @@
+"""Reading a run back: its record from the files of its folder, and whether its supervisor lives."""
+
+import json
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+from tundish import events
+from tundish.errors import RunNotFoundError
+from tundish.launch.local import ProcessId
+from tundish.paths import RunPaths, runs_dir
+from tundish.runs.records import ObjectList, RunStatus, TrainingEvent, TrainingRun
+from tundish.runs.tracking import Tracking
+from tundish.spec import RunSpec
+
+STATUS_OF = {
+    "CREATED": RunStatus.PENDING,
+    "CHECK_PASSED": RunStatus.PENDING,
+    "REQUEUED": RunStatus.PENDING,
+    "STARTED": RunStatus.STARTING,
+    "COMPLETED": RunStatus.COMPLETED,
+    "STOPPED": RunStatus.STOPPED,
+    "CANCELED": RunStatus.STOPPED,
+    "FAILED": RunStatus.FAILED,
+}
+"""What an event means for the status; every other one means RUNNING."""
+
+
+def run_names() -> Iterator[str]:
+    """The names of all runs on this machine."""
+    if runs_dir().is_dir():
+        yield from (folder.name for folder in runs_dir().iterdir() if RunPaths(folder).spec.is_file())
+
+
+def supervisor(paths: RunPaths) -> ProcessId | None:
+    """The process that supervises the run, whether it lives or not; None before it was started."""
+    try:
+        return ProcessId(**json.loads(paths.supervisor.read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def read_events(paths: RunPaths) -> ObjectList[TrainingEvent]:
+    """The run's events; of TRAIN_UPDATED the latest."""
+    found = (TrainingEvent(event.type, event.time, event.message) for event in events.read(paths.events))
+    return ObjectList(found, TrainingEvent.COLUMNS)
+
+
+def read_run(name: str) -> TrainingRun:
+    """The record of the run of that name.
+
+    Raises:
+        RunNotFoundError: there is none.
+    """
+    paths = find_run(name)
+    spec, tracking = RunSpec.from_json(paths.spec.read_text()), Tracking.read(paths)
+    # Asked before the events are read: a supervisor that ends in between has written its last event by then.
+    owner = supervisor(paths)
+    alive = owner is not None and owner.process() is not None
+    found = events.read(paths.events)
+    status, details = _status(found, alive)
+    times = {event.type: event.time for event in found}
+    end, eta = _estimated_end(found, status)
+    return TrainingRun(
+        name=spec.run_name,
+        status=status,
+        created_by=spec.created_by,
+        model=spec.model,
+        save_folder=tracking.save_folder,
+        train_data_path=spec.train_data_path,
+        register_to=spec.register_to,
+        submitted_experiment_path=spec.experiment_path,
+        task_type=spec.task_type,
+        eval_data_path=spec.eval_data_path,
+        eval_prompts=list(spec.eval_prompts) or None,
+        custom_weights_path=spec.custom_weights_path,
+        training_duration=str(spec.training_duration),
+        learning_rate=spec.learning_rate,
+        context_length=spec.context_length,
+        data_prep_cluster_id=spec.data_prep_cluster_id,
+        details=details,
+        created_at=datetime.fromisoformat(spec.created_at),
+        started_at=times.get("STARTED"),
+        estimated_end_time=end,
+        formatted_eta=eta,
+        completed_at=found[-1].time if found and status.is_terminal() else None,
+        submitted_config=spec,
+        events=ObjectList((TrainingEvent(e.type, e.time, e.message) for e in found), TrainingEvent.COLUMNS),
+        experiment_id=tracking.experiment_id,
+        run_id=tracking.run_id,
+        run_dir=paths.folder,
+    )
+
+
+def find_run(name: str) -> RunPaths:
+    """The folder of an existing run.
+
+    Raises:
+        RunNotFoundError: there is none of that name; near names are listed.
+    """
+    import difflib
+
+    names = list(run_names())
+    if name in names:
+        return RunPaths.of(name)
+    near = difflib.get_close_matches(name, names, n=3)
+    hint = f" Did you mean {' or '.join(near)}?" if near else " `tundish list` shows the runs."
+    raise RunNotFoundError(f"there is no run {name!r} in {runs_dir()}.{hint}")
+
+
+def wait(name: str, timeout: float | None = None) -> TrainingRun:
+    """The run once it has ended.
+
+    Raises:
+        TimeoutError: after `timeout` seconds.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while not (run := read_run(name)).status.is_terminal():
+        if deadline is not None and time.monotonic() > deadline:
+            raise TimeoutError(f"{name}: still {run.status} after {timeout:g} s ({run.details}). It goes on.")
+        time.sleep(0.5)
+    return run
+
+
+def _status(found: list[events.Event], alive: bool) -> tuple[RunStatus, str]:
+    if not found:
+        return (RunStatus.PENDING, "") if alive else (RunStatus.UNKNOWN, "")
+    last = found[-1]
+    status = STATUS_OF.get(last.type, RunStatus.RUNNING)
+    if not status.is_terminal() and not alive:
+        return RunStatus.FAILED, f"the supervisor ended without a word after {last.type}. Its log may say why."
+    return status, last.message
+
+
+def _estimated_end(found: list[events.Event], status: RunStatus) -> tuple[datetime | None, str | None]:
+    latest = next((event for event in reversed(found) if event.type == "TRAIN_UPDATED"), None)
+    if latest is None or status.is_terminal() or any(event.type == "TRAIN_FINISHED" for event in found):
+        return None, None
+    end = latest.time + timedelta(seconds=latest.facts.get("eta_s", 0))
+    left = (end - datetime.now(UTC)).total_seconds()
+    return (end, _short(left)) if left > 0 else (None, None)
+
+
+def _short(seconds: float) -> str:
+    for limit, size, unit in ((60, 1, "s"), (3600, 60, "min"), (86400, 3600, "hr")):
+        if seconds < limit:
+            return f"{int(seconds / size)}{unit}"
+    return f"{int(seconds / 86400)}d"

@@ -1,0 +1,264 @@
+"""The records that the public verbs return, with the names and fields of the original client."""
+
+import html
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, SupportsIndex, TypeVar
+
+from tundish.events import TERMINAL_TYPES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+T = TypeVar("T")
+
+
+class RunStatus(Enum):
+    """Where a run is; comparable in the order given."""
+
+    UNKNOWN = "UNKNOWN"
+    PENDING = "PENDING"
+    QUEUED = "QUEUED"
+    STARTING = "STARTING"
+    RUNNING = "RUNNING"
+    TERMINATING = "TERMINATING"
+    COMPLETED = "COMPLETED"
+    STOPPED = "STOPPED"
+    FAILED = "FAILED"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def _rank(self) -> int:
+        return list(RunStatus).index(self)
+
+    def __lt__(self, other: "RunStatus") -> bool:
+        return self._rank < other._rank
+
+    def __le__(self, other: "RunStatus") -> bool:
+        return self._rank <= other._rank
+
+    def __gt__(self, other: "RunStatus") -> bool:
+        return self._rank > other._rank
+
+    def __ge__(self, other: "RunStatus") -> bool:
+        return self._rank >= other._rank
+
+    def before(self, other: "RunStatus", inclusive: bool = False) -> bool:
+        """Whether this status usually comes before `other`."""
+        return self < other or (inclusive and self is other)
+
+    def after(self, other: "RunStatus", inclusive: bool = False) -> bool:
+        """Whether this status usually comes after `other`."""
+        return self > other or (inclusive and self is other)
+
+    def is_terminal(self) -> bool:
+        """Whether nothing will change any more."""
+        return self >= RunStatus.COMPLETED
+
+    @property
+    def display_name(self) -> str:
+        """`Completed` for COMPLETED."""
+        return self.value.capitalize()
+
+    @classmethod
+    def from_string(cls, run_status: "str | RunStatus") -> "RunStatus":
+        """The status of that name, in any case; UNKNOWN for any other text."""
+        if isinstance(run_status, RunStatus):
+            return run_status
+        return cls.__members__.get(str(run_status).upper(), cls.UNKNOWN)
+
+
+class ObjectList(Generic[T]):
+    """A list that shows itself as a table in a notebook."""
+
+    def __init__(self, data: Iterable[T], columns: dict[str, str]) -> None:
+        self.data = list(data)
+        self.display_columns = columns
+        """Attribute name → column title."""
+
+    def __repr__(self) -> str:
+        return f"List{self.data}"
+
+    def __str__(self) -> str:
+        return "[" + ", ".join(str(item) for item in self.data) + "]"
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self.data)
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Any:
+        return self.data[index]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def _repr_html_(self) -> str:
+        titles = "".join(f"<th>{html.escape(title)}</th>" for title in self.display_columns.values())
+        rows = [[getattr(item, name) for name in self.display_columns] for item in self.data]
+        body = "".join("<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in rows)
+        return f'<table border="1" class="dataframe"><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>'
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """A DataFrame whose columns are the attribute names."""
+        import pandas as pd
+
+        columns = {name: [getattr(item, name) or "" for item in self.data] for name in self.display_columns}
+        return pd.DataFrame(data=columns)
+
+
+def _cell(value: object) -> str:
+    return html.escape(str(value)) if value or value == 0 else "-"
+
+
+@dataclass
+class TrainingEvent:
+    """One thing that happened to a run."""
+
+    type: str
+    time: datetime
+    message: str
+    COLUMNS: ClassVar[dict[str, str]] = {"type": "Type", "time": "Time", "message": "Message"}
+
+    def is_terminal_state(self) -> bool:
+        """Whether the run has ended with this event."""
+        return self.type in TERMINAL_TYPES
+
+    def __str__(self) -> str:
+        return f"{self.time.astimezone():%Y-%m-%d %H:%M:%S}  {self.type:<17}  {self.message}"
+
+
+@dataclass
+class TrainingModelConstants:
+    """A supported model."""
+
+    name: str
+    display_name: str
+    max_context_length: int
+    COLUMNS: ClassVar[dict[str, str]] = {
+        "display_name": "Model Name",
+        "name": "Input Name",
+        "max_context_length": "Maximum Context Length",
+    }
+
+
+@dataclass
+class TrainingRun:
+    """A run as it was when it was read; `refresh()` reads it again."""
+
+    name: str
+    status: RunStatus
+    created_by: str
+    model: str | None = None
+    save_folder: str | None = None
+    train_data_path: str | None = None
+    register_to: str | None = None
+    submitted_experiment_path: str | None = None
+    task_type: str | None = "INSTRUCTION_FINETUNE"
+    eval_data_path: str | None = None
+    eval_prompts: list[str] | None = None
+    custom_weights_path: str | None = None
+    training_duration: str | None = None
+    learning_rate: float | None = None
+    context_length: int | None = None
+    data_prep_cluster_id: str | None = None
+    details: str | None = None
+    """The latest event's message."""
+    created_at: datetime | None = None
+    started_at: datetime | None = None
+    estimated_end_time: datetime | None = None
+    """End of training; checkpoint upload, export and registration come after it."""
+    formatted_eta: str | None = None
+    completed_at: datetime | None = None
+    submitted_config: Any = None
+    """The run's RunSpec."""
+    events: ObjectList[TrainingEvent] | None = field(default=None, repr=False)
+    experiment_id: str | None = None
+    run_id: str | None = None
+    run_dir: Path | None = None
+    """The run's folder on this machine."""
+    COLUMNS: ClassVar[dict[str, str]] = {
+        "name": "Name",
+        "run_progress": "Status",
+        "experiment_path": "MLflow Experiment",
+        "model": "Model",
+        "learning_rate": "Learning Rate",
+        "training_duration": "Training Duration",
+        "train_data_path": "Train Data Path",
+        "register_to": "Register To",
+    }
+
+    @property
+    def run_progress(self) -> str:
+        """`RUNNING ■■■□□□□□□□(30%)` while an end is in sight, else the status."""
+        if self.status is RunStatus.RUNNING and self.started_at and self.estimated_end_time:
+            total = (self.estimated_end_time - self.started_at).total_seconds()
+            done = (datetime.now(UTC) - self.started_at).total_seconds()
+            percent = max(0, min(int(100 * done / total), 100)) if total > 0 else 100
+            return f"{self.status} {'■' * (percent // 10)}{'□' * (10 - percent // 10)}({percent}%)"
+        return str(self.status)
+
+    @property
+    def formatted_events(self) -> str:
+        """The events as lines of HTML."""
+        return "<br>".join(f"<nobr>{html.escape(event.type)} {event.time}</nobr>" for event in self.events or ())
+
+    @property
+    def experiment_path(self) -> str:
+        """The MLflow experiment's name."""
+        return self.submitted_experiment_path or ""
+
+    @property
+    def mlflow_url(self) -> str | None:
+        """Path of the run's page below the MLflow server's address."""
+        return f"/#/experiments/{self.experiment_id}/runs/{self.run_id}" if self.run_id else None
+
+    @property
+    def export_dir(self) -> Path | None:
+        """The Hugging Face folder, once it is there."""
+        from tundish.paths import RunPaths
+
+        folder = RunPaths(self.run_dir).export if self.run_dir else None
+        return folder if folder and folder.is_dir() else None
+
+    def refresh(self) -> "TrainingRun":
+        """The run as it is now."""
+        from tundish import foundation_model
+
+        return foundation_model.get(self)
+
+    def cancel(self) -> int:
+        """Stop the run: 1 if it was stopped, 0 if it had ended."""
+        from tundish import foundation_model
+
+        return foundation_model.cancel(self)
+
+    def get_events(self) -> ObjectList[TrainingEvent]:
+        """All events so far."""
+        from tundish import foundation_model
+
+        return foundation_model.get_events(self)
+
+    def wait(self, timeout: float | None = None) -> "TrainingRun":
+        """The run once it has ended.
+
+        Args:
+            timeout: seconds; None waits for ever.
+
+        Raises:
+            TimeoutError: it has not ended in time; it goes on.
+        """
+        from tundish.runs.reading import wait
+
+        return wait(self.name, timeout)
+
+    def _repr_html_(self) -> str:
+        names = "name run_progress details model task_type learning_rate training_duration train_data_path eval_data_path"
+        names += " register_to experiment_path eval_prompts custom_weights_path"
+        rows = [(name.replace("_", " ").title(), _cell(getattr(self, name))) for name in names.split()]
+        rows.insert(3, ("Events", self.formatted_events))
+        body = "".join(f"<tr><th>{title}</th><td>{value}</td></tr>" for title, value in rows)
+        return f"<table border='1' class='dataframe'><tbody>{body}</tbody></table>"

@@ -1,0 +1,120 @@
+"""Which runs a call means: by name or object, by filter."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from tundish.checkpoints import list_checkpoints
+from tundish.errors import RequestError, RunNotFoundError
+from tundish.paths import RunPaths
+from tundish.runs.reading import find_run, read_run, run_names
+from tundish.runs.records import ObjectList, RunStatus, TrainingRun
+from tundish.runs.tracking import Tracking
+
+DATE_FORMATS = [
+    date + time
+    for date in ("%Y-%m-%d", "%m-%d-%Y", "%Y/%m/%d", "%m/%d/%Y")
+    for time in ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f")
+]
+
+
+def name_of(training_run: str | TrainingRun) -> str:
+    """The run's name.
+
+    Raises:
+        RequestError: it is neither a name nor a run.
+    """
+    if isinstance(training_run, TrainingRun):
+        return training_run.name
+    if isinstance(training_run, str):
+        return training_run
+    raise RequestError(f"found {type(training_run).__name__}; a run is given by its name or as a TrainingRun.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Filter:
+    """What a run must be to be listed; None = anything."""
+
+    names: set[str] | None = None
+    experiment_id: str | None = None
+    statuses: set[RunStatus] | None = None
+    users: set[str] | None = None
+    before: datetime | None = None
+    after: datetime | None = None
+
+    @classmethod
+    def parse(
+        cls,
+        names: set[str] | None,
+        experiment_id: str | None,
+        statuses: Sequence[str | RunStatus] | None,
+        users: Sequence[str] | None,
+        before: str | datetime | None,
+        after: str | datetime | None,
+    ) -> "Filter":
+        """The filter that the arguments of `list()` mean."""
+        return cls(
+            names=names,
+            experiment_id=experiment_id,
+            statuses={RunStatus.from_string(status) for status in statuses} if statuses else None,
+            users=set(users) if users else None,
+            before=parse_time("before", before),
+            after=parse_time("after", after),
+        )
+
+    def takes(self, run: TrainingRun) -> bool:
+        """Whether the run is wanted."""
+        created = run.created_at
+        assert created is not None
+        return (
+            (self.experiment_id is None or run.experiment_id == self.experiment_id)
+            and (self.statuses is None or run.status in self.statuses)
+            and (self.users is None or run.created_by in self.users)
+            and (self.before is None or created < self.before)
+            and (self.after is None or created >= self.after)
+        )
+
+
+def parse_time(argument: str, given: str | datetime | None) -> datetime | None:
+    """A time with zone; text without one is local time.
+
+    Raises:
+        RequestError: the text is no date.
+    """
+    if given is None or isinstance(given, datetime):
+        return given.astimezone() if given else None
+    for form in DATE_FORMATS:
+        try:
+            return datetime.strptime(given, form).astimezone()
+        except ValueError:
+            continue
+    try:
+        return datetime.fromisoformat(given).astimezone()
+    except ValueError:
+        text = f"{argument}: found {given!r}; allowed is a datetime, or text like '2026-11-21' or '11-21-2026 14:30'."
+        raise RequestError(text) from None
+
+
+def select(wanted: Filter, *, limit: int | None = None, include_details: bool = True) -> ObjectList[TrainingRun]:
+    """The wanted runs, newest first."""
+    names = [name for name in run_names() if wanted.names is None or name in wanted.names]
+    # Newest first by the spec, the last file written when a run is made.
+    names.sort(key=lambda name: RunPaths.of(name).spec.stat().st_mtime_ns, reverse=True)
+    found: list[TrainingRun] = []
+    for name in names:
+        if limit is not None and len(found) >= limit:
+            break
+        try:
+            run = read_run(name)
+        except (RunNotFoundError, FileNotFoundError):
+            continue
+        if wanted.takes(run):
+            found.append(run if include_details else replace(run, events=None, submitted_config=None))
+    return ObjectList(found, TrainingRun.COLUMNS)
+
+
+def checkpoints(name: str) -> list[str]:
+    """Full paths of the run's complete checkpoints, oldest first."""
+    folder = Path(Tracking.read(find_run(name)).save_folder)
+    return [str(path) for path in list_checkpoints(folder)]

@@ -1,0 +1,97 @@
+"""One stage of a run in its own process: `python -m tundish.runs.stage NAME RUN_FOLDER`.
+
+Training is not here: the composer launcher starts it. A stage writes its event after its deed, and its result, or the
+sentence that says why it failed, into the run folder.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from tundish import events
+from tundish.checkpoints import list_checkpoints
+from tundish.data import Prepared, prepare
+from tundish.data.sources import open_source
+from tundish.errors import StageError, TundishError
+from tundish.foundry import Destination, Rows, render
+from tundish.models import find_card
+from tundish.paths import RunPaths, write_atomic
+from tundish.runs.tracking import Tracking, end_tracking
+from tundish.spec import RunSpec
+
+
+def main(stage: str, folder: str) -> int:
+    """Run a stage; 0 = done, 1 = failed for a reason that the result file gives."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
+    paths = RunPaths(Path(folder))
+    spec, tracking = RunSpec.from_json(paths.spec.read_text()), Tracking.read(paths)
+    if stage.startswith("close-"):
+        end_tracking(tracking, stage.removeprefix("close-"))
+        return 0
+    stages = {"prepare": prepare_stage, "export": export_stage, "register": register_stage}
+    try:
+        result = stages[stage](paths, spec, tracking)
+    except TundishError as error:
+        write_atomic(paths.result(stage), json.dumps({"error": error.message}) + "\n")
+        return 1
+    write_atomic(paths.result(stage), json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def prepare_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:
+    """Training and evaluation data, and the YAML that now knows the number of rows."""
+    card = find_card(spec.model)
+    found: dict[str, Prepared] = {}
+    for split, given in (("train", spec.train_data_path), ("eval", spec.eval_data_path)):
+        if given is not None:
+            source = open_source(given, spec.task_type, system_message=card.system_message)
+            found[split] = prepare(source, spec.model, spec.context_length)
+            link = paths.data(split)
+            link.parent.mkdir(exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(found[split].folder)
+    train = found["train"]
+    destination = Destination(
+        save_folder=tracking.save_folder, tracking_uri=tracking.tracking_uri, experiment_name=tracking.experiment_name
+    )
+    rows = Rows(rows=train.rows, tokens=train.tokens)
+    write_atomic(paths.foundry_yaml, render(spec, card, paths, destination, rows))
+    events.append(paths.events, "DATA_VALIDATED", " ".join(_facts(split, data) for split, data in found.items()))
+    return {split: data.folder for split, data in found.items()}
+
+
+def _facts(split: str, data: Prepared) -> str:
+    text = (
+        f"{split.capitalize()} data: {data.samples:,} samples with {data.tokens:,} tokens ({data.target_tokens:,} "
+        f"targets) in {data.rows:,} rows of {data.context_length:,}, {data.fill:.1%} full."
+    )
+    if data.truncated:
+        text += f" {data.truncated:,} samples were cut at {data.context_length:,} tokens."
+    if data.chatml_added:
+        text += " The tokenizer has no chat template; ChatML is used and saved with the export."
+    return text
+
+
+def export_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:
+    """The Hugging Face folder of the last checkpoint."""
+    from tundish.export.safetensors import export
+
+    checkpoints = list_checkpoints(Path(tracking.save_folder))
+    if not checkpoints:
+        raise StageError(f"there is no complete checkpoint in {tracking.save_folder}.")
+    export(checkpoints[-1], spec.model, spec.task_type, paths.export)
+    return {"checkpoint": str(checkpoints[-1]), "export": str(paths.export)}
+
+
+def register_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:
+    """The model version in MLflow."""
+    from tundish.export.registry import register
+
+    name, version = register(paths.export, spec, tracking.run_id, tracking.tracking_uri)
+    return {"name": name, "version": version}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2]))

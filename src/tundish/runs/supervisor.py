@@ -1,0 +1,126 @@
+"""The supervisor: takes one run through its stages, in a process of its own, and says how it ended.
+
+Each stage is a process too: what it loads goes with it, and the supervisor stays small while the model trains.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from tundish import events
+from tundish.errors import StageError
+from tundish.launch.command import train_command, train_environment
+from tundish.launch.local import ProcessId, start, stop_all
+from tundish.paths import RunPaths, write_atomic
+from tundish.runs.tracking import Tracking
+from tundish.spec import RunSpec
+
+STAGES = ("prepare", "train", "export", "register")
+ERROR_LINE = re.compile(r"^(?:\[rank\d+\]: *)?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$")
+
+
+def spawn(paths: RunPaths) -> None:
+    """Start the run's supervisor, detached from the caller, and note which process it is."""
+    command = [sys.executable, "-m", "tundish.runs.supervisor", str(paths.folder)]
+    process = start(command, paths.log("supervisor"), {}, paths.folder, detached=True)
+    # Reaped when it ends, should the caller still live: a zombie would look alive to others.
+    write_atomic(paths.supervisor, json.dumps(vars_of(ProcessId.of(process.pid))) + "\n")
+
+
+def vars_of(process: ProcessId) -> dict[str, float]:
+    """The content of supervisor.json."""
+    return {"pid": process.pid, "started": process.started}
+
+
+def main(folder: str) -> None:
+    """Run all stages; the last event is COMPLETED, FAILED or CANCELED."""
+    paths = RunPaths(Path(folder))
+    signal.signal(signal.SIGTERM, _on_terminate)
+    try:
+        events.append(paths.events, "STARTED", f"Run started on {os.uname().nodename}.")
+        for stage in STAGES:
+            run_stage(paths, stage)
+        result = json.loads(paths.result("register").read_text())
+        message = f"Run completed. Registered as version {result['version']} of {result['name']}."
+        events.append(paths.events, "COMPLETED", message)
+    except StageError as error:
+        end_mlflow_run(paths, "FAILED")
+        events.append(paths.events, "FAILED", f"{error.message} Log: {error.log_path}")
+    except _Terminated:
+        stop_all(psutil.Process().children(recursive=True))
+        events.append(paths.events, "CANCELED", "Canceled by user.")
+    except Exception as error:
+        events.append(paths.events, "FAILED", f"The supervisor failed: {error!r}. Log: {paths.log('supervisor')}")
+        raise
+
+
+def run_stage(paths: RunPaths, stage: str) -> None:
+    """Run one stage to its end.
+
+    Raises:
+        StageError: it failed; the message is the cause in one sentence.
+    """
+    log = paths.log(stage)
+    command, environment = _command(paths, stage)
+    paths.work.mkdir(exist_ok=True)
+    returncode = start(command, log, environment, paths.work).wait()
+    if returncode != 0:
+        logs = [log, *sorted(paths.logs.glob(f"{stage}-rank*.log"))]
+        raise StageError(f"Stage {stage!r} failed: {_cause(paths, stage, logs, returncode)}", str(log))
+
+
+def _command(paths: RunPaths, stage: str) -> tuple[Sequence[str], Mapping[str, str]]:
+    tracking = Tracking.read(paths)
+    if stage != "train":
+        return [sys.executable, "-m", "tundish.runs.stage", stage, str(paths.folder)], {"TOKENIZERS_PARALLELISM": "true"}
+    compute = RunSpec.from_json(paths.spec.read_text()).compute
+    environment = train_environment(
+        compute, tracking.tracking_uri, tracking.experiment_id, tracking.run_id, os.cpu_count() or 1
+    )
+    return train_command(compute, paths), environment
+
+
+def _cause(paths: RunPaths, stage: str, logs: Sequence[Path], returncode: int) -> str:
+    """What a failed stage said of itself, else the last error in its logs, else its exit code."""
+    try:
+        return json.loads(paths.result(stage).read_text())["error"]
+    except (FileNotFoundError, KeyError):
+        pass
+    for log in logs:
+        if log.is_file() and (line := last_error(log.read_text(errors="replace"))):
+            return line if line.endswith(".") else line + "."
+    how = f"was killed by signal {-returncode}" if returncode < 0 else f"ended with exit code {returncode}"
+    return f"its process {how} and left no error in its log."
+
+
+def last_error(text: str) -> str | None:
+    """The last line of a log that names an exception; the launcher's own are left out."""
+    matches = (ERROR_LINE.match(line) for line in reversed(text.splitlines()))
+    return next((match[1] for match in matches if match), None)
+
+
+def end_mlflow_run(paths: RunPaths, status: str) -> None:
+    """Close the MLflow run from a process of its own; a store that cannot be reached must not hide the cause."""
+    command = [sys.executable, "-m", "tundish.runs.stage", f"close-{status}", str(paths.folder)]
+    subprocess.run(command, stdin=subprocess.DEVNULL, check=False, timeout=120)
+
+
+class _Terminated(BaseException):
+    """SIGTERM has come."""
+
+
+def _on_terminate(_signal: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise _Terminated
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,96 @@
+"""A run's place in MLflow: its experiment, its run, its artifact folder."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+from tundish.paths import RunPaths, default_tracking_uri, home, mlflow_artifacts_dir, write_atomic
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tracking:
+    """What `create()` has made in MLflow."""
+
+    tracking_uri: str
+    experiment_id: str
+    experiment_name: str
+    run_id: str
+    save_folder: str
+    """Where the checkpoints go: `<artifacts>/<run_name>/checkpoints`."""
+
+    @classmethod
+    def read(cls, paths: RunPaths) -> "Tracking":
+        """What was written when the run was created."""
+        return cls(**json.loads(paths.result("tracking").read_text()))
+
+    def write(self, paths: RunPaths) -> None:
+        """Keep it in the run folder."""
+        write_atomic(paths.result("tracking"), json.dumps(asdict(self), indent=2) + "\n")
+
+
+def tracking_uri() -> str:
+    """`MLFLOW_TRACKING_URI`, else the SQLite file in `$TUNDISH_HOME`."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri()
+
+
+def planned_save_folder(run_name: str, experiment_name: str) -> str:
+    """The save folder before the MLflow run exists; Composer fills in the run's id."""
+    return f"{_artifact_root(experiment_name)}/{{mlflow_run_id}}/artifacts/{run_name}/checkpoints"
+
+
+def open_tracking(run_name: str, experiment_name: str, tags: dict[str, str]) -> Tracking:
+    """Make the experiment, where it does not exist, and the run."""
+    from mlflow import MlflowClient
+
+    uri = tracking_uri()
+    if uri == default_tracking_uri():
+        (home() / "mlflow").mkdir(parents=True, exist_ok=True)
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(experiment_name)
+    experiment_id = experiment.experiment_id if experiment else _create_experiment(client, experiment_name, uri)
+    run = client.create_run(experiment_id, run_name=run_name, tags=tags)
+    return Tracking(
+        tracking_uri=uri,
+        experiment_id=experiment_id,
+        experiment_name=experiment_name,
+        run_id=run.info.run_id,
+        save_folder=str(_local_artifacts(run.info.artifact_uri, run_name) / run_name / "checkpoints"),
+    )
+
+
+def end_tracking(tracking: Tracking, status: str) -> None:
+    """Close the MLflow run with `FAILED` or `KILLED`."""
+    from mlflow import MlflowClient
+
+    MlflowClient(tracking.tracking_uri).set_terminated(tracking.run_id, status)
+
+
+def _create_experiment(client: object, name: str, uri: str) -> str:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    assert isinstance(client, MlflowClient)
+    # MLflow's own default is a folder of the working directory; a server chooses for itself.
+    location = None if uri.startswith("http") else _artifact_root(name).as_uri()
+    try:
+        return client.create_experiment(name, artifact_location=location)
+    except MlflowException:
+        # Another process made it in between.
+        if (experiment := client.get_experiment_by_name(name)) is None:
+            raise
+        return experiment.experiment_id
+
+
+def _artifact_root(experiment_name: str) -> Path:
+    return mlflow_artifacts_dir() / hashlib.sha256(experiment_name.encode()).hexdigest()[:16]
+
+
+def _local_artifacts(artifact_uri: str, run_name: str) -> Path:
+    """The run's artifact folder where it is on this machine, else one in the run folder."""
+    parsed = urlparse(artifact_uri)
+    if parsed.scheme in ("", "file"):
+        return Path(unquote(parsed.path))
+    return RunPaths.of(run_name).folder / "artifacts"
