@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from tundish.models import model_cards
+from tundish import progress
 from tundish.runs import control, creating, reading, selecting
 from tundish.runs.records import ObjectList, RunStatus, TrainingEvent, TrainingModelConstants, TrainingRun
 from tundish.spec import Compute
@@ -125,7 +126,7 @@ def get_events(training_run: str | TrainingRun, follow: bool = False) -> ObjectL
     """
     name = selecting.name_of(training_run)
     if follow:
-        control.follow(name)
+        progress.watch(name)
     return reading.read_events(reading.find_run(name))
 
 

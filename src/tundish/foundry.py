@@ -19,7 +19,7 @@ from tundish.spec import RunSpec
 
 MAX_ROWS_PER_DEVICE = 16
 """Upper end of the automatic batch size, in rows of one device."""
-MIN_STEPS = 100
+MIN_STEPS = 500
 """A run should take at least this many optimizer steps, as far as its rows allow."""
 MICROBATCH_TOKENS = 16_384
 """Tokens in one forward pass of a small model; a large one gets one row."""
@@ -55,14 +55,6 @@ class Destination:
     save_folder: str
     tracking_uri: str
     experiment_name: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rows:
-    """What the translator needs to know of the prepared training data."""
-
-    rows: int
-    tokens: int
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> list[str]:
@@ -110,11 +102,11 @@ def choose_batch_size(rows: int, devices: int, epochs: int) -> int:
     return per_device * devices
 
 
-def render(spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destination, rows: Rows | None) -> str:
+def render(spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destination, rows: int | None) -> str:
     """The run's LLM-Foundry YAML, with comments.
 
-    `rows` is None before the data is prepared: batch size and warm-up are then those of a large data set, and a
-    comment says so.
+    `rows`: rows of the prepared training data; None before it is prepared. Batch size and warm-up are then provisional,
+    and a comment says so.
     """
     texts = [(yamls_dir() / "base.yaml").read_text(), (yamls_dir() / "task" / f"{spec.task_type.lower()}.yaml").read_text()]
     batch_size, reason = _batch_size(spec, rows)
@@ -139,31 +131,30 @@ def render(spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destina
     return header + dump(merged, comments)
 
 
-def _batch_size(spec: RunSpec, rows: Rows | None) -> tuple[int, str]:
+def _batch_size(spec: RunSpec, rows: int | None) -> tuple[int, str]:
     given = spec.overrides.get("global_train_batch_size")
     if given is not None:
         return int(given), "Set by overrides."
     devices, epochs = spec.compute.devices, spec.training_duration.value if spec.training_duration.unit == "ep" else 1
     if rows is None:
         return MAX_ROWS_PER_DEVICE * devices, "For large data; chosen again from the number of rows once they are packed."
-    size = choose_batch_size(rows.rows, devices, epochs)
-    steps = math.ceil(rows.rows / size)
-    return size, f"Chosen for {rows.rows:,} rows on {devices} device(s): {steps:,} steps an epoch."
+    size = choose_batch_size(rows, devices, epochs)
+    steps = math.ceil(rows / size)
+    return size, f"Chosen for {rows:,} rows on {devices} device(s): {steps:,} steps an epoch."
 
 
-def _steps(spec: RunSpec, rows: Rows | None, batch_size: int) -> int | None:
-    """Optimizer steps of the whole run, as far as they can be known."""
+def _steps(spec: RunSpec, rows: int | None, batch_size: int) -> int | None:
+    """Optimizer steps of a run whose duration is in epochs or batches; None where the rows are not known yet."""
     duration = spec.training_duration
     if duration.unit == "ba":
         return duration.value
-    if rows is None:
-        return None
-    per_epoch = math.ceil(rows.rows / batch_size)
-    return per_epoch * duration.value if duration.unit == "ep" else per_epoch * duration.value // max(1, rows.tokens)
+    return None if rows is None else math.ceil(rows / batch_size) * duration.value
 
 
-def _warm_up(steps: int | None) -> str:
-    return "0.02dur" if steps is None or steps >= 50 else "1ba"
+def _warm_up(spec: RunSpec, steps: int | None) -> str:
+    if spec.training_duration.unit == "tok":
+        return "0.02dur"
+    return f"{max(1, round(0.02 * (steps or 1)))}ba"
 
 
 def _interval(spec: RunSpec) -> str:
@@ -181,7 +172,7 @@ def _attention(spec: RunSpec) -> str:
 
 
 def _computed(
-    spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destination, rows: Rows | None, batch_size: int
+    spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destination, rows: int | None, batch_size: int
 ) -> dict[str, Any]:
     attention = _attention(spec)
     per_device = max(1, batch_size // spec.compute.devices)
@@ -203,7 +194,7 @@ def _computed(
             "attn_implementation": attention,
         },
         "optimizer": {"lr": spec.learning_rate},
-        "scheduler": {"t_warmup": _warm_up(_steps(spec, rows, batch_size))},
+        "scheduler": {"t_warmup": _warm_up(spec, _steps(spec, rows, batch_size))},
         "train_loader": {
             "dataset": {"local": str(paths.data("train")), **dataset, "shuffle_seed": 17},
             "num_workers": 2 if spec.compute.device == "gpu" else 0,

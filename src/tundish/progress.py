@@ -1,4 +1,4 @@
-"""A run's events on a terminal: lines as they come, and a bar while the model trains."""
+"""A run's events as they come: lines and a bar on a terminal, lines in a log, a table in a notebook."""
 
 import sys
 import time
@@ -8,10 +8,10 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from tundish import events
-from tundish.runs.control import POLL_SECONDS
-from tundish.runs.reading import find_run, read_run
+from tundish.runs.reading import find_run, read_events, read_run
 from tundish.runs.records import TrainingRun
 
+POLL_SECONDS = 0.5
 PLAIN_SECONDS = 15.0
 """Without a terminal: seconds between two lines of training progress."""
 DOING = {
@@ -29,7 +29,31 @@ STYLES = {"COMPLETED": "bold green", "FAILED": "bold red", "CANCELED": "bold yel
 
 def watch(name: str) -> TrainingRun:
     """Show the run's events until it has ended, and return it. The caller may stop watching; the run goes on."""
+    if in_notebook():
+        return _watch_notebook(name)
     return _watch_live(name) if sys.stdout.isatty() else _watch_plain(name)
+
+
+def in_notebook() -> bool:
+    """Whether this process is a Jupyter kernel."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+def _watch_notebook(name: str) -> TrainingRun:
+    from IPython.display import clear_output, display
+
+    latest = None
+    while True:
+        run, found = read_run(name), read_events(find_run(name))
+        if len(found) and found[-1] != latest:
+            latest = found[-1]
+            clear_output(wait=True)
+            display(found)
+        if run.status.is_terminal():
+            clear_output()
+            return run
+        time.sleep(POLL_SECONDS)
 
 
 def _watch_plain(name: str) -> TrainingRun:

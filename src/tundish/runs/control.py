@@ -1,7 +1,6 @@
-"""Stopping runs, and following their events."""
+"""Stopping runs."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import psutil
 
@@ -10,12 +9,11 @@ from tundish.errors import RequestError
 from tundish.launch.local import stop_all, stop_tree
 from tundish.paths import RunPaths
 from tundish.runs import selecting
-from tundish.runs.reading import find_run, read_events, read_run, run_names, supervisor
-from tundish.runs.records import ObjectList, TrainingEvent, TrainingRun
+from tundish.runs.reading import find_run, read_run, run_names, supervisor
+from tundish.runs.records import TrainingRun
 from tundish.runs.tracking import Tracking, end_tracking
 
 CANCEL_SECONDS = 6.0
-POLL_SECONDS = 0.5
 
 
 def cancel(
@@ -78,44 +76,3 @@ def _stop_supervisor(paths: RunPaths) -> None:
     except psutil.TimeoutExpired:
         stop_tree(process, grace_s=0.5)
     stop_all(family, grace_s=0.5)
-
-
-def follow(name: str, show: Callable[[ObjectList[TrainingEvent], int], None] | None = None) -> None:
-    """Show new events until the run has ended.
-
-    Args:
-        name: the run.
-        show: takes all events and how many of them were shown before; default prints, or redraws in a notebook.
-    """
-    paths = find_run(name)
-    show = show or (_show_in_notebook if in_notebook() else _print_new)
-    seen, latest = 0, None
-    while True:
-        run_ended = read_run(name).status.is_terminal()
-        found = read_events(paths)
-        if len(found) != seen or (found and found[-1] != latest):
-            show(found, min(seen, len(found) - 1))
-            seen, latest = len(found), found[-1]
-        if run_ended:
-            return
-        time.sleep(POLL_SECONDS)
-
-
-def in_notebook() -> bool:
-    """Whether this process is a Jupyter kernel."""
-    import sys
-
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return shell is not None and "IPKernelApp" in shell.config
-
-
-def _print_new(found: ObjectList[TrainingEvent], seen: int) -> None:
-    for event in found[seen:]:
-        print(event, flush=True)
-
-
-def _show_in_notebook(found: ObjectList[TrainingEvent], seen: int) -> None:
-    from IPython.display import clear_output, display
-
-    clear_output(wait=True)
-    display(found)

@@ -15,7 +15,7 @@ from tundish.checkpoints import list_checkpoints
 from tundish.data import Prepared, prepare
 from tundish.data.sources import open_source
 from tundish.errors import StageError, TundishError
-from tundish.foundry import Destination, Rows, render
+from tundish.foundry import Destination, render
 from tundish.models import find_card
 from tundish.paths import RunPaths, write_atomic
 from tundish.runs.tracking import Tracking, end_tracking
@@ -56,9 +56,11 @@ def prepare_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[st
     destination = Destination(
         save_folder=tracking.save_folder, tracking_uri=tracking.tracking_uri, experiment_name=tracking.experiment_name
     )
-    rows = Rows(rows=train.rows, tokens=train.tokens)
-    write_atomic(paths.foundry_yaml, render(spec, card, paths, destination, rows))
-    events.append(paths.events, "DATA_VALIDATED", " ".join(_facts(split, data) for split, data in found.items()))
+    write_atomic(paths.foundry_yaml, render(spec, card, paths, destination, train.rows))
+    text = " ".join(_facts(split, data) for split, data in found.items())
+    if train.chatml_added:
+        text += " The tokenizer has no chat template; ChatML is used, and saved with the export."
+    events.append(paths.events, "DATA_VALIDATED", text)
     return {split: data.folder for split, data in found.items()}
 
 
@@ -69,8 +71,6 @@ def _facts(split: str, data: Prepared) -> str:
     )
     if data.truncated:
         text += f" {data.truncated:,} samples were cut at {data.context_length:,} tokens."
-    if data.chatml_added:
-        text += " The tokenizer has no chat template; ChatML is used and saved with the export."
     return text
 
 

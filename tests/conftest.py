@@ -1,0 +1,177 @@
+"""What all tests share: a clean environment, tiny models made on the spot, and run folders written by hand."""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Read by huggingface_hub and torch when they are imported, which may be before the first test.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+TINY_CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "max_position_embeddings": 512,
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 384,
+    "tie_word_embeddings": False,
+}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+MakeRun = Callable[..., Any]
+WriteLines = Callable[[Path, Iterable[object]], Path]
+SaveTokenizer = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`$TUNDISH_HOME` of this test, not created; no other setting of the machine reaches the test."""
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        monkeypatch.delenv(name)
+    folder = tmp_path / "home"
+    monkeypatch.setenv("TUNDISH_HOME", str(folder))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return folder
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is accepted by mistake fails the test instead of training."""
+    from tundish.runs import creating
+
+    def refuse(*_: object) -> None:
+        pytest.fail("a run was accepted")
+
+    monkeypatch.setattr(creating.supervisor, "spawn", refuse)
+    monkeypatch.setattr(creating, "open_tracking", refuse)
+
+
+@pytest.fixture
+def config_folder(tmp_path: Path) -> Path:
+    """A Hugging Face folder with nothing but a config.json: enough for planning."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(TINY_CONFIG))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_lines() -> WriteLines:
+    """Writes a JSONL file; a record that is text already is written as it stands."""
+
+    def write(path: Path, records: Iterable[object]) -> Path:
+        lines = [record if isinstance(record, str) else json.dumps(record, ensure_ascii=False) for record in records]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def arguments(config_folder: Path, tmp_path: Path, write_lines: WriteLines) -> dict[str, Any]:
+    """Arguments of `create()` in which nothing is wrong."""
+    chat = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+    data = write_lines(tmp_path / "train.jsonl", [chat] * 3)
+    return {"model": str(config_folder), "train_data_path": str(data), "register_to": "main.lab"}
+
+
+@pytest.fixture
+def make_run(arguments: dict[str, Any]) -> MakeRun:
+    """Writes the folder of a run that nothing supervises: `make_run(name, ("STARTED", "…"), …, created_at=…)`."""
+    from tundish import events
+    from tundish.paths import RunPaths, write_atomic
+    from tundish.runs.tracking import Tracking
+    from tundish.spec import parse_spec
+
+    def make(
+        name: str,
+        *happened: tuple[str, str],
+        created_at: str = "2026-11-21T10:00:00+00:00",
+        experiment_id: str = "1",
+        **more: Any,
+    ) -> RunPaths:
+        spec, _ = parse_spec(arguments | {"run_name": name} | more, created_at=created_at)
+        paths = RunPaths.of(name)
+        paths.result("tracking").parent.mkdir(parents=True)
+        Tracking(
+            tracking_uri="sqlite:////nowhere.db",
+            experiment_id=experiment_id,
+            experiment_name=spec.experiment_path,
+            run_id=f"id-of-{name}",
+            save_folder=str(paths.folder / "artifacts" / name / "checkpoints"),
+        ).write(paths)
+        for type, message in happened:
+            events.append(paths.events, type, message)
+        write_atomic(paths.spec, spec.to_json())
+        return paths
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def save_tokenizer() -> SaveTokenizer:
+    """Saves a byte-level BPE tokenizer of 384 tokens into a folder; `bos` makes it begin texts as Llama's does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    def save(folder: Path, *, chat_template: str | None = None, bos: bool = False) -> Path:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=384,
+            special_tokens=["<pad>", "</s>", "<s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(["the quick brown fox jumps over the lazy dog; what is two and two? four."], trainer)
+        special = {"eos_token": "</s>", "pad_token": "<pad>"}
+        if bos:
+            backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+            special["bos_token"] = "<s>"
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+        tokenizer.chat_template = chat_template
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, save_tokenizer: SaveTokenizer) -> Path:
+    """A Hugging Face folder: tokenizer with chat template, and the config of a Llama of 0.1 M parameters."""
+    from transformers import LlamaConfig
+
+    folder = save_tokenizer(tmp_path_factory.mktemp("models") / "tiny-llama", chat_template=CHAT_TEMPLATE)
+    numbers = {name: value for name, value in TINY_CONFIG.items() if name not in ("architectures", "model_type")}
+    LlamaConfig(**numbers, bos_token_id=None, eos_token_id=1, pad_token_id=0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bare_model(tmp_path_factory: pytest.TempPathFactory, save_tokenizer: SaveTokenizer) -> Path:
+    """A folder with a tokenizer that has no chat template."""
+    return save_tokenizer(tmp_path_factory.mktemp("models") / "bare")
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tiny_model: Path) -> Path:
+    """`tiny_model` with random weights beside its config."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(17)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_model)).save_pretrained(tiny_model)
+    return tiny_model

@@ -1,0 +1,307 @@
+"""foundry.py: the YAML of a run is complete, true, and what was recorded for each size."""
+
+import ast
+import dataclasses
+import importlib.util
+import itertools
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from tundish.foundry import (
+    KEYS,
+    MAX_ROWS_PER_DEVICE,
+    MIN_STEPS,
+    REFUSED_OVERRIDES,
+    Destination,
+    Rows,
+    check_overrides,
+    choose_batch_size,
+    render,
+)
+from tundish.models import ModelCard, model_cards
+from tundish.paths import RunPaths
+from tundish.spec import RunSpec, TaskType, parse_spec
+
+RECORDED = Path(__file__).parent / "recorded"
+PATHS = RunPaths(Path("/runs/recorded"))
+DESTINATION = Destination(
+    save_folder="/artifacts/recorded/checkpoints", tracking_uri="sqlite:////mlflow/mlflow.db", experiment_name="/Users/me/recorded"
+)
+LARGE = Rows(rows=50_000, tokens=400_000_000)
+SIZES: dict[str, tuple[str, dict[str, Any], Rows]] = {
+    "tiny": ("/models/tiny", {"device": "cpu", "devices_per_node": 1}, Rows(rows=340, tokens=40_000)),
+    "8b": ("meta-llama/Meta-Llama-3.1-8B-Instruct", {"device": "gpu", "devices_per_node": 8}, LARGE),
+    "70b": ("meta-llama/Meta-Llama-3.1-70B-Instruct", {"device": "gpu", "devices_per_node": 8, "nodes": 4}, LARGE),
+    "405b": ("meta-llama/Meta-Llama-3.1-405B-Instruct", {"device": "gpu", "devices_per_node": 8, "nodes": 16}, LARGE),
+}
+CASES = {f"{task.lower()}-{size}.yaml": (task, size) for task in get_args(TaskType) for size in SIZES}
+
+Plan = Callable[..., tuple[RunSpec, ModelCard]]
+
+
+@pytest.fixture
+def plan(config_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """The checked spec and card of a size, the same on every machine."""
+    find_spec = importlib.util.find_spec
+    # Whether this machine has flash-attn must not decide what is expected.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find_spec("yaml" if name == "flash_attn" else name))
+
+    def make(size: str = "tiny", **changes: Any) -> tuple[RunSpec, ModelCard]:
+        model, compute, _ = SIZES[size]
+        given = {
+            "model": str(config_folder) if size == "tiny" else model,
+            "train_data_path": "/data/train",
+            "register_to": "main.lab",
+            "run_name": "recorded",
+            "experiment_path": DESTINATION.experiment_name,
+            "compute": compute,
+        }
+        spec, card = parse_spec(given | changes, created_at="2026-11-21T10:00:00+00:00")
+        return dataclasses.replace(spec, model=model), dataclasses.replace(card, name=model)
+
+    return make
+
+
+def _render(planned: tuple[RunSpec, ModelCard], rows: Rows | None = LARGE) -> dict[str, Any]:
+    return yaml.safe_load(render(*planned, PATHS, DESTINATION, rows))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_yaml_is_the_recorded_one(plan: Plan, name: str) -> None:
+    """What a run trains with would change unseen. `TUNDISH_RECORD=1` writes the files anew; read the diff."""
+    task, size = CASES[name]
+    text = render(*plan(size, task_type=task), PATHS, DESTINATION, SIZES[size][2])
+    if os.environ.get("TUNDISH_RECORD") == "1":
+        (RECORDED / name).write_text(text)
+    assert text == (RECORDED / name).read_text()
+
+
+def test_every_recorded_file_is_compared() -> None:
+    """A recording that nothing compares would look like a promise."""
+    assert len(CASES) == 12 and {path.name for path in RECORDED.iterdir()} == set(CASES)
+
+
+def test_keys_are_those_that_llm_foundry_knows() -> None:
+    """An override that LLM Foundry takes would be refused, or one that it does not know accepted."""
+    spec = importlib.util.find_spec("llmfoundry")  # found, not loaded: that takes 20 seconds
+    assert spec is not None and spec.submodule_search_locations and "llmfoundry" not in sys.modules
+    source = Path(spec.submodule_search_locations[0]) / "utils" / "config_utils.py"
+    classes = {node.name: node for node in ast.parse(source.read_text()).body if isinstance(node, ast.ClassDef)}
+    fields = {
+        node.target.id
+        for node in classes["TrainConfig"].body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    assert len(fields) > 50 and fields == KEYS
+    assert set(REFUSED_OVERRIDES) <= KEYS
+
+
+@pytest.mark.parametrize("task", get_args(TaskType))
+def test_nothing_is_left_open_for_any_model(plan: Plan, task: str) -> None:
+    """LLM Foundry would stop at a `???`, at a key that it does not know, or resolve an environment variable."""
+    assert len(model_cards()) > 30
+    for name in model_cards():
+        text = render(*plan("8b", model=name, task_type=task), PATHS, DESTINATION, LARGE)
+        values = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+        assert "???" not in values and "${" not in values, name
+        assert set(yaml.safe_load(text)) <= KEYS, name
+
+
+def test_training_is_what_the_service_did(plan: Plan) -> None:
+    """Optimizer, schedule or loss weighting would differ from the managed service's, or code of a model could run."""
+    content = _render(plan("8b", learning_rate="1e-6", training_duration="3ep"))
+    assert content["optimizer"] == {"name": "decoupled_lionw", "lr": 1e-6, "betas": [0.99, 0.95], "weight_decay": 0.0}
+    assert content["scheduler"] == {"name": "linear_decay_with_warmup", "t_warmup": "0.02dur", "alpha_f": 0}
+    assert (content["max_duration"], content["max_seq_len"]) == ("3ep", 8192)
+    assert content["accumulate_train_batch_on_tokens"] is True
+    assert content["fsdp_config"]["state_dict_type"] == "sharded"
+    assert content["model"]["trust_remote_code"] is content["tokenizer"]["kwargs"]["trust_remote_code"] is False
+    assert content["save_overwrite"] is False and content["save_num_checkpoints_to_keep"] == -1
+
+
+def test_arguments_and_places_reach_their_keys(plan: Plan) -> None:
+    """A run would read other data, or write elsewhere, than its record says."""
+    content = _render(plan(), SIZES["tiny"][2])
+    assert content["run_name"] == "recorded"
+    assert content["model"]["pretrained_model_name_or_path"] == content["tokenizer"]["name"] == "/models/tiny"
+    assert content["train_loader"]["name"] == "tundish_packed"
+    assert content["train_loader"]["dataset"]["local"] == "/runs/recorded/data/train"
+    assert content["train_loader"]["dataset"]["max_seq_len"] == content["max_seq_len"] == 512
+    assert content["save_folder"] == DESTINATION.save_folder
+    assert content["loggers"]["mlflow"]["tracking_uri"] == DESTINATION.tracking_uri
+    assert content["loggers"]["mlflow"]["experiment_name"] == DESTINATION.experiment_name
+    assert content["callbacks"]["tundish_events"] == {"events_path": "/runs/recorded/events.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("device", "flash", "attention", "precision"),
+    [
+        ("cpu", True, "sdpa", "fp32"),
+        ("gpu", True, "flash_attention_2", "amp_bf16"),
+        ("gpu", False, "flex_attention", "amp_bf16"),
+    ],
+)
+def test_attention_is_one_that_the_machine_has(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, device: str, flash: bool, attention: str, precision: str
+) -> None:
+    """The model would not load, or packed samples would see each other: loader and model must agree."""
+    planned = plan("8b", compute={"device": device, "devices_per_node": 8})
+    if not flash:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    content = _render(planned)
+    assert content["model"]["attn_implementation"] == attention
+    assert content["train_loader"]["dataset"]["attn_implementation"] == attention
+    assert content["precision"] == precision
+
+
+def test_sections_that_were_not_asked_for_are_absent(plan: Plan) -> None:
+    """A run without evaluation data would look for some, or load weights from nowhere."""
+    content = _render(plan())
+    assert not {"eval_loader", "load_path", "load_weights_only"} & set(content)
+    assert "tundish_eval_prompts" not in content["callbacks"]
+
+
+def test_sections_that_were_asked_for_are_there(plan: Plan) -> None:
+    """Evaluation, prompts or custom weights would be ignored in silence."""
+    content = _render(plan(eval_data_path="/data/eval", eval_prompts=["What?", "Who?"], custom_weights_path="/w/ep1-ba2"))
+    assert content["eval_loader"]["dataset"]["local"] == "/runs/recorded/data/eval"
+    assert content["eval_loader"]["dataset"]["shuffle"] is False
+    assert content["callbacks"]["tundish_eval_prompts"]["prompts"] == ["What?", "Who?"]
+    assert (content["load_path"], content["load_weights_only"]) == ("/w/ep1-ba2", True)
+
+
+def test_overrides_win_and_leave_their_neighbours(plan: Plan) -> None:
+    """An override would be lost, or take the rest of its section with it."""
+    overrides = {"optimizer.lr": 0.5, "callbacks": {"lr_monitor": {"x": 1}}, "seed": 3, "eval_first": True}
+    before, after = _render(plan()), _render(plan(overrides=overrides))
+    assert after["optimizer"] == before["optimizer"] | {"lr": 0.5}
+    assert after["callbacks"] == before["callbacks"] | {"lr_monitor": {"x": 1}}
+    assert (after["seed"], after["eval_first"]) == (3, True)
+    unchanged = set(before) - {"optimizer", "callbacks", "seed"}
+    assert {key: after[key] for key in unchanged} == {key: before[key] for key in unchanged}
+
+
+def test_a_given_batch_size_wins_and_the_file_says_so(plan: Plan) -> None:
+    """The one setting that people change would be overruled, or the comment would give a false reason."""
+    text = render(*plan("8b", overrides={"global_train_batch_size": 24}), PATHS, DESTINATION, LARGE)
+    assert yaml.safe_load(text)["global_train_batch_size"] == 24
+    assert "# Set by overrides.\nglobal_train_batch_size: 24\n" in text
+
+
+def test_the_chosen_batch_size_is_explained(plan: Plan) -> None:
+    """Nobody would know where the number comes from, or the steps would be miscounted."""
+    text = render(*plan(), PATHS, DESTINATION, Rows(rows=340, tokens=40_000))
+    size = yaml.safe_load(text)["global_train_batch_size"]
+    assert f"# Chosen for 340 rows on 1 device(s): {math.ceil(340 / size)} steps an epoch.\nglobal_train_batch_size: {size}\n" in text
+    assert "chosen again from the number of rows" in render(*plan(), PATHS, DESTINATION, None)
+
+
+@pytest.mark.parametrize(("rows", "devices", "epochs"), itertools.product([1, 7, 100, 340, 5_000, 10**6], [1, 2, 3, 8, 128], [1, 4]))
+def test_the_batch_size_suits_rows_and_devices(rows: int, devices: int, epochs: int) -> None:
+    """Ranks would get unequal shares, or a small data set too few steps to learn anything."""
+    size = choose_batch_size(rows, devices, epochs)
+    per_device = size // devices
+    assert size % devices == 0 and 1 <= per_device <= MAX_ROWS_PER_DEVICE
+    steps = epochs * math.ceil(rows / size)
+    assert steps >= MIN_STEPS or per_device == 1
+    # The largest that does: twice as many rows would give too few steps.
+    assert per_device == MAX_ROWS_PER_DEVICE or epochs * math.ceil(rows / (2 * size)) < MIN_STEPS
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "warm_up"),
+    [
+        (Rows(rows=340, tokens=1), {"training_duration": "49ba"}, "1ba"),
+        (Rows(rows=340, tokens=1), {"training_duration": "50ba"}, "0.02dur"),
+        (Rows(rows=10, tokens=1), {"training_duration": "4ep"}, "1ba"),
+        (Rows(rows=100_000, tokens=1), {}, "0.02dur"),
+        (Rows(rows=100, tokens=50_000), {"training_duration": "5_000tok"}, "1ba"),
+        (Rows(rows=100, tokens=50_000), {"training_duration": "500_000tok"}, "0.02dur"),
+    ],
+)
+def test_short_runs_warm_up_for_a_whole_batch(plan: Plan, rows: Rows, changes: dict[str, Any], warm_up: str) -> None:
+    """Composer rounds 2 % of a short run down to no warm-up at all."""
+    assert _render(plan(**changes), rows)["scheduler"]["t_warmup"] == warm_up
+
+
+@pytest.mark.parametrize(("duration", "interval"), [("1ep", "1ep"), ("10ep", "1ep"), ("25ep", "3ep"), ("100ba", "0.25dur")])
+def test_saving_and_evaluating_happen_at_most_ten_times(plan: Plan, duration: str, interval: str) -> None:
+    """Checkpoints of a long run would fill the disk."""
+    content = _render(plan(training_duration=duration))
+    assert content["save_interval"] == content["eval_interval"] == interval
+
+
+def test_microbatches_of_large_models_are_single_rows(plan: Plan) -> None:
+    """A large model would run out of memory; a tiny one would crawl; `auto` fails on a CPU and under FSDP2."""
+    assert _render(plan("405b"))["device_train_microbatch_size"] == 1
+    tiny = _render(plan("tiny", overrides={"global_train_batch_size": 8}))
+    assert tiny["device_train_microbatch_size"] == tiny["device_eval_batch_size"] == 8
+
+
+def test_each_comment_is_true_where_it_stands(plan: Plan) -> None:
+    """The file explains its values: a reason for what only large models get would be false in a small one's file."""
+    small = render(*plan("tiny"), PATHS, DESTINATION, LARGE)
+    large = render(*plan("8b"), PATHS, DESTINATION, LARGE)
+    for reason in ("Rank 0 alone reads the weights", "would need more memory than the weights"):
+        assert reason in large
+        assert reason not in small
+    raw_text = render(*plan("tiny", task_type="CONTINUED_PRETRAIN"), PATHS, DESTINATION, LARGE)
+    assert "a longer sample was cut" in small
+    assert "a longer sample was cut" not in raw_text, "raw text is split, and its tail is kept"
+
+
+def test_the_file_tells_how_to_train_it_without_tundish(plan: Plan) -> None:
+    """The command in the header would start another number of processes than the run has."""
+    text = render(*plan("8b"), PATHS, DESTINATION, LARGE)
+    assert text.startswith("# Run recorded, written by tundish ")
+    assert "composer -n 8 $(which llmfoundry) train foundry.yaml" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        ({"global_train_batchsize": 8}, "has no key 'global_train_batchsize'. Did you mean global_train_batch_size"),
+        ({"zzz": 8}, "has no key 'zzz'. See the keys of a run's foundry.yaml"),
+        ({"optimiser.lr": 1}, "has no key 'optimiser'. Did you mean optimizer"),
+        ({"code_paths": ["x.py"]}, "'code_paths' is not allowed: it would run any file"),
+        ({"max_seq_len": 1}, "'max_seq_len' is not allowed: create() has context_length for it"),
+        ({"max_duration": "1ep"}, "create() has training_duration for it"),
+        ({"run_name": "x"}, "create() has run_name for it"),
+        ({"metadata.x": "${oc.env:HOME}"}, "'metadata.x' holds '${'"),
+        ({"metadata": {"x": ["${oc.env:HOME}"]}}, "'metadata' holds '${'"),
+        ({"seed.x": 1}, "'seed.x' goes below a key that holds a single value"),
+        ({"seed.x.y": 1}, "'seed.x.y' goes below a key that holds a single value"),
+        ({"save_interval.x": 1}, "'save_interval.x' goes below a key that holds a single value"),
+    ],
+)
+def test_a_wrong_override_is_named(overrides: dict[str, Any], found: str) -> None:
+    """LLM Foundry would fail in the middle of the run, or run a file, or print a secret."""
+    (problem,) = check_overrides(overrides)
+    assert problem.startswith("overrides: ") and found in problem
+
+
+def test_all_wrong_overrides_are_told_together() -> None:
+    """The caller would repair one key after the other."""
+    assert len(check_overrides({"zzz": 1, "code_paths": [], "optimiser.lr": 1, "seed": 3})) == 3
+
+
+def test_good_overrides_are_no_problem() -> None:
+    """A key that LLM Foundry knows would be refused."""
+    good = {"seed": 3, "optimizer.lr": 1e-3, "fsdp_config": {"activation_checkpointing": True}, "metadata.team": "x"}
+    assert check_overrides(good) == [] and check_overrides({}) == []
+
+
+def test_only_this_module_knows_llm_foundry_s_keys() -> None:
+    """A key name in another pure module would have to be changed there too when LLM Foundry changes it."""
+    source = Path(sys.modules["tundish"].__file__ or "").parent
+    telling = [key for key in KEYS if key.startswith(("device_", "save_", "fsdp", "accumulate_")) and key != "save_folder"]
+    others = [path for path in source.rglob("*.py") if path.name != "foundry.py" and "train" not in path.relative_to(source).parts]
+    assert len(telling) > 10 and len(others) > 20
+    assert not [f"{path.name}: {key}" for path in others for key in telling if key in path.read_text()]

@@ -1,0 +1,204 @@
+"""models.py: cards that say what is true of each model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tundish.errors import SpecError
+from tundish.models import find_card, foundry_layers, model_cards
+
+PUBLISHED_PARAMETERS = {
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+    "meta-llama/Meta-Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Meta-Llama-3-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
+    "meta-llama/Meta-Llama-3.1-70B": 70_553_706_496,
+    "meta-llama/Meta-Llama-3.1-405B-Instruct": 405_853_388_800,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-2-13b-chat-hf": 13_015_864_320,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "databricks/dbrx-base": 131_596_523_520,
+}
+
+SUPPORTED = {
+    **dict.fromkeys(
+        ["meta-llama/Llama-3.3-70B-Instruct"]
+        + [f"meta-llama/Llama-3.2-{size}{suffix}" for size in ("1B", "3B") for suffix in ("", "-Instruct")]
+        + [f"meta-llama/Meta-Llama-3.1-{size}{suffix}" for size in ("8B", "70B", "405B") for suffix in ("", "-Instruct")],
+        131072,
+    ),
+    **{f"meta-llama/Meta-Llama-3-{size}{suffix}": 8192 for size in ("8B", "70B") for suffix in ("", "-Instruct")},
+    **{f"meta-llama/Llama-2-{size}{suffix}-hf": 4096 for size in ("7b", "13b", "70b") for suffix in ("", "-chat")},
+    **{
+        f"codellama/CodeLlama-{size}{suffix}-hf": 16384
+        for size in ("7b", "13b", "34b")
+        for suffix in ("", "-Instruct", "-Python")
+    },
+    **{f"mistralai/{name}": 32768 for name in ("Mistral-7B-v0.1", "Mistral-7B-Instruct-v0.2", "Mixtral-8x7B-v0.1")},
+    **{f"databricks/dbrx-{name}": 32768 for name in ("base", "instruct")},
+}
+
+
+@pytest.mark.parametrize(("name", "parameters"), PUBLISHED_PARAMETERS.items())
+def test_parameter_counts_are_the_published_ones(name: str, parameters: int) -> None:
+    """Planning would use the wrong sizes: a number of the card is wrong, or the formula is."""
+    assert model_cards()[name].parameters == parameters
+
+
+def test_every_model_of_the_reference_table_has_a_card_with_its_context() -> None:
+    """A model of the managed service would be missing, or accept rows that it cannot read."""
+    assert len(SUPPORTED) == 35
+    assert {name: card.max_context_length for name, card in model_cards().items()} == SUPPORTED
+
+
+def test_cards_are_consistent() -> None:
+    """Two models would look the same in `get_models()`, or a card would hold impossible numbers."""
+    cards = model_cards()
+    assert len({card.display_name for card in cards.values()}) == len(cards) > 0
+    for name, card in cards.items():
+        assert card.name == name
+        assert card.heads % card.key_value_heads == 0 and card.hidden_size % card.heads == 0, name
+
+
+def test_only_the_405b_models_have_a_learning_rate_of_their_own() -> None:
+    """A model would be trained with another default than the managed service's."""
+    special = {name for name, card in model_cards().items() if card.learning_rate != 5e-7}
+    assert special == {"meta-llama/Meta-Llama-3.1-405B", "meta-llama/Meta-Llama-3.1-405B-Instruct"}
+    assert all(model_cards()[name].learning_rate == 1e-5 for name in special)
+
+
+def test_only_mistral_s_templates_take_no_system_message() -> None:
+    """A system message would be refused for the wrong models, or fail in the template mid-run."""
+    assert {name for name, card in model_cards().items() if not card.system_message} == {
+        name for name in SUPPORTED if name.startswith("mistralai/")
+    }
+
+
+@pytest.mark.parametrize("name", ["8B", "8B-Instruct", "70B", "405B-Instruct"])
+def test_both_spellings_of_the_3_1_names_are_one_model(name: str) -> None:
+    """A notebook that spells the name without `Meta-` would be refused."""
+    assert find_card(f"meta-llama/Llama-3.1-{name}") is find_card(f"meta-llama/Meta-Llama-3.1-{name}")
+
+
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [
+        ("meta-llama/Llama-3.2-3B-Instuct", "meta-llama/Llama-3.2-3B-Instruct"),
+        ("meta-llama/meta-llama-3.1-8b-instruct", "meta-llama/Meta-Llama-3.1-8B-Instruct"),
+        ("mistral-7b", "mistralai/Mistral-7B-v0.1"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_near_ones(given: str, near: str) -> None:
+    """The caller would have to guess what the name should be."""
+    with pytest.raises(SpecError) as error:
+        find_card(given)
+    assert f"model: {given!r} is neither a supported model nor a folder" in error.value.message
+    assert near in error.value.message and "`tundish models` lists" in error.value.message
+
+
+def test_a_name_like_no_other_gets_no_suggestion() -> None:
+    """Nonsense would be proposed."""
+    with pytest.raises(SpecError, match="neither a supported model") as error:
+        find_card("zzzz")
+    assert "Did you mean" not in error.value.message
+
+
+def test_a_name_too_long_for_a_path_is_an_error_like_any_other() -> None:
+    """A text pasted into the wrong argument would end in a traceback of the operating system's error."""
+    with pytest.raises(SpecError, match="neither a supported model"):
+        find_card("x" * 5000)
+
+
+def test_a_folder_gets_a_card_from_its_config(config_folder: Path) -> None:
+    """A local model would be planned with other numbers than its own."""
+    card = find_card(str(config_folder))
+    assert (card.name, card.display_name, card.family) == (str(config_folder.resolve()), "tiny", "llama")
+    assert (card.max_context_length, card.layers, card.hidden_size, card.gated) == (512, 2, 64, False)
+    # Embedding and head 2 · 384 · 64; a layer 12,288 + 24,576 + 128; final norm 64.
+    assert card.parameters == 2 * 384 * 64 + 2 * (12_288 + 24_576 + 128) + 64
+
+
+def test_parameters_of_a_folder_are_those_that_transformers_makes(tiny_weights: Path) -> None:
+    """The formula would count other weights than the model has."""
+    from safetensors import safe_open
+
+    with safe_open(tiny_weights / "model.safetensors", "pt") as weights:
+        counted = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118  not a mapping
+    assert find_card(str(tiny_weights)).parameters == counted > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"tie_word_embeddings": True}, 123_200 - 24_576),
+        ({"head_dim": 32}, 123_200 + 2 * 12_288),
+        ({"num_key_value_heads": None}, 123_200 + 2 * 4_096),
+    ],
+    ids=["tied", "head size", "no grouped heads"],
+)
+def test_what_changes_the_architecture_changes_the_count(config_folder: Path, change: dict[str, Any], found: int) -> None:
+    """Tied embeddings, wide heads or absent key/value heads would be counted like the common case."""
+    _change_config(config_folder, **change)
+    assert find_card(str(config_folder)).parameters == found
+
+
+def test_a_folder_without_config_says_so(tmp_path: Path) -> None:
+    """The caller would see a traceback of a missing file."""
+    with pytest.raises(SpecError, match=r"model: .*config\.json cannot be read .*Give the folder of a Hugging Face model"):
+        find_card(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{", "[1, 2]", '"llama"'])
+def test_a_config_that_is_no_mapping_is_an_error_of_the_model(config_folder: Path, content: str) -> None:
+    """A damaged config.json would end in a traceback."""
+    (config_folder / "config.json").write_text(content)
+    with pytest.raises(SpecError, match=r"model: .*config\.json"):
+        find_card(str(config_folder))
+
+
+def test_another_architecture_is_refused_with_those_that_work(config_folder: Path) -> None:
+    """A model that nothing here was tested with would be trained."""
+    _change_config(config_folder, model_type="gpt2")
+    with pytest.raises(SpecError, match=r"says model_type 'gpt2'; tundish trains dbrx, llama, mistral, mixtral\."):
+        find_card(str(config_folder))
+
+
+def test_a_config_that_lacks_a_number_says_which(config_folder: Path) -> None:
+    """The message would send the caller after keys that need not be there."""
+    _change_config(config_folder, vocab_size=None)
+    with pytest.raises(SpecError, match="lacks") as error:
+        find_card(str(config_folder))
+    assert "vocab_size" in error.value.message
+    assert "head_dim" not in error.value.message and "tie_word_embeddings" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpointing", "init_device"),
+    [
+        ("meta-llama/Llama-3.2-1B", True, None),
+        ("meta-llama/Meta-Llama-3.1-8B", True, "mixed"),
+        ("meta-llama/Meta-Llama-3.1-405B", True, "mixed"),
+    ],
+)
+def test_what_must_change_at_scale_comes_with_the_size(name: str, checkpointing: bool, init_device: str | None) -> None:
+    """A large model would keep all activations, or every rank would load all of its weights."""
+    layers = foundry_layers(find_card(name))
+    assert any(layer.get("fsdp_config", {}).get("activation_checkpointing") for layer in layers) is checkpointing
+    assert next((layer["model"]["init_device"] for layer in layers if "model" in layer), None) == init_device
+
+
+def test_a_small_model_changes_nothing(config_folder: Path) -> None:
+    """Small models would pay for what only large ones need."""
+    assert not any(foundry_layers(find_card(str(config_folder))))
+
+
+def _change_config(folder: Path, **changes: Any) -> None:
+    """Change keys of a folder's config.json; None removes the key."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))

@@ -1,0 +1,142 @@
+"""paths.py: every place is where the contract says, and nothing leaves its root."""
+
+from pathlib import Path
+
+import pytest
+
+from tundish import paths
+from tundish.errors import SpecError
+from tundish.paths import RunPaths, inside, resolve, write_atomic
+
+
+def test_home_is_the_environment_s_or_a_folder_of_the_user(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs would be looked for elsewhere than they were written."""
+    assert paths.home() == home and not home.exists()
+    monkeypatch.delenv("TUNDISH_HOME")
+    assert paths.home() == Path.home() / ".tundish"
+    monkeypatch.setenv("TUNDISH_HOME", "relative")
+    assert paths.home() == Path.cwd() / "relative"
+
+
+def test_yaml_layers_are_found_from_a_checkout() -> None:
+    """Rendering would find no layers."""
+    assert (paths.yamls_dir() / "base.yaml").is_file()
+
+
+@pytest.mark.parametrize("parts", [("a.jsonl",), ("a", "b", "c.txt"), ("a/../b",), (".",)])
+def test_inside_takes_what_stays_inside(tmp_path: Path, parts: tuple[str, ...]) -> None:
+    """Ordinary names would be refused."""
+    assert inside(tmp_path, *parts).is_relative_to(tmp_path.resolve())
+
+
+@pytest.mark.parametrize("parts", [("..",), ("..", "x"), ("a/../../x",), ("/etc/passwd",), ("a", "/etc/passwd")])
+def test_inside_refuses_what_leaves_by_name(tmp_path: Path, parts: tuple[str, ...]) -> None:
+    """A name from data or a checkpoint would reach any file."""
+    with pytest.raises(SpecError, match=r"leaves .*Give a path without '\.\.'"):
+        inside(tmp_path / "root", *parts)
+
+
+def test_inside_refuses_links_that_lead_out(tmp_path: Path) -> None:
+    """A link in a folder would reach any file."""
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link").symlink_to(tmp_path)
+    (root / "own").symlink_to(root)
+    with pytest.raises(SpecError, match="leaves"):
+        inside(root, "link", "x")
+    assert inside(root, "own", "x") == root / "x"
+
+
+def test_inside_does_not_take_a_neighbour_for_the_root(tmp_path: Path) -> None:
+    """`root-2` would pass for a part of `root` because its name begins like it."""
+    with pytest.raises(SpecError, match="leaves"):
+        inside(tmp_path / "root", "../root-2/x")
+
+
+def test_write_atomic_replaces_the_content_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    """Old content would shine through, or temporary files would pile up."""
+    path = tmp_path / "spec.json"
+    write_atomic(path, "a longer first content")
+    write_atomic(path, "zweiter – Inhalt")
+    assert path.read_text() == "zweiter – Inhalt" and list(tmp_path.iterdir()) == [path]
+    write_atomic(path, b"\x00bytes")
+    assert path.read_bytes() == b"\x00bytes"
+
+
+def test_a_reader_sees_whole_content_at_any_time(tmp_path: Path) -> None:
+    """A file opened before the write would change under its reader: it must be another file, not the same one."""
+    path = tmp_path / "spec.json"
+    write_atomic(path, "old")
+    with open(path) as reader:
+        write_atomic(path, "new")
+        assert reader.read() == "old"
+
+
+def test_a_write_that_fails_keeps_the_old_content(tmp_path: Path) -> None:
+    """A full disk or a bad value would destroy what was there."""
+    path = tmp_path / "spec.json"
+    write_atomic(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "\ud800")
+    assert path.read_text() == "old"
+
+
+def test_names_in_a_run_folder_differ(home: Path) -> None:
+    """Two things would be written to one file."""
+    run = RunPaths.of("ift-tiny-abc123")
+    assert run.folder == home / "runs" / "ift-tiny-abc123"
+    found = [run.spec, run.foundry_yaml, run.events, run.supervisor, run.logs, run.work, run.export]
+    found += [run.log("train"), run.log("prepare"), run.result("train"), run.data("train"), run.data("eval")]
+    assert len(set(found)) == len(found) and all(path.is_relative_to(run.folder) for path in found)
+
+
+def test_a_run_name_cannot_leave_the_runs_folder() -> None:
+    """`get('../../x')` would read any folder."""
+    with pytest.raises(SpecError, match="leaves"):
+        RunPaths.of("../elsewhere")
+
+
+@pytest.mark.parametrize("given", ["dbfs:/Volumes/main/lab/ift/train.jsonl", "/Volumes/main/lab/ift/train.jsonl"])
+def test_volume_paths_are_in_the_local_workspace(home: Path, given: str) -> None:
+    """A notebook's `dbfs:/Volumes/…` path would not be found."""
+    assert resolve(given) == str(home / "Volumes" / "main" / "lab" / "ift" / "train.jsonl")
+
+
+def test_object_stores_stay_and_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run would look for its data from another working directory than the caller's."""
+    monkeypatch.chdir(tmp_path)
+    assert resolve("./train.jsonl") == str(tmp_path / "train.jsonl")
+    assert resolve("/data/train.jsonl") == "/data/train.jsonl"
+    assert resolve("~/train.jsonl") == str(Path.home() / "train.jsonl")
+    for uri in ("s3://bucket/train.jsonl", "gs://b/x", "oci://b/x", "azure://c/x"):
+        assert resolve(uri) == uri
+
+
+@pytest.mark.parametrize("given", ["dbfs:/Volumes/../../etc/passwd", "/Volumes/main/../../etc/passwd"])
+def test_volume_paths_do_not_leave_the_volumes(given: str) -> None:
+    """A path that looks like a volume would reach any file."""
+    with pytest.raises(SpecError, match="leaves"):
+        resolve(given)
+
+
+def test_mlflow_paths_are_the_run_s_artifact_folder(home: Path) -> None:
+    """A path copied from `get_checkpoints()` of the original service's layout would not be found."""
+    artifacts = home / "mlflow" / "artifacts" / "0123abcd" / "run7" / "artifacts"
+    artifacts.mkdir(parents=True)
+    given = "dbfs:/databricks/mlflow-tracking/42/run7/artifacts/chat-x/checkpoints/ep1-ba2"
+    assert resolve(given) == str(artifacts / "chat-x" / "checkpoints" / "ep1-ba2")
+    with pytest.raises(SpecError, match="leaves"):
+        resolve("dbfs:/databricks/mlflow-tracking/42/run7/artifacts/../../../x")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("dbfs:/databricks/mlflow-tracking/42/run7/artifacts/x", "has no MLflow run 'run7'"),
+        ("dbfs:/databricks/mlflow-tracking/42/run7", "found no '<experiment id>/<run id>/artifacts/…'"),
+    ],
+)
+def test_an_mlflow_path_that_names_nothing_says_what_to_do(given: str, found: str) -> None:
+    """The caller would not learn which part of the path is wrong."""
+    with pytest.raises(SpecError, match=rf"{found}.*Copy the path from get_checkpoints\(\)"):
+        resolve(given)
