@@ -27,7 +27,7 @@ run = fm.create(
     eval_prompts=[f"<|user|>{held_out[0][0]}<|end|><|assistant|>"],
     register_to="main.demo.dates",
     training_duration="5ep",
-    learning_rate="1e-3",
+    learning_rate="7e-4",
     context_length=256,
 )
 fm.get_events(run, follow=True)

@@ -123,23 +123,29 @@ def make_run(arguments: dict[str, Any]) -> MakeRun:
 @pytest.fixture(scope="session")
 def save_tokenizer() -> SaveTokenizer:
     """Saves a byte-level BPE tokenizer of 384 tokens into a folder; `bos` makes it begin texts as Llama's does."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    import importlib
+
     from transformers import PreTrainedTokenizerFast
 
+    # Its type stubs know few of its arguments.
+    parts: Any = importlib.import_module("tokenizers")
+
     def save(folder: Path, *, chat_template: str | None = None, bos: bool = False) -> Path:
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
+        backend = parts.Tokenizer(parts.models.BPE())
+        backend.pre_tokenizer = parts.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = parts.decoders.ByteLevel()
+        trainer = parts.trainers.BpeTrainer(
             vocab_size=384,
             special_tokens=["<pad>", "</s>", "<s>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            initial_alphabet=parts.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator(["the quick brown fox jumps over the lazy dog; what is two and two? four."], trainer)
+        backend.train_from_iterator(
+            ["the quick brown fox jumps over the lazy dog; what is two and two? four."], trainer
+        )
         special = {"eos_token": "</s>", "pad_token": "<pad>"}
         if bos:
-            backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+            backend.post_processor = parts.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
             special["bos_token"] = "<s>"
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
         tokenizer.chat_template = chat_template
@@ -156,7 +162,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, save_tokenizer: SaveTok
 
     folder = save_tokenizer(tmp_path_factory.mktemp("models") / "tiny-llama", chat_template=CHAT_TEMPLATE)
     numbers = {name: value for name, value in TINY_CONFIG.items() if name not in ("architectures", "model_type")}
-    LlamaConfig(**numbers, bos_token_id=None, eos_token_id=1, pad_token_id=0).save_pretrained(folder)
+    numbers |= {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    LlamaConfig(**numbers).save_pretrained(folder)
     return folder
 
 

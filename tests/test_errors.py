@@ -38,7 +38,12 @@ def test_one_problem_is_said_as_it_is_and_several_are_listed() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [errors.SpecError(["a", "b"]), errors.DataError("c"), errors.StageError("d", "/logs/train.log"), errors.CheckpointError("e")],
+    [
+        errors.SpecError(["a", "b"]),
+        errors.DataError("c"),
+        errors.StageError("d", "/logs/train.log"),
+        errors.CheckpointError("e"),
+    ],
 )
 def test_errors_survive_pickling(error: errors.TundishError) -> None:
     """An error raised in a worker process would arrive without its problems or its log."""

@@ -12,9 +12,13 @@ def test_an_event_is_read_back_with_its_time_and_facts(tmp_path: Path) -> None:
     """Readers would see another message, time or fact than the stage wrote."""
     path = tmp_path / "events.jsonl"
     before = datetime.now(UTC) - timedelta(milliseconds=1)
-    events.append(path, "DATA_VALIDATED", "3 Zeilen – geprüft\nund gepackt", rows=3)
+    events.append(path, "DATA_VALIDATED", "3 Zeilen, geprüft\nund gepackt", rows=3)
     (event,) = events.read(path)
-    assert (event.type, event.message, event.facts) == ("DATA_VALIDATED", "3 Zeilen – geprüft\nund gepackt", {"rows": 3})
+    assert (event.type, event.message, event.facts) == (
+        "DATA_VALIDATED",
+        "3 Zeilen, geprüft\nund gepackt",
+        {"rows": 3},
+    )
     assert before <= event.time <= datetime.now(UTC) and event.time.utcoffset() == timedelta(0)
 
 

@@ -57,8 +57,8 @@ def test_write_atomic_replaces_the_content_and_leaves_nothing_beside(tmp_path: P
     """Old content would shine through, or temporary files would pile up."""
     path = tmp_path / "spec.json"
     write_atomic(path, "a longer first content")
-    write_atomic(path, "zweiter – Inhalt")
-    assert path.read_text() == "zweiter – Inhalt" and list(tmp_path.iterdir()) == [path]
+    write_atomic(path, "zweiter größerer Inhalt")
+    assert path.read_text() == "zweiter größerer Inhalt" and list(tmp_path.iterdir()) == [path]
     write_atomic(path, b"\x00bytes")
     assert path.read_bytes() == b"\x00bytes"
 

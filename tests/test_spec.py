@@ -20,7 +20,13 @@ def _parse(arguments: dict[str, Any], **changes: Any) -> RunSpec:
 
 @pytest.mark.parametrize(
     ("text", "value", "unit"),
-    [("3ep", 3, "ep"), ("100ba", 100, "ba"), ("1_000_000tok", 1_000_000, "tok"), (" 10 ep ", 10, "ep"), ("1000000tok", 10**6, "tok")],
+    [
+        ("3ep", 3, "ep"),
+        ("100ba", 100, "ba"),
+        ("1_000_000tok", 1_000_000, "tok"),
+        (" 10 ep ", 10, "ep"),
+        ("1000000tok", 10**6, "tok"),
+    ],
 )
 def test_durations_are_read(text: str, value: int, unit: str) -> None:
     """A run would train for another time than was asked for."""
@@ -29,10 +35,31 @@ def test_durations_are_read(text: str, value: int, unit: str) -> None:
     assert Duration.parse(str(duration)) == duration
 
 
-@pytest.mark.parametrize("given", ["", "3", "ep", "3 epochs", "-1ep", "0ep", "000ba", "1.5ep", "1e6tok", "3ep4", "_1ep", "1_ep", "1__0ep", 3, "３ep"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "3",
+        "ep",
+        "3 epochs",
+        "-1ep",
+        "0ep",
+        "000ba",
+        "1.5ep",
+        "1e6tok",
+        "3ep4",
+        "_1ep",
+        "1_ep",
+        "1__0ep",
+        3,
+        "\uff13ep",
+    ],
+)
 def test_malformed_durations_are_refused_with_examples(given: object) -> None:
     """A typo would train for ever, not at all, or end in Python's own message about int()."""
-    with pytest.raises(ValueError, match=re.escape(f"found {given!r}; allowed is a positive whole number and ep, ba or tok")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"found {given!r}; allowed is a positive whole number and ep, ba or tok")
+    ):
         Duration.parse(given)
 
 
@@ -44,7 +71,12 @@ def test_what_is_not_given_is_what_the_service_did(arguments: dict[str, Any], co
     assert spec.learning_rate == 5e-7
     assert spec.context_length == 512, "the model's maximum, as it is less than 8192"
     assert spec.validate_inputs is True
-    assert (spec.eval_data_path, spec.eval_prompts, spec.custom_weights_path, spec.data_prep_cluster_id) == (None, (), None, None)
+    assert (spec.eval_data_path, spec.eval_prompts, spec.custom_weights_path, spec.data_prep_cluster_id) == (
+        None,
+        (),
+        None,
+        None,
+    )
     assert (spec.compute.device, spec.compute.devices, spec.compute.launcher) == ("cpu", 1, "local")
     assert spec.model == str(config_folder.resolve())
     assert (spec.created_at, bool(spec.created_by)) == (NOW, True)
@@ -60,7 +92,9 @@ def test_what_is_not_given_is_what_the_service_did(arguments: dict[str, Any], co
         ("CONTINUED_PRETRAIN", "mistralai/Mistral-7B-v0.1", r"cpt-mistral-7b-v0-1-[a-z0-9]{6}"),
     ],
 )
-def test_run_names_look_like_the_service_s(arguments: dict[str, Any], task_type: str, model: str | None, pattern: str) -> None:
+def test_run_names_look_like_the_service_s(
+    arguments: dict[str, Any], task_type: str, model: str | None, pattern: str
+) -> None:
     """Scripts that find runs by their prefix would find none; two runs would get one name."""
     changes = {"task_type": task_type} | ({"model": model} if model else {})
     names = {_parse(arguments, **changes).run_name for _ in range(5)}
@@ -70,7 +104,14 @@ def test_run_names_look_like_the_service_s(arguments: dict[str, Any], task_type:
 @pytest.mark.parametrize("empty", [None, ""])
 def test_falsy_arguments_mean_the_default(arguments: dict[str, Any], empty: str | None) -> None:
     """The original accepts `experiment_path=""` and falsy task types; so must we."""
-    names = ("task_type", "experiment_path", "eval_data_path", "custom_weights_path", "training_duration", "learning_rate")
+    names = (
+        "task_type",
+        "experiment_path",
+        "eval_data_path",
+        "custom_weights_path",
+        "training_duration",
+        "learning_rate",
+    )
     spec = _parse(arguments, **dict.fromkeys(names, empty))
     assert spec.task_type == "CHAT_COMPLETION" and str(spec.training_duration) == "1ep" and spec.learning_rate == 5e-7
     assert re.fullmatch(rf"/Users/[^/]+/{spec.run_name}", spec.experiment_path)
@@ -113,12 +154,12 @@ def test_learning_rates_come_as_numbers_or_text(arguments: dict[str, Any], given
         ("eval_prompts", ["What?", ""], "eval_prompts: allowed is a list of texts"),
         ("eval_prompts", [1], "eval_prompts: allowed is a list of texts"),
         ("eval_prompts", ["${oc.env:HOME}"], "'${' is not allowed"),
-        ("data_prep_cluster_id", "0123-456", "data_prep_cluster_id: preparing data on a Spark cluster is not built yet"),
+        ("data_prep_cluster_id", "0123-456", "data_prep_cluster_id: preparing data on a Spark cluster is not built"),
         ("run_name", "../x", "run_name: found '../x'; allowed are up to 100 letters"),
         ("run_name", "-x", "run_name: found '-x'"),
         ("run_name", "a b", "run_name: found 'a b'"),
         ("run_name", "x" * 101, "allowed are up to 100 letters"),
-        ("compute", {"gpus": 8}, "compute: found unknown key gpus; allowed are device, devices_per_node, nodes, launcher"),
+        ("compute", {"gpus": 8}, "compute: found unknown key gpus; allowed are device, devices_per_node"),
         ("compute", {"device": "tpu"}, "compute: found device 'tpu'; allowed is gpu or cpu"),
         ("compute", {"devices_per_node": 0}, "compute: found devices_per_node 0; allowed is a whole number from 1"),
         ("compute", {"nodes": "2"}, "compute: found nodes '2'; allowed is a whole number from 1"),
@@ -128,7 +169,9 @@ def test_learning_rates_come_as_numbers_or_text(arguments: dict[str, Any], given
         ("overrides", {1: 2}, "overrides: allowed is a mapping of LLM-Foundry keys"),
     ],
 )  # fmt: skip
-def test_a_wrong_argument_is_named_with_what_is_allowed(arguments: dict[str, Any], name: str, given: object, found: str) -> None:
+def test_a_wrong_argument_is_named_with_what_is_allowed(
+    arguments: dict[str, Any], name: str, given: object, found: str
+) -> None:
     """The run would fail later, or the message would not say what to change."""
     with pytest.raises(SpecError) as error:
         _parse(arguments, **{name: given})
@@ -152,15 +195,15 @@ def test_all_problems_are_told_together() -> None:
     }
     with pytest.raises(SpecError) as error:
         parse_spec(wrong, created_at=NOW)
-    assert [problem.split(":")[0] for problem in error.value.problems] == [
-        name for name in ("model task_type run_name train_data_path register_to eval_prompts training_duration learning_rate compute overrides").split()
-    ]  # fmt: skip
+    named = "model task_type run_name train_data_path register_to eval_prompts training_duration learning_rate"
+    named += " compute overrides"
+    assert [problem.split(":")[0] for problem in error.value.problems] == named.split()
 
 
 def test_the_name_of_an_existing_run_is_refused(arguments: dict[str, Any], home: Path) -> None:
     """Two runs would write into one folder."""
     (home / "runs" / "mine").mkdir(parents=True)
-    with pytest.raises(SpecError, match="run_name: there is a run 'mine' already. Choose another name"):
+    with pytest.raises(SpecError, match=r"run_name: there is a run 'mine' already\. Choose another name"):
         _parse(arguments, run_name="mine")
     assert _parse(arguments, run_name="mine-2").run_name == "mine-2"
 
@@ -182,7 +225,9 @@ def test_a_spec_is_read_back_as_it_was_written(arguments: dict[str, Any]) -> Non
     assert json.loads(text)["eval_prompts"] == ["Wie heißt du?"] and "heißt" in text
 
 
-@pytest.mark.parametrize(("given", "registered"), [("main.lab", "main.lab.run-1"), ("main.lab.dates", "main.lab.dates")])
+@pytest.mark.parametrize(
+    ("given", "registered"), [("main.lab", "main.lab.run-1"), ("main.lab.dates", "main.lab.dates")]
+)
 def test_the_registered_name_has_three_parts(arguments: dict[str, Any], given: str, registered: str) -> None:
     """The model would be registered under a name that the caller did not give."""
     assert _parse(arguments, register_to=given, run_name="run-1").registered_name == registered

@@ -134,7 +134,9 @@ def _read_metadata(folder: Path) -> Any:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.message}") from error
     except Exception as error:
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}). Use another checkpoint.") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({type(error).__name__}: {error}). Use another checkpoint."
+        ) from error
 
 
 def _stored(folder: Path, metadata: Any) -> Iterator[StoredTensor]:

@@ -40,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     create.add_argument("--wait", action="store_true", help="show the run's progress until it has ended")
     render = _command(commands, "render", "print the LLM-Foundry YAML of a run without running anything", json=False)
     _add_create_options(render)
-    run = _command(commands, "run", "start the run that a YAML file of create() arguments describes, and show its progress")
+    run = _command(
+        commands, "run", "start the run that a YAML file of create() arguments describes, and show its progress"
+    )
     run.add_argument("file", help="YAML file with the arguments of create()")
     run.add_argument("arguments", nargs="*", metavar="key=value", help="arguments that replace the file's")
 
@@ -60,7 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, text: str, *, json: bool = True) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + "."
+    )
     if json:
         command.add_argument("--json", action="store_true", help="print one JSON document")
     return command

@@ -141,7 +141,9 @@ def read_experiment(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SpecError(f"{file}: cannot be read ({error}). Give a YAML file with the arguments of create().") from error
+        raise SpecError(
+            f"{file}: cannot be read ({error}). Give a YAML file with the arguments of create()."
+        ) from error
     if not isinstance(content, dict):
         raise SpecError(f"{file}: found no mapping. Write one argument of create() a line, like 'model: …'.")
     known = inspect.signature(fm.create).parameters
@@ -172,7 +174,9 @@ def _started(run: TrainingRun, as_json: bool, *, wait: bool) -> int:
 
 
 def _record(run: TrainingRun) -> dict[str, Any]:
-    record = {field.name: getattr(run, field.name) for field in dataclasses.fields(run) if field.name != "submitted_config"}
+    record = {
+        field.name: getattr(run, field.name) for field in dataclasses.fields(run) if field.name != "submitted_config"
+    }
     record["events"] = [dataclasses.asdict(event) for event in run.events or ()]
     record["export_dir"] = run.export_dir
     return {name: _plain(value) for name, value in record.items()}
@@ -196,5 +200,3 @@ def _print_table(items: ObjectList[Any], columns: Mapping[str, str]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from tundish.models import model_cards
 from tundish import progress
+from tundish.models import model_cards
 from tundish.runs import control, creating, reading, selecting
 from tundish.runs.records import ObjectList, RunStatus, TrainingEvent, TrainingModelConstants, TrainingRun
 from tundish.spec import Compute
@@ -73,7 +73,7 @@ def get(training_run: str | TrainingRun) -> TrainingRun:
     return reading.read_run(selecting.name_of(training_run))
 
 
-def list(  # noqa: A001  the original client's name
+def list(
     training_runs: Sequence[str | TrainingRun] | ObjectList[TrainingRun] | None = None,
     experiment_id: str | None = None,
     *,

@@ -108,7 +108,10 @@ def render(spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destina
     `rows`: rows of the prepared training data; None before it is prepared. Batch size and warm-up are then provisional,
     and a comment says so.
     """
-    texts = [(yamls_dir() / "base.yaml").read_text(), (yamls_dir() / "task" / f"{spec.task_type.lower()}.yaml").read_text()]
+    texts = [
+        (yamls_dir() / "base.yaml").read_text(),
+        (yamls_dir() / "task" / f"{spec.task_type.lower()}.yaml").read_text(),
+    ]
     batch_size, reason = _batch_size(spec, rows)
     layers = [
         *(yaml.safe_load(text) for text in texts),
@@ -125,8 +128,10 @@ def render(spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destina
     comments |= comments_of((yamls_dir() / "scale.yaml").read_text(), below="foundry")
     comments["global_train_batch_size",] = [*comments["global_train_batch_size",], f"# {reason}"]
     header = (
-        f"# Run {spec.run_name}, written by tundish {__version__}. It also trains under stock LLM Foundry (2 ranks or more):\n"
-        f"#   FSDP_VERSION=2 composer -n {spec.compute.devices_per_node} $(which llmfoundry) train {paths.foundry_yaml.name}\n\n"
+        f"# Run {spec.run_name}, written by tundish {__version__}.\n"
+        "# It also trains under stock LLM Foundry, on two ranks or more:\n"
+        f"#   FSDP_VERSION=2 composer -n {spec.compute.devices_per_node} "
+        f"$(which llmfoundry) train {paths.foundry_yaml.name}\n\n"
     )
     return header + dump(merged, comments)
 
@@ -137,7 +142,10 @@ def _batch_size(spec: RunSpec, rows: int | None) -> tuple[int, str]:
         return int(given), "Set by overrides."
     devices, epochs = spec.compute.devices, spec.training_duration.value if spec.training_duration.unit == "ep" else 1
     if rows is None:
-        return MAX_ROWS_PER_DEVICE * devices, "For large data; chosen again from the number of rows once they are packed."
+        return (
+            MAX_ROWS_PER_DEVICE * devices,
+            "For large data; chosen again from the number of rows once they are packed.",
+        )
     size = choose_batch_size(rows, devices, epochs)
     steps = math.ceil(rows / size)
     return size, f"Chosen for {rows:,} rows on {devices} device(s): {steps:,} steps an epoch."

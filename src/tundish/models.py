@@ -112,7 +112,9 @@ def _folder_card(folder: Path) -> ModelCard:
     try:
         config = json.loads(config_path.read_text())
     except (OSError, ValueError) as error:
-        raise SpecError(f"model: {config_path} cannot be read ({error}). Give the folder of a Hugging Face model.") from error
+        raise SpecError(
+            f"model: {config_path} cannot be read ({error}). Give the folder of a Hugging Face model."
+        ) from error
     by_type = {model_type: family for family, content in _families().items() for model_type in content["model_types"]}
     family = by_type.get(config.get("model_type"))
     if family is None:

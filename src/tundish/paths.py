@@ -36,7 +36,9 @@ def inside(root: Path, *parts: str) -> Path:
     real_root = root.resolve()
     path = root.joinpath(*parts).resolve()
     if not path.is_relative_to(real_root):
-        raise SpecError(f"{'/'.join(parts)}: leaves {root}. Give a path without '..' and without links to other places.")
+        raise SpecError(
+            f"{'/'.join(parts)}: leaves {root}. Give a path without '..' and without links to other places."
+        )
     return path
 
 

@@ -198,7 +198,9 @@ def parse_spec(arguments: Mapping[str, Any], *, created_at: str) -> tuple[RunSpe
 
 
 def _read_model(given: object) -> ModelCard:
-    return find_card(_required_text(given) if given else _fail("is missing. Give a supported model's name or a folder."))
+    return find_card(
+        _required_text(given) if given else _fail("is missing. Give a supported model's name or a folder.")
+    )
 
 
 def _fail(text: str) -> Any:
@@ -233,7 +235,9 @@ def _read_run_name(given: object, task_type: TaskType, card: ModelCard | None) -
         return f"{TASK_PREFIXES[task_type]}-{slug or 'model'}-{suffix}"
     name = _required_text(given)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name):
-        raise ValueError(f"found {name!r}; allowed are up to 100 letters, digits, '-' and '_', the first not '-' or '_'.")
+        raise ValueError(
+            f"found {name!r}; allowed are up to 100 letters, digits, '-' and '_', the first not '-' or '_'."
+        )
     if RunPaths.of(name).folder.exists():
         raise ValueError(f"there is a run {name!r} already. Choose another name, or leave it out to get a new one.")
     return name
@@ -281,7 +285,9 @@ def _read_context_length(given: object, card: ModelCard | None) -> int:
 
 def _read_cluster(given: object) -> str | None:
     if given:
-        raise ValueError("preparing data on a Spark cluster is not built yet. Leave it out: this machine prepares the data.")
+        raise ValueError(
+            "preparing data on a Spark cluster is not built yet. Leave it out: this machine prepares the data."
+        )
     return None
 
 

@@ -36,7 +36,7 @@ def test_every_sample_is_in_exactly_one_row_that_holds_it(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rows_are_full(seed: int) -> None:
-    """Most of a batch would be padding: best-fit-decreasing needs at most 11/9 of the fewest rows possible, plus one."""
+    """Most of a batch would be padding: best fit needs at most 11/9 of the fewest rows possible, plus one."""
     lengths = _lengths(seed)
     fewest = math.ceil(sum(lengths) / 512)
     assert len(pack(lengths, 512)) <= fewest * 11 / 9 + 1
@@ -54,7 +54,12 @@ def test_rows_are_in_the_order_of_their_first_sample(seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("lengths", "rows"),
-    [([8, 8, 8], [[0], [1], [2]]), ([4] * 4, [[0, 1], [2, 3]]), ([1] * 9, [list(range(8)), [8]]), ([5, 4, 3], [[0, 2], [1]])],
+    [
+        ([8, 8, 8], [[0], [1], [2]]),
+        ([4] * 4, [[0, 1], [2, 3]]),
+        ([1] * 9, [list(range(8)), [8]]),
+        ([5, 4, 3], [[0, 2], [1]]),
+    ],
 )
 def test_edges(lengths: list[int], rows: list[list[int]]) -> None:
     """A sample as long as a row, or one that just fits, would open a row too many or overfill one."""

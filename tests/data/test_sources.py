@@ -47,7 +47,7 @@ def test_bad_lines_are_all_told_after_the_good_ones(tmp_path: Path, write_lines:
     found: list[int] = []
     with pytest.raises(DataError) as error:
         found.extend(number for number, _ in _pairs(path).samples())
-    first, second = error.value.problems
+    first, second = list(error.value.problems)
     assert first.startswith("train.jsonl, line 2: not JSON") and first.endswith("2 of 5 lines are like this (2, 5).")
     assert second.startswith("train.jsonl, line 4: found the keys prompt")
 
@@ -162,7 +162,7 @@ def test_a_path_that_holds_no_texts_is_refused(tmp_path: Path, write_lines: Writ
 
 def test_object_stores_are_refused_for_now() -> None:
     """A local path of that odd name would be looked for."""
-    with pytest.raises(SpecError, match="reading from an object store is not built yet. Copy the data to this machine"):
+    with pytest.raises(SpecError, match="reading from an object store is not built yet"):
         open_source("s3://bucket/train.jsonl", "CHAT_COMPLETION", system_message=True)
 
 

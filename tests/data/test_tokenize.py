@@ -101,7 +101,9 @@ def test_a_tokenizer_without_template_gets_chatml_for_chats_only(bare_model: Pat
     assert load_tokenizer(str(bare_model), "INSTRUCTION_FINETUNE").chat_template is None
 
 
-def test_a_template_that_prints_the_date_gets_a_fixed_one(tokenizer: "PreTrainedTokenizerBase", monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_prints_the_date_gets_a_fixed_one(
+    tokenizer: "PreTrainedTokenizerBase", monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same data would give other tokens tomorrow."""
     monkeypatch.setattr(
         tokenizer,
@@ -132,7 +134,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(
         encode(tokenizer, [CHAT], "CHAT_COMPLETION")
 
 
-def test_the_digest_tells_whatever_changes_tokens(tokenizer: "PreTrainedTokenizerBase", tiny_model: Path, bare_model: Path) -> None:
+def test_the_digest_tells_whatever_changes_tokens(
+    tokenizer: "PreTrainedTokenizerBase", tiny_model: Path, bare_model: Path
+) -> None:
     """Data tokenized for one model would be reused for another."""
     again = load_tokenizer(str(tiny_model), "CHAT_COMPLETION")
     assert tokenizer_digest(again) == tokenizer_digest(load_tokenizer(str(tiny_model), "INSTRUCTION_FINETUNE"))
@@ -146,7 +150,9 @@ def test_the_digest_tells_whatever_changes_tokens(tokenizer: "PreTrainedTokenize
 
 def test_a_folder_without_tokenizer_says_what_to_do(config_folder: Path) -> None:
     """The run would end in a traceback of transformers."""
-    with pytest.raises(SpecError, match=r"model: the tokenizer of .*tiny cannot be loaded .*Check that the folder has tokenizer files"):
+    with pytest.raises(
+        SpecError, match=r"model: the tokenizer of .*tiny cannot be loaded .*Check that the folder has tokenizer files"
+    ):
         load_tokenizer(str(config_folder), "CHAT_COMPLETION")
 
 
@@ -154,7 +160,7 @@ def test_a_damaged_tokenizer_says_what_to_do(tmp_path: Path, save_tokenizer: Any
     """The run would end in a traceback of tokenizers."""
     folder = save_tokenizer(tmp_path / "damaged")
     (folder / "tokenizer.json").write_text('{"version": "1.0"')
-    with pytest.raises(SpecError, match="model: the tokenizer of .* cannot be loaded"):
+    with pytest.raises(SpecError, match=r"model: the tokenizer of .* cannot be loaded"):
         load_tokenizer(str(folder), "CHAT_COMPLETION")
 
 
@@ -165,7 +171,7 @@ def test_a_tokenizer_without_end_of_sequence_is_refused(tmp_path: Path, save_tok
         content = json.loads((folder / name).read_text())
         content.pop("eos_token")
         (folder / name).write_text(json.dumps(content))
-    with pytest.raises(SpecError, match="has no end-of-sequence token. Set eos_token in its config"):
+    with pytest.raises(SpecError, match=r"has no end-of-sequence token\. Set eos_token in its config"):
         load_tokenizer(str(folder), "CHAT_COMPLETION")
 
 

@@ -6,6 +6,7 @@ Every rule has a name, so that a thousand lines with the same mistake make one m
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 from tundish.spec import TaskType
@@ -52,7 +53,13 @@ def parse_sample(line: bytes, task_type: TaskType, *, system_message: bool) -> S
 
 
 def _json_type(value: object) -> str:
-    names: list[tuple[type, str]] = [(bool, "boolean"), (dict, "object"), (list, "array"), (str, "text"), (int, "number")]
+    names: list[tuple[type, str]] = [
+        (bool, "boolean"),
+        (dict, "object"),
+        (list, "array"),
+        (str, "text"),
+        (int, "number"),
+    ]
     return next((name for kind, name in names if isinstance(value, kind)), "null" if value is None else "number")
 
 
@@ -103,7 +110,9 @@ def _message_problem(number: int, message: object) -> Problem | None:
 
 def _order_problem(roles: list[str], system_message: bool) -> Problem | None:
     if roles[0] == "system" and not system_message:
-        text = "the first message is from 'system', which this model's chat template does not take. Put it in the user's."
+        text = (
+            "the first message is from 'system', which this model's chat template does not take. Put it in the user's."
+        )
         return Problem("system message", text)
     turns = roles[1:] if roles[0] == "system" else roles
     if "system" in turns:
@@ -111,7 +120,7 @@ def _order_problem(roles: list[str], system_message: bool) -> Problem | None:
     if not turns or turns[0] != "user":
         found = repr(turns[0]) if turns else "nobody"
         return Problem("first speaker", f"the first to speak is {found}; a chat must start with 'user'.")
-    for number, (role, following) in enumerate(zip(turns, turns[1:], strict=False), len(roles) - len(turns) + 1):
+    for number, (role, following) in enumerate(pairwise(turns), len(roles) - len(turns) + 1):
         if role == following:
             text = f"messages {number} and {number + 1} are both from {role!r}; user and assistant must alternate."
             return Problem(f"two {role}", text)

@@ -48,7 +48,9 @@ class Source:
         if problems:
             raise DataError(problems.messages(sum(1 for _ in self._lines())))
         if not total:
-            raise DataError(f"{self.path}: the file is empty; each line must hold one sample. Give a file with samples.")
+            raise DataError(
+                f"{self.path}: the file is empty; each line must hold one sample. Give a file with samples."
+            )
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         with open(self.path, "rb") as file:

@@ -78,7 +78,10 @@ def encode(tokenizer: "PreTrainedTokenizerBase", samples: Sequence[Sample], task
         return _encode_chats(tokenizer, cast(Sequence[Messages], samples))
     if task_type == "INSTRUCTION_FINETUNE":
         return _encode_pairs(tokenizer, cast(Sequence[PromptResponse], samples))
-    return [_joined([([], _with_eos(ids, tokenizer))]) for ids in _ids(tokenizer, cast(Sequence[str], samples), special=True)]
+    return [
+        _joined([([], _with_eos(ids, tokenizer))])
+        for ids in _ids(tokenizer, cast(Sequence[str], samples), special=True)
+    ]
 
 
 def _ids(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, special: bool) -> list[list[int]]:

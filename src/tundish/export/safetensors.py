@@ -132,7 +132,8 @@ def _checked(
     ]
     if missing or other:
         raise CheckpointError(
-            f"{checkpoint}: not a checkpoint of this model. Missing: {_some(missing)}. Of another shape: {_some(other)}."
+            f"{checkpoint}: not a checkpoint of this model. "
+            f"Missing: {_some(missing)}. Of another shape: {_some(other)}."
         )
     return {name: weights[name] for name in expected}
 

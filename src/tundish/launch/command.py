@@ -17,7 +17,9 @@ def train_command(compute: Compute, paths: RunPaths) -> list[str]:
     ]
 
 
-def train_environment(compute: Compute, tracking_uri: str, experiment_id: str, mlflow_run_id: str, cores: int) -> Mapping[str, str]:
+def train_environment(
+    compute: Compute, tracking_uri: str, experiment_id: str, mlflow_run_id: str, cores: int
+) -> Mapping[str, str]:
     """What every rank needs beside the caller's environment."""
     environment = {
         "FSDP_VERSION": "2",

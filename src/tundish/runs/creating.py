@@ -132,5 +132,3 @@ def render_only(arguments: Mapping[str, Any]) -> str:
         experiment_name=spec.experiment_path,
     )
     return render(spec, card, RunPaths.of(spec.run_name), destination, rows=None)
-
-

@@ -256,7 +256,9 @@ class TrainingRun:
         return wait(self.name, timeout)
 
     def _repr_html_(self) -> str:
-        names = "name run_progress details model task_type learning_rate training_duration train_data_path eval_data_path"
+        names = (
+            "name run_progress details model task_type learning_rate training_duration train_data_path eval_data_path"
+        )
         names += " register_to experiment_path eval_prompts custom_weights_path"
         rows = [(name.replace("_", " ").title(), _cell(getattr(self, name))) for name in names.split()]
         rows.insert(3, ("Events", self.formatted_events))

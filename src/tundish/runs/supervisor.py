@@ -80,7 +80,9 @@ def run_stage(paths: RunPaths, stage: str) -> None:
 def _command(paths: RunPaths, stage: str) -> tuple[Sequence[str], Mapping[str, str]]:
     tracking = Tracking.read(paths)
     if stage != "train":
-        return [sys.executable, "-m", "tundish.runs.stage", stage, str(paths.folder)], {"TOKENIZERS_PARALLELISM": "true"}
+        return [sys.executable, "-m", "tundish.runs.stage", stage, str(paths.folder)], {
+            "TOKENIZERS_PARALLELISM": "true"
+        }
     compute = RunSpec.from_json(paths.spec.read_text()).compute
     environment = train_environment(
         compute, tracking.tracking_uri, tracking.experiment_id, tracking.run_id, os.cpu_count() or 1

@@ -10,7 +10,7 @@ from typing import Any
 
 os.environ.setdefault("FSDP_VERSION", "2")
 
-from composer import Trainer  # noqa: E402  FSDP_VERSION must be set before
+from composer import Trainer
 from composer.utils import dist, get_device, reproducibility
 from llmfoundry.command_utils.train import validate_config
 from llmfoundry.data.dataloader import build_dataloader

@@ -48,7 +48,7 @@ class EvalPrompts(AtCheckpoints):
 
 def generate(state: State, prompts: list[str]) -> list[str]:
     """The model's continuation of each prompt, special tokens left out; the same at any world size."""
-    model = state.model.module if state.is_model_ddp else state.model
+    model: Any = state.model.module if state.is_model_ddp else state.model
     tokenizer = model.tokenizer
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     outputs: list[str] = []

@@ -1,0 +1,49 @@
+"""launch/command.py: the launcher gets the right processes, logs and environment."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tundish.launch.command import train_command, train_environment
+from tundish.paths import RunPaths
+from tundish.spec import Compute
+
+PATHS = RunPaths(Path("/runs/recorded"))
+CPU = Compute(device="cpu", devices_per_node=2)
+GPU = Compute(device="gpu", devices_per_node=8)
+
+
+def test_the_command_starts_our_entry_on_every_device() -> None:
+    """Another number of ranks would train, another file be trained, or ranks write over each other's logs."""
+    command = train_command(GPU, PATHS)
+    assert command[:3] == [sys.executable, "-m", "composer.cli.launcher"]
+    assert command[command.index("-n") + 1] == "8"
+    assert command[-3:] == ["-m", "tundish.train", "/runs/recorded/foundry.yaml"]
+    for option in ("--stdout", "--stderr"):
+        assert command[command.index(option) + 1] == "/runs/recorded/logs/train-rank{rank}.log"
+
+
+def test_ranks_go_on_with_the_mlflow_run_that_was_made() -> None:
+    """Composer's logger would open a second run, elsewhere than the TrainingRun says."""
+    environment = train_environment(CPU, "sqlite:////m.db", "7", "abc", 8)
+    assert environment["MLFLOW_TRACKING_URI"] == "sqlite:////m.db"
+    assert (environment["MLFLOW_EXPERIMENT_ID"], environment["MLFLOW_RUN_ID"]) == ("7", "abc")
+
+
+@pytest.mark.parametrize("compute", [CPU, GPU])
+def test_every_rank_shards_by_fsdp2(compute: Compute) -> None:
+    """Composer's default, FSDP1, needs CUDA and writes other checkpoints."""
+    assert train_environment(compute, "u", "7", "abc", 8)["FSDP_VERSION"] == "2"
+
+
+@pytest.mark.parametrize(("cores", "ranks", "threads"), [(8, 2, "4"), (2, 2, "1"), (1, 4, "1"), (2, 1, "2")])
+def test_ranks_on_a_cpu_share_its_cores(cores: int, ranks: int, threads: str) -> None:
+    """Ranks would get one thread each on a large machine, fight for the cores, or take a GPU."""
+    environment = train_environment(Compute(device="cpu", devices_per_node=ranks), "u", "7", "abc", cores)
+    assert (environment["OMP_NUM_THREADS"], environment["CUDA_VISIBLE_DEVICES"]) == (threads, "")
+
+
+def test_ranks_on_gpus_keep_the_caller_s_devices() -> None:
+    """The GPUs that the caller chose would be hidden or replaced."""
+    assert not {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"} & set(train_environment(GPU, "u", "7", "abc", 8))

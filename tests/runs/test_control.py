@@ -1,0 +1,43 @@
+"""runs/control.py: cancelling says what it did; following ends with the run."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tundish import events
+from tundish import foundation_model as fm
+from tundish.errors import RequestError
+from tundish.paths import RunPaths
+from tundish.runs.control import cancel_message
+
+MakeRun = Callable[..., RunPaths]
+
+
+@pytest.mark.parametrize("nothing", [None, [], ""])
+def test_cancelling_nothing_is_refused(nothing: list[str] | str | None) -> None:
+    """`cancel([])` of an empty list would cancel every run, or do nothing in silence."""
+    with pytest.raises(RequestError, match=r"^Must provide training run\(s\) or MLflow experiment ID to cancel$"):
+        fm.cancel(nothing)
+
+
+def test_cancelling_in_two_ways_at_once_is_refused() -> None:
+    """One of the two would be ignored."""
+    with pytest.raises(RequestError, match="Cannot provide both"):
+        fm.cancel("ift-1", experiment_id="7")
+
+
+def test_runs_that_have_ended_or_do_not_exist_are_counted(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An ended run would be marked as canceled; an unknown name end the call."""
+    paths = make_run("ift-1", ("COMPLETED", "done"))
+    assert fm.cancel(["ift-1", "none", "../x"]) == 0
+    assert fm.cancel(experiment_id="12345") == 0
+    assert capsys.readouterr().out == "No active runs found to cancel.\n" * 2
+    assert [event.type for event in events.read(paths.events)] == ["COMPLETED"]
+
+
+def test_the_message_says_what_was_not_canceled() -> None:
+    """The caller would believe that all were."""
+    assert cancel_message(["a", "b"], 2) == "Canceled a, b successfully."
+    assert cancel_message(["a"], 3) == "Canceled a successfully. 2 run(s) were not found or already terminated."

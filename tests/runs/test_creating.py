@@ -1,0 +1,206 @@
+"""runs/creating.py: bad input is told in one message, before anything is started, and leaves nothing behind."""
+
+import shutil
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tundish import foundation_model as fm
+from tundish.errors import DataError, InputError, SpecError
+from tundish.runs import creating
+
+pytestmark = pytest.mark.usefixtures("nothing_starts")
+
+WriteLines = Callable[[Path, Any], Path]
+USER = {"role": "user", "content": "2 + 2?"}
+CHAT = {"messages": [USER, {"role": "assistant", "content": "4"}]}
+
+
+def _refused(arguments: dict[str, Any], home: Path) -> InputError:
+    """The error of `create()`, after a look at what it has left behind."""
+    before = {path: path.stat().st_mtime_ns for path in home.rglob("*")} if home.exists() else None
+    with pytest.raises(InputError) as error:
+        fm.create(**arguments)
+    after = {path: path.stat().st_mtime_ns for path in home.rglob("*")} if home.exists() else None
+    assert after == before, "something was left behind"
+    return error.value
+
+
+def test_all_problems_of_a_call_are_one_message(arguments: dict[str, Any], home: Path) -> None:
+    """The caller would repair one thing after the other, or a run be started that must fail."""
+    (home / "runs" / "mine").mkdir(parents=True)
+    wrong = {
+        "task_type": "CHAT",
+        "training_duration": "3 epochs",
+        "context_length": 100_000,
+        "train_data_path": "/no/such/train.jsonl",
+        "overrides": {"global_train_batchsize": 8},
+        "run_name": "mine",
+    }
+    error = _refused(arguments | wrong, home)
+    assert type(error) is SpecError
+    expected = [
+        "task_type: found 'CHAT'; allowed is CHAT_COMPLETION, INSTRUCTION_FINETUNE, CONTINUED_PRETRAIN.",
+        "training_duration: found '3 epochs'; allowed is a positive whole number",
+        "context_length: found 100000; ",
+        "train_data_path: /no/such/train.jsonl: there is no such file",
+        "overrides: LLM Foundry has no key 'global_train_batchsize'. Did you mean global_train_batch_size",
+        "run_name: there is a run 'mine' already. Choose another name",
+    ]
+    for start in expected:
+        assert [problem for problem in error.problems if problem.startswith(start)], start
+    assert len(error.problems) == len(expected)
+    assert error.message.startswith("6 problems:\n  - ") and all(problem in error.message for problem in error.problems)
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ([CHAT] * 6 + ['{"messages": ['] + [CHAT], "train.jsonl, line 7: not JSON: Expecting value at column 15."),
+        ([CHAT, {"messages": [USER]}], "train.jsonl, line 2: the last message is from 'user'; a chat must end"),
+        ([], "the file is empty; each line must hold one sample"),
+    ],
+    ids=["JSON error on line 7", "chat ends with user", "empty file"],
+)  # fmt: skip
+def test_wrong_data_alone_is_an_error_of_the_data(
+    arguments: dict[str, Any], home: Path, write_lines: WriteLines, lines: list[Any], found: str
+) -> None:
+    """The run would fail later; or the exit code say that the arguments are wrong."""
+    write_lines(Path(arguments["train_data_path"]), lines)
+    error = _refused(arguments, home)
+    assert type(error) is DataError and len(error.problems) == 1 and found in error.message
+
+
+def test_problems_of_arguments_and_data_come_together(
+    arguments: dict[str, Any], home: Path, tmp_path: Path, write_lines: WriteLines
+) -> None:
+    """Data would only be looked at once the arguments are right."""
+    write_lines(Path(arguments["train_data_path"]), [CHAT, "{"])
+    evaluation = write_lines(tmp_path / "eval.jsonl", [{"messages": [USER]}])
+    error = _refused(arguments | {"eval_data_path": str(evaluation), "learning_rate": "fast"}, home)
+    assert type(error) is SpecError
+    assert [problem.split(":")[0] for problem in error.problems] == [
+        "learning_rate",
+        "train_data_path",
+        "eval_data_path",
+    ]
+
+
+def test_a_system_message_is_judged_by_the_model(
+    arguments: dict[str, Any], home: Path, write_lines: WriteLines
+) -> None:
+    """Mistral's template would raise mid-run."""
+    chat = {"messages": [{"role": "system", "content": "be short"}, *CHAT["messages"]]}
+    write_lines(Path(arguments["train_data_path"]), [chat])
+    creating.check(arguments)
+    error = _refused(arguments | {"model": "mistralai/Mistral-7B-Instruct-v0.2"}, home)
+    assert "line 1: the first message is from 'system', which this model's chat template does not take" in error.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"eval_data_path": "/no/such/eval.jsonl"}, "eval_data_path: /no/such/eval.jsonl: there is no such file"),
+        ({"task_type": "CONTINUED_PRETRAIN"}, "is a file; CONTINUED_PRETRAIN takes a folder of .txt files"),
+        ({"custom_weights_path": "/no/such/ep1-ba1"}, "custom_weights_path: /no/such/ep1-ba1: there is nothing there"),
+        ({"compute": {"nodes": 2}}, "compute: found 2 nodes; a run on this machine has one."),
+        ({"overrides": {"global_train_batch_size": 3}, "compute": {"devices_per_node": 2}}, "multiple of the 2 devi"),
+        ({"overrides": {"global_train_batch_size": "8"}}, "overrides: found global_train_batch_size '8'"),
+        ({"overrides": {"global_train_batch_size": 0}}, "overrides: found global_train_batch_size 0"),
+        ({"overrides": {"code_paths": ["x.py"]}}, "tundish runs no code from configuration"),
+        ({"overrides": {1: 2}}, "overrides: allowed is a mapping of LLM-Foundry keys"),
+        ({"overrides": {"load_path": Path("/weights")}}, "overrides: 'load_path'"),
+        ({"overrides": {"metadata.day": date(2026, 11, 21)}}, "overrides: 'metadata.day'"),
+        ({"train_data_path": "x" * 5000}, "train_data_path: "),
+        ({"train_data_path": "a\0b.jsonl"}, "train_data_path: "),
+        ({"train_data_path": 5}, "train_data_path: found int; allowed is text"),
+        ({"train_data_path": "dbfs:/Volumes/../../etc/passwd"}, "train_data_path: "),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_single_argument_is_told(
+    arguments: dict[str, Any], home: Path, changes: dict[str, Any], found: str
+) -> None:
+    """The run would be accepted and fail in its supervisor, or the call end in a traceback of another error."""
+    error = _refused(arguments | changes, home)
+    assert type(error) is SpecError and found in error.message
+    assert len(error.problems) == 1, error.problems
+
+
+def test_a_damaged_checkpoint_is_told_before_the_run(arguments: dict[str, Any], home: Path, tmp_path: Path) -> None:
+    """The data would be prepared for an hour before the weights are found to be incomplete."""
+    folder = tmp_path / "ep1-ba1"
+    folder.mkdir()
+    error = _refused(arguments | {"custom_weights_path": str(folder)}, home)
+    assert type(error) is SpecError
+    assert (
+        error.message.startswith("custom_weights_path: ")
+        and "there is no .metadata, so the checkpoint is not complete" in error.message
+    )
+
+
+def test_rows_are_not_read_when_that_is_not_wanted(arguments: dict[str, Any], write_lines: WriteLines) -> None:
+    """`validate_inputs=False` would still read a huge file; but a missing one must be told all the same."""
+    write_lines(Path(arguments["train_data_path"]), ["{"])
+    spec, _ = creating.check(arguments | {"validate_inputs": False})
+    assert spec.validate_inputs is False
+    with pytest.raises(SpecError, match="there is no such file"):
+        creating.check(arguments | {"validate_inputs": False, "train_data_path": "/no/such.jsonl"})
+
+
+def test_good_input_passes_and_leaves_nothing_either(arguments: dict[str, Any], home: Path) -> None:
+    """The tests above would pass if everything were refused."""
+    spec, card = creating.check(arguments | {"task_type": "", "experiment_path": ""})
+    assert spec.model == card.name and not home.exists()
+
+
+def test_a_failure_while_the_run_is_made_leaves_no_folder(
+    arguments: dict[str, Any], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was never created would block its name, or be listed."""
+
+    def unreachable(*_: object) -> None:
+        raise ConnectionError("the tracking server cannot be reached")
+
+    monkeypatch.setattr(creating, "open_tracking", unreachable)
+    with pytest.raises(ConnectionError):
+        fm.create(**arguments, run_name="mine")
+    assert not (home / "runs" / "mine").exists()
+
+
+def test_rendering_reads_no_data_and_writes_nothing(arguments: dict[str, Any], home: Path) -> None:
+    """Planning a run would need its data, or leave folders behind."""
+    shutil.rmtree(Path(arguments["train_data_path"]).parent / "train.jsonl", ignore_errors=True)
+    content = yaml.safe_load(
+        creating.render_only(
+            arguments | {"run_name": "planned", "compute": {"nodes": 4, "devices_per_node": 8, "device": "gpu"}}
+        )
+    )
+    assert content["run_name"] == "planned" and content["global_train_batch_size"] % 32 == 0
+    assert content["train_loader"]["dataset"]["local"] == str(home / "runs" / "planned" / "data" / "train")
+    assert not home.exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        ({"optimiser.lr": 1}, "has no key 'optimiser'"),
+        ({"global_train_batch_size": "many"}, "global_train_batch_size"),
+        ({"global_train_batch_size": 0}, "global_train_batch_size"),
+        ({1: 2}, "overrides: "),
+    ],
+)
+def test_rendering_tells_wrong_overrides(arguments: dict[str, Any], overrides: dict[Any, Any], found: str) -> None:
+    """A plan would be printed that no run accepts, or end in a traceback."""
+    with pytest.raises(SpecError, match=found):
+        creating.render_only(arguments | {"overrides": overrides})
+
+
+def test_rendering_tells_problems_of_arguments_and_overrides_together(arguments: dict[str, Any]) -> None:
+    """The caller would repair one after the other."""
+    with pytest.raises(SpecError) as error:
+        creating.render_only(arguments | {"overrides": {"optimiser.lr": 1}, "training_duration": "soon"})
+    assert len(error.value.problems) == 2

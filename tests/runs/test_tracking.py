@@ -1,0 +1,34 @@
+"""runs/tracking.py: a run's place in MLflow is found again. Opening a store is tested with the runs that train."""
+
+from pathlib import Path
+
+import pytest
+
+from tundish.paths import RunPaths
+from tundish.runs.tracking import Tracking, planned_save_folder, tracking_uri
+
+
+def test_what_was_made_in_mlflow_is_read_back(tmp_path: Path) -> None:
+    """Stages would log to another run than `create()` has made."""
+    paths = RunPaths(tmp_path)
+    paths.result("tracking").parent.mkdir()
+    tracking = Tracking(
+        tracking_uri="sqlite:////x.db", experiment_id="1", experiment_name="/Users/ü", run_id="abc", save_folder="/s"
+    )
+    tracking.write(paths)
+    assert Tracking.read(paths) == tracking
+
+
+def test_the_store_is_the_environment_s_or_a_file_in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metrics would go to a store that nobody looks at."""
+    assert tracking_uri() == f"sqlite:///{home}/mlflow/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    assert tracking_uri() == "http://server:5000"
+
+
+def test_checkpoints_are_planned_in_the_artifacts_of_the_run(home: Path) -> None:
+    """`dbfs:/databricks/mlflow-tracking/…/artifacts/…` paths would not find them; experiments would share a folder."""
+    planned = planned_save_folder("chat-1", "/Users/me/chat-1")
+    assert planned.startswith(f"{home}/mlflow/artifacts/")
+    assert planned.endswith("/{mlflow_run_id}/artifacts/chat-1/checkpoints")
+    assert planned != planned_save_folder("chat-1", "/Users/me/chat-2")

@@ -1,0 +1,306 @@
+"""cli.py: the verbs on a terminal; messages without tracebacks; exit codes that scripts can trust."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tundish import __version__
+from tundish.cli import build_parser, main
+from tundish.cli_commands import COMMANDS, create_arguments, read_experiment
+from tundish.errors import SpecError
+from tundish.paths import RunPaths
+
+pytestmark = pytest.mark.usefixtures("nothing_starts")
+
+Capture = pytest.CaptureFixture[str]
+WriteLines = Callable[[Path, Any], Path]
+MakeRun = Callable[..., RunPaths]
+USER = {"role": "user", "content": "2 + 2?"}
+CHAT = {"messages": [USER, {"role": "assistant", "content": "4"}]}
+
+
+def _options(arguments: dict[str, Any]) -> list[str]:
+    return [text for name, value in arguments.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def test_every_command_is_described_and_does_something(capsys: Capture) -> None:
+    """A command would be missing from the help, or parse and then crash."""
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for name in "create run render get list cancel events checkpoints models".split():
+        assert re.search(rf"^    {name}\s+[a-z]", shown, re.MULTILINE) and name in COMMANDS
+
+
+def test_options_are_the_parameters_of_create(arguments: dict[str, Any]) -> None:
+    """An option would be dropped, or reach another argument of `create()`."""
+    given = arguments | {
+        "task_type": "INSTRUCTION_FINETUNE",
+        "eval_data_path": "e.jsonl",
+        "training_duration": "3ep",
+        "learning_rate": "1e-4",
+        "context_length": 128,
+        "experiment_path": "/x",
+        "custom_weights_path": "/w",
+        "run_name": "mine",
+    }
+    line = ["create", *_options(given), "--eval-prompts", "a b", "c", "--devices", "2", "--device", "cpu"]
+    line += ["--set", "optimizer.lr=0.5", "--set", "seed=3", "--set", "a=x=y", "--set", "b=", "--set", "c=[1, 2]"]
+    values = create_arguments(build_parser().parse_args(line))
+    assert values == given | {
+        "eval_prompts": ["a b", "c"],
+        "compute": {"devices_per_node": 2, "device": "cpu"},
+        "overrides": {"optimizer.lr": 0.5, "seed": 3, "a": "x=y", "b": None, "c": [1, 2]},
+    }
+
+
+def test_options_not_given_mean_the_defaults(arguments: dict[str, Any]) -> None:
+    """The command line would have defaults of its own, and two runs from the same arguments differ."""
+    values = create_arguments(build_parser().parse_args(["render", *_options(arguments)]))
+    assert {name: value for name, value in values.items() if value not in (None, {})} == arguments
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        [],
+        ["no-such"],
+        ["get"],
+        ["create", "--no-such", "1"],
+        ["create", "--context-length", "many"],
+        ["list", "--limit", "x"],
+        ["run"],
+    ],
+)
+def test_a_line_that_makes_no_sense_is_exit_code_2(line: list[str], capsys: Capture) -> None:
+    """A script with a typo would go on as if all were well."""
+    with pytest.raises(SystemExit) as stop:
+        main(line)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: tundish")
+
+
+def test_the_version_is_told(capsys: Capture) -> None:
+    """A bug report could not say what it is about."""
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"tundish {__version__}\n"
+
+
+def test_all_problems_of_a_line_are_told_at_once_without_traceback(arguments: dict[str, Any], home: Path) -> None:
+    """The user would see a traceback, or repair one thing after the other; a script would not learn that it failed."""
+    (home / "runs" / "mine").mkdir(parents=True)
+    wrong = {
+        "task_type": "CHAT",
+        "training_duration": "3 epochs",
+        "context_length": 100_000,
+        "train_data_path": "/no/such/train.jsonl",
+        "run_name": "mine",
+        "set": "global_train_batchsize=8",
+    }
+    before = sorted(home.rglob("*"))
+    command = [sys.executable, "-m", "tundish", "create", *_options(arguments | wrong)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("tundish: 6 problems:\n  - ")
+    for found in (
+        "'CHAT'",
+        "'3 epochs'",
+        "100000",
+        "no such file",
+        "'global_train_batchsize'",
+        "there is a run 'mine' already",
+    ):
+        assert found in done.stderr, found
+    assert sorted(home.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ([CHAT] * 6 + ["{"], "train.jsonl, line 7: not JSON"),
+        (
+            [{"messages": [USER]}],
+            "train.jsonl, line 1: the last message is from 'user'; a chat must end with 'assistant'.",
+        ),
+        ([], "the file is empty"),
+    ],
+    ids=["JSON error on line 7", "chat ends with user", "empty file"],
+)
+def test_wrong_data_alone_is_exit_code_1(
+    arguments: dict[str, Any], home: Path, write_lines: WriteLines, capsys: Capture, lines: list[Any], found: str
+) -> None:
+    """A script could not tell bad data from a bad command line."""
+    write_lines(Path(arguments["train_data_path"]), lines)
+    assert main(["create", *_options(arguments)]) == 1
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.startswith("tundish: train_data_path: ") and found in output.err
+    assert not home.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "found"),
+    [
+        (["get", "none"], 2, "there is no run 'none'"),
+        (["events", "none"], 2, "there is no run 'none'"),
+        (["events", "none", "--follow"], 2, "there is no run 'none'"),
+        (["checkpoints", "none"], 2, "there is no run 'none'"),
+        (["cancel"], 2, "Must provide training run(s) or MLflow experiment ID to cancel"),
+        (["cancel", "a", "--experiment-id", "7"], 2, "Cannot provide both"),
+        (["run", "/no/such.yaml"], 2, "/no/such.yaml: cannot be read"),
+        (["create", "--set", "seed"], 2, "found 'seed'; needed is key=value"),
+        (["create", "--set", "seed=[1"], 2, "found 'seed=[1'"),
+        (["create"], 2, "model: is missing"),
+    ],
+)
+def test_a_wrong_call_is_exit_code_2_with_one_message(
+    line: list[str], code: int, found: str, home: Path, capsys: Capture
+) -> None:
+    """A mistake on the command line would show a traceback, or pass for success."""
+    assert main(line) == code
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.startswith("tundish: ") and found in output.err
+    assert not home.exists()
+
+
+def test_render_prints_the_yaml_and_nothing_else(arguments: dict[str, Any], home: Path, capsys: Capture) -> None:
+    """`tundish render … > run.yaml` would not make a file that trains, or start something."""
+    line = ["render", *_options(arguments), "--devices", "8", "--nodes", "4", "--device", "gpu", "--set", "seed=3"]
+    assert main(line) == 0
+    content = yaml.safe_load(capsys.readouterr().out)
+    assert content["seed"] == 3 and content["global_train_batch_size"] % 32 == 0
+    assert not home.exists()
+    assert main(["render", *_options(arguments), "--set", "global_train_batch_size=many"]) == 2
+
+
+def test_models_are_listed_for_people_and_machines(capsys: Capture) -> None:
+    """A script would have to parse a table."""
+    assert main(["models", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) == 35
+    assert {"name": "meta-llama/Llama-3.2-1B", "display_name": "Llama 3.2 1B", "max_context_length": 131072} in found
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("  ")[0] == "NAME" and len(lines) == 36
+
+
+def test_runs_are_shown_for_people_and_machines(make_run: MakeRun, capsys: Capture) -> None:
+    """A run's record would be incomplete, or the document not JSON."""
+    make_run("ift-1", ("CREATED", "waits"), ("FAILED", "broken: größe"))
+    for line in (
+        ["get", "ift-1", "--json"],
+        ["list", "--json"],
+        ["events", "ift-1", "--json"],
+        ["checkpoints", "ift-1", "--json"],
+    ):
+        assert main(line) == 0
+        found = json.loads(capsys.readouterr().out)
+        if line[0] == "checkpoints":
+            assert found == []
+        elif line[0] == "events":
+            assert [event["message"] for event in found] == ["waits", "broken: größe"]
+        else:
+            record = found[0] if line[0] == "list" else found
+            assert (record["name"], record["status"], record["created_at"]) == (
+                "ift-1",
+                "FAILED",
+                "2026-11-21T10:00:00+00:00",
+            )
+            assert record["events"][1]["type"] == "FAILED"
+    assert main(["get", "ift-1"]) == main(["list"]) == main(["events", "ift-1"]) == main(["checkpoints", "ift-1"]) == 0
+    shown = capsys.readouterr().out
+    assert "broken: größe" in shown and "ift-1" in shown and "No checkpoints created yet" in shown
+
+
+def test_lists_are_filtered_and_empty_ones_are_no_error(make_run: MakeRun, capsys: Capture) -> None:
+    """`tundish list` on a new machine would fail; `--status` be ignored."""
+    assert main(["list", "--json"]) == 0 and json.loads(capsys.readouterr().out) == []
+    make_run("ift-1", ("FAILED", "x"))
+    make_run("ift-2", ("COMPLETED", "x"))
+    assert main(["list", "--status", "COMPLETED", "--status", "STOPPED", "--json"]) == 0
+    assert [run["name"] for run in json.loads(capsys.readouterr().out)] == ["ift-2"]
+    assert main(["list", "--limit", "1", "--json"]) == 0 and len(json.loads(capsys.readouterr().out)) == 1
+
+
+@pytest.mark.parametrize(("last", "code"), [("COMPLETED", 0), ("FAILED", 1)])
+def test_following_a_run_tells_how_it_ended(make_run: MakeRun, capsys: Capture, last: str, code: int) -> None:
+    """A script that waits for a run could not tell whether it worked."""
+    make_run("ift-1", ("CREATED", "waits"), (last, "over"))
+    assert main(["events", "ift-1", "--follow"]) == code
+    assert capsys.readouterr().out.splitlines()[-1].endswith("over")
+
+
+def test_cancelling_what_is_not_there_is_said(capsys: Capture) -> None:
+    """The user would believe that a run was stopped."""
+    assert main(["cancel", "none"]) == 0
+    assert capsys.readouterr().out == "No active runs found to cancel.\n"
+    assert main(["cancel", "none", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"canceled": [], "asked": 1}
+
+
+def test_an_experiment_file_is_the_arguments_of_create(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    """`tundish run FILE` would train something else than the file says."""
+    file = tmp_path / "run.yaml"
+    content = arguments | {"training_duration": "3ep", "overrides": {"seed": 3}, "compute": {"device": "cpu"}}
+    file.write_text(yaml.safe_dump(content))
+    assert read_experiment(file) == content
+
+
+def test_data_paths_in_an_experiment_file_are_taken_from_its_folder(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    """A file would only work from one working directory."""
+    file = tmp_path / "deep" / "run.yaml"
+    file.parent.mkdir()
+    content = arguments | {"train_data_path": "../train.jsonl", "eval_data_path": "eval.jsonl"}
+    file.write_text(yaml.safe_dump(content))
+    found = read_experiment(file)
+    assert Path(found["train_data_path"]).samefile(tmp_path / "train.jsonl")
+    assert Path(found["eval_data_path"]) == file.parent / "eval.jsonl"
+    for kept in ("/data/train.jsonl", "dbfs:/Volumes/a/b/c/train.jsonl", "s3://bucket/train.jsonl"):
+        file.write_text(yaml.safe_dump(content | {"train_data_path": kept}))
+        assert read_experiment(file)["train_data_path"] == kept
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"- a\n- b\n", "found no mapping. Write one argument of create\\(\\) a line"),
+        (b"", "found no mapping"),
+        (b"a: [1\n", "cannot be read"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"modle: x\nepochs: 3\n", "create\\(\\) has no argument epochs, modle; it has model, train_data_path"),
+        (b"model: !!python/object/apply:os.system ['touch ran']\n", "cannot be read"),
+    ],
+)
+def test_a_wrong_experiment_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, content: bytes, found: str
+) -> None:
+    """A typo would be ignored, a traceback shown, or a YAML tag run a program."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    with pytest.raises(SpecError, match=rf"run\.yaml: {found}"):
+        read_experiment(file)
+    assert main(["run", str(file)]) == 2 and capsys.readouterr().err.startswith(f"tundish: {file}: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_arguments_on_the_line_replace_those_of_the_file(
+    arguments: dict[str, Any], tmp_path: Path, capsys: Capture
+) -> None:
+    """`tundish run FILE key=value` would train what the file says."""
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(arguments))
+    assert main(["run", str(file), "training_duration=soon", "context_length=99999"]) == 2
+    shown = capsys.readouterr().err
+    assert "found 'soon'" in shown and "99999" in shown and "2 problems" in shown
+    assert main(["run", str(file), "epochs=3"]) == 2, "an unknown argument is not ignored"
+    assert "epochs" in capsys.readouterr().err

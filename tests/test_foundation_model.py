@@ -1,0 +1,64 @@
+"""foundation_model.py: a notebook changes its import line and nothing else."""
+
+import inspect
+from typing import Any
+
+import pytest
+
+from tundish import foundation_model as fm
+
+ORIGINAL_CREATE: dict[str, Any] = {
+    "model": inspect.Parameter.empty,
+    "train_data_path": inspect.Parameter.empty,
+    "register_to": inspect.Parameter.empty,
+    "experiment_path": "",
+    "task_type": "CHAT_COMPLETION",
+    "eval_data_path": None,
+    "eval_prompts": None,
+    "custom_weights_path": None,
+    "training_duration": None,
+    "learning_rate": None,
+    "context_length": None,
+    "validate_inputs": True,
+    "data_prep_cluster_id": None,
+}
+
+
+def test_create_takes_what_the_original_took() -> None:
+    """A notebook's call would raise TypeError, or mean another default."""
+    parameters = inspect.signature(fm.create).parameters
+    names = list(parameters)
+    assert {name: parameters[name].default for name in names[: len(ORIGINAL_CREATE)]} == ORIGINAL_CREATE
+    assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in names[3:])
+    assert set(names[len(ORIGINAL_CREATE) :]) >= {"run_name", "compute", "overrides"}
+
+
+@pytest.mark.parametrize(
+    ("verb", "parameters"),
+    [
+        (
+            "list",
+            dict.fromkeys(["training_runs", "experiment_id", "statuses", "user_emails", "before", "after"])
+            | {"include_details": True, "limit": 100},
+        ),
+        ("cancel", {"runs": None, "experiment_id": None}),
+        ("get", {"training_run": inspect.Parameter.empty}),
+        ("get_events", {"training_run": inspect.Parameter.empty, "follow": False}),
+        ("get_checkpoints", {"training_run": inspect.Parameter.empty}),
+        ("get_models", {}),
+    ],
+)  # fmt: skip
+def test_the_other_verbs_take_what_the_original_s_took(verb: str, parameters: dict[str, Any]) -> None:
+    """A notebook's call would raise TypeError, or mean another default."""
+    assert verb in fm.__all__
+    found = inspect.signature(getattr(fm, verb)).parameters
+    assert {name: parameter.default for name, parameter in found.items()} == parameters
+
+
+def test_models_are_what_callers_do_with_them() -> None:
+    """`fm.get_models().to_pandas()["name"].to_list()` is how notebooks ask for the names."""
+    models = fm.get_models()
+    names = models.to_pandas()["name"].to_list()
+    assert len(models) == len(names) == 35 and "meta-llama/Meta-Llama-3.1-8B-Instruct" in names
+    first = models[0]
+    assert (first.name, first.display_name, first.max_context_length) == ("databricks/dbrx-base", "DBRX Base", 32768)

@@ -1,0 +1,54 @@
+"""progress.py: one who watches sees each event once, as it comes, and is told when the run has ended."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tundish import events
+from tundish import foundation_model as fm
+from tundish.launch.local import ProcessId
+from tundish.paths import RunPaths
+from tundish.progress import watch
+from tundish.runs.records import RunStatus
+from tundish.runs.supervisor import vars_of
+
+MakeRun = Callable[..., RunPaths]
+
+
+def test_watching_an_ended_run_shows_all_of_it_and_returns_it(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Watching would hang on an ended run, repeat its events or leave some out."""
+    make_run("ift-1", ("CREATED", "waits"), ("TRAIN_UPDATED", "half"), ("FAILED", "[broken] 1/2"))
+    assert watch("ift-1").status is RunStatus.FAILED
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["CREATED", "FAILED"]
+    assert lines[-1].endswith("FAILED             [broken] 1/2")
+
+
+def test_following_returns_the_events(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    """`get_events(run, follow=True)` in a notebook would show events but not return them."""
+    make_run("ift-1", ("CREATED", "waits"), ("COMPLETED", "done"))
+    assert [event.message for event in fm.get_events("ift-1", follow=True)] == ["waits", "done"]
+    assert capsys.readouterr().out.count("\n") == 2
+
+
+def test_events_are_shown_as_they_come(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    """Events that are written while one watches would be missing, or shown twice."""
+    paths = make_run("ift-1", ("STARTED", "zero"))
+    paths.supervisor.write_text(json.dumps(vars_of(ProcessId.of(os.getpid()))))
+
+    def go_on() -> None:
+        for type, message in [("DATA_VALIDATED", "one"), ("TRAIN_STARTED", "two"), ("COMPLETED", "three")]:
+            time.sleep(0.3)
+            events.append(paths.events, type, message)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    assert watch("ift-1").status is RunStatus.COMPLETED
+    thread.join()
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["zero", "one", "two", "three"]
