@@ -6,6 +6,7 @@ classes that DCP needs may be named in it, every entry is read with `weights_onl
 """
 
 import io
+import math
 import pickle
 import re
 from collections.abc import Iterator
@@ -49,6 +50,23 @@ class _RestrictedUnpickler(pickle.Unpickler):
                 "It was not loaded. Do not use this checkpoint."
             )
         return super().find_class(module, name)
+
+
+class _Stub:
+    """Stands for any object of the metadata; keeps its state and nothing else."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+class _StubUnpickler(_RestrictedUnpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = module.startswith("torch") and name in _ALLOWED_GLOBALS.get(module, ())
+        return _Stub if allowed else super().find_class(module, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +127,19 @@ def list_checkpoints(save_folder: Path) -> list[Path]:
         return []
     found = [(match, path) for path in save_folder.iterdir() if (match := NAME.fullmatch(path.name))]
     ordered = sorted(found, key=lambda item: (int(item[0][2]), int(item[0][1])))
-    return [path for _, path in ordered if (path / METADATA).is_file()]
+    return [path for _, path in ordered if _is_complete(path)]
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether every file that the metadata names is there and long enough; without torch."""
+    try:
+        metadata = _read_metadata(folder, _StubUnpickler)
+        return all(
+            (folder / info.relative_path).stat().st_size >= info.offset + info.length
+            for info in metadata.storage_data.values()
+        )
+    except (CheckpointError, OSError, AttributeError, TypeError):
+        return False
 
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -125,12 +155,12 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{folder / METADATA}: not a DCP checkpoint's metadata ({error}).") from error
 
 
-def _read_metadata(folder: Path) -> Any:
+def _read_metadata(folder: Path, unpickler: type[pickle.Unpickler] = _RestrictedUnpickler) -> Any:
     path = folder / METADATA
     if not path.is_file():
         raise CheckpointError(f"{folder}: there is no {METADATA}, so the checkpoint is not complete. Use another one.")
     try:
-        return _RestrictedUnpickler(io.BytesIO(path.read_bytes())).load()
+        return unpickler(io.BytesIO(path.read_bytes())).load()
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.message}") from error
     except Exception as error:
@@ -151,6 +181,11 @@ def _stored(folder: Path, metadata: Any) -> Iterator[StoredTensor]:
             offsets, sizes = tuple(part.offsets), tuple(part.sizes)
             info = places.get((name, offsets)) or places[name, None]
             chunks.append(_chunk(folder, name, offsets, sizes, info))
+        if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(entry.size):
+            raise CheckpointError(
+                f"{folder / METADATA}: the parts of {name} do not make up its shape {tuple(entry.size)}. "
+                "The checkpoint is incomplete; use another one."
+            )
         yield StoredTensor(name, tuple(entry.size), entry.properties.dtype, tuple(chunks))
 
 

@@ -15,6 +15,7 @@ from tundish.progress import watch
 from tundish.runs import creating
 from tundish.runs.records import ObjectList, TrainingRun
 
+PATH_ARGUMENTS = ("train_data_path", "eval_data_path", "custom_weights_path")
 CREATE_ARGUMENTS = (
     "model train_data_path register_to task_type eval_data_path eval_prompts training_duration learning_rate "
     "context_length experiment_path custom_weights_path run_name"
@@ -32,7 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
     """`tundish run FILE key=value …`."""
     values = read_experiment(Path(arguments.file))
     for assignment in arguments.arguments:
-        values.update(_assignment(assignment))
+        given = _assignment(assignment)
+        _check_names("the command line", given)
+        values.update(given)
     return _started(creating.create(values), arguments.json, wait=True)
 
 
@@ -134,8 +137,6 @@ def read_experiment(file: Path) -> dict[str, Any]:
     Raises:
         SpecError: the file cannot be read or is no mapping, or names an argument that `create()` does not have.
     """
-    import inspect
-
     import yaml
 
     try:
@@ -146,10 +147,24 @@ def read_experiment(file: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise SpecError(f"{file}: found no mapping. Write one argument of create() a line, like 'model: …'.")
+    _check_names(str(file), content)
+    return content | {name: _beside(file, content[name]) for name in PATH_ARGUMENTS if content.get(name)}
+
+
+def _check_names(where: str, arguments: Mapping[Any, Any]) -> None:
+    import inspect
+
     known = inspect.signature(fm.create).parameters
-    if unknown := sorted(str(key) for key in content if key not in known):
-        raise SpecError(f"{file}: create() has no argument {', '.join(unknown)}; it has {', '.join(known)}.")
-    return content
+    if unknown := sorted(str(key) for key in arguments if key not in known):
+        raise SpecError(f"{where}: create() has no argument {', '.join(unknown)}; it has {', '.join(known)}.")
+
+
+def _beside(file: Path, given: Any) -> Any:
+    """A relative path is taken from the file's folder."""
+    text = str(given)
+    if ":" in text.split("/")[0] or text.startswith(("/", "~")):
+        return given
+    return str(file.parent / text)
 
 
 def _assignment(text: str) -> dict[str, Any]:
@@ -158,7 +173,10 @@ def _assignment(text: str) -> dict[str, Any]:
     key, sign, value = text.partition("=")
     if not sign or not key:
         raise SpecError(f"found {text!r}; needed is key=value.")
-    return {key: yaml.safe_load(value) if value else None}
+    try:
+        return {key: yaml.safe_load(value) if value else None}
+    except yaml.YAMLError as error:
+        raise SpecError(f"found {text!r}; the value is not YAML. Quote it.") from error
 
 
 def _started(run: TrainingRun, as_json: bool, *, wait: bool) -> int:

@@ -29,9 +29,13 @@ def append(path: Path, type: str, message: str, **facts: Any) -> None:
     """Append one event; whole lines only, whoever else writes."""
     record = {"type": type, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), "message": message, **facts}
     line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            # A writer was killed in the middle of its line: that one is lost, not this one.
+            line = b"\n" + line
         os.write(descriptor, line)
         # Progress may be lost in a power cut; what a run reached may not.
         if type != "TRAIN_UPDATED":

@@ -4,6 +4,7 @@ Pure, and the only module that knows LLM Foundry's key names. Layers, later ones
 `task/<task>.yaml`, the model family's layer, `scale.yaml`, what is computed here, the caller's `overrides`.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,11 +58,13 @@ class Destination:
     experiment_name: str
 
 
-def check_overrides(overrides: Mapping[str, Any]) -> list[str]:
+def check_overrides(given: Mapping[Any, Any]) -> list[str]:
     """Problems of the `overrides` argument, one sentence each; empty when all is well."""
     import difflib
 
     problems: list[str] = []
+    # Keys that are no text are told by the spec's own check.
+    overrides = {key: value for key, value in given.items() if isinstance(key, str)}
     for key in overrides:
         top = key.split(".")[0]
         if top in REFUSED_OVERRIDES:
@@ -82,10 +85,17 @@ def _merge_problems(overrides: Mapping[str, Any]) -> list[str]:
         node: Any = base
         for part in key.split(".")[:-1]:
             node = node.get(part, {}) if isinstance(node, dict) else None
-        if node is None:
+        if not isinstance(node, dict):
             problems.append(f"overrides: {key!r} goes below a key that holds a single value. Shorten it.")
         if "${" in repr(value):
             problems.append(f"overrides: {key!r} holds '${{', which LLM Foundry would resolve. Write the value itself.")
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            kind = type(value).__name__
+            problems.append(
+                f"overrides: {key!r} is a {kind}; allowed are text, numbers, lists and mappings. Write it as text."
+            )
     return problems
 
 
@@ -125,7 +135,10 @@ def render(spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destina
     comments: dict[tuple[str, ...], list[str]] = {}
     for text in texts:
         comments |= comments_of(text)
-    comments |= comments_of((yamls_dir() / "scale.yaml").read_text(), below="foundry")
+    scale = comments_of((yamls_dir() / "scale.yaml").read_text(), below="foundry")
+    comments |= {
+        path: lines for path, lines in scale.items() if any(_has(layer, path) for layer in foundry_layers(card))
+    }
     comments["global_train_batch_size",] = [*comments["global_train_batch_size",], f"# {reason}"]
     header = (
         f"# Run {spec.run_name}, written by tundish {__version__}.\n"
@@ -231,6 +244,15 @@ def _optional(spec: RunSpec, paths: RunPaths, dataset: Mapping[str, Any], num_wo
         # Weights only: optimizer, schedule and data start anew.
         sections |= {"load_path": spec.custom_weights_path, "load_weights_only": True}
     return sections
+
+
+def _has(layer: Mapping[str, Any], path: tuple[str, ...]) -> bool:
+    node: Any = layer
+    for part in path:
+        if not isinstance(node, Mapping) or part not in node:
+            return False
+        node = node[part]
+    return True
 
 
 def _nested(dotted_key: str, value: Any) -> dict[str, Any]:

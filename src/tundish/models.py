@@ -97,7 +97,7 @@ def find_card(model: str) -> ModelCard:
     for spelling in (model, model.replace("/Llama-3.1-", "/Meta-Llama-3.1-")):
         if spelling in cards:
             return cards[spelling]
-    if Path(model).is_dir():
+    if _is_folder(model):
         return _folder_card(Path(model))
     near = difflib.get_close_matches(model, cards, n=3, cutoff=0.4)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -105,6 +105,14 @@ def find_card(model: str) -> ModelCard:
         f"model: {model!r} is neither a supported model nor a folder on this machine.{hint} "
         "`tundish models` lists the supported names; a folder needs a config.json."
     )
+
+
+def _is_folder(text: str) -> bool:
+    try:
+        return Path(text).is_dir()
+    except OSError:
+        # A text too long for a path.
+        return False
 
 
 def _folder_card(folder: Path) -> ModelCard:
@@ -115,6 +123,8 @@ def _folder_card(folder: Path) -> ModelCard:
         raise SpecError(
             f"model: {config_path} cannot be read ({error}). Give the folder of a Hugging Face model."
         ) from error
+    if not isinstance(config, dict):
+        raise SpecError(f"model: {config_path} holds no JSON object. Give the folder of a Hugging Face model.")
     by_type = {model_type: family for family, content in _families().items() for model_type in content["model_types"]}
     family = by_type.get(config.get("model_type"))
     if family is None:
@@ -132,7 +142,8 @@ def _folder_card(folder: Path) -> ModelCard:
             system_message=content["system_message"], learning_rate=DEFAULT_LEARNING_RATE, **numbers,
         )  # fmt: skip
     except TypeError as error:
-        missing = sorted(set(content["config_keys"].values()) - set(config))
+        optional = ("tied_embeddings", "head_size", "experts", "key_value_heads")
+        missing = [key for name, key in content["config_keys"].items() if name not in numbers and name not in optional]
         raise SpecError(f"model: {config_path} lacks {', '.join(missing)}. Complete the model's config.") from error
 
 

@@ -41,7 +41,10 @@ def in_notebook() -> bool:
 
 
 def _watch_notebook(name: str) -> TrainingRun:
-    from IPython.display import clear_output, display
+    from IPython.display import (  # pyright: ignore[reportMissingImports]  there, as a notebook runs
+        clear_output,
+        display,
+    )
 
     latest = None
     while True:

@@ -44,7 +44,7 @@ class Duration:
         Raises:
             ValueError: it is none of these, or not positive.
         """
-        match = re.fullmatch(r"\s*([0-9][0-9_]*)\s*(ep|ba|tok)\s*", str(text))
+        match = re.fullmatch(r"\s*([0-9]+(?:_[0-9]+)*)\s*(ep|ba|tok)\s*", str(text))
         if match is None or int(match[1]) == 0:
             raise ValueError(
                 f"found {text!r}; allowed is a positive whole number and ep, ba or tok. "
@@ -80,6 +80,10 @@ class Compute:
         """
         if isinstance(value, Compute):
             return value
+        if not isinstance(value or {}, Mapping):
+            raise ValueError(
+                f"found {value!r}; allowed is a mapping. For example {{'device': 'cpu', 'devices_per_node': 2}}."
+            )
         given = dict(cast(Mapping[str, Any], value or {}))
         known = [f.name for f in dataclasses.fields(cls)]
         if unknown := sorted(set(given) - set(known)):
@@ -174,7 +178,7 @@ def parse_spec(arguments: Mapping[str, Any], *, created_at: str) -> tuple[RunSpe
     task_type: TaskType = check("task_type", _read_task) or "CHAT_COMPLETION"
     user = getpass.getuser()
     name = check("run_name", lambda given: _read_run_name(given, task_type, card))
-    values = {
+    values: dict[str, Any] = {
         "run_name": name,
         "task_type": task_type,
         "train_data_path": check("train_data_path", _required_text),
@@ -259,6 +263,8 @@ def _read_prompts(given: object) -> tuple[str, ...]:
         return ()
     if isinstance(given, str) or not all(isinstance(p, str) and p for p in cast(Any, given)):
         raise ValueError("allowed is a list of texts that are not empty. For example ['What is MLflow?'].")
+    if any("${" in prompt for prompt in cast(Any, given)):
+        raise ValueError("'${' is not allowed in a prompt: LLM Foundry would resolve it. Write it in another way.")
     return tuple(cast(Any, given))
 
 

@@ -42,14 +42,13 @@ def make_base_model(folder: Path | str, texts: Iterable[str], *, seed: int = 0, 
 
     tokenizer = _train_tokenizer(texts)
     torch.manual_seed(seed)
-    llama = LlamaConfig(
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        **{**TINY_LLAMA, **config},
-    )
-    LlamaForCausalLM(llama).save_pretrained(folder)
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    LlamaForCausalLM(LlamaConfig(**{**settings, **TINY_LLAMA, **config})).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)
 

@@ -63,7 +63,8 @@ class Prepared:
     @classmethod
     def read(cls, folder: Path) -> "Prepared":
         """The manifest of a complete prepared folder."""
-        return cls(**json.loads((folder / MANIFEST).read_text()))
+        # The folder may have been moved since.
+        return cls(**{**json.loads((folder / MANIFEST).read_text()), "folder": str(folder)})
 
     @property
     def fill(self) -> float:
@@ -128,7 +129,7 @@ def _encode_source(source: Source, tokenizer: "PreTrainedTokenizerBase", context
             last_word = time.monotonic()
             log.info("Tokenized %s samples so far.", f"{found.count:,}")
     if problems:
-        raise DataError(problems.messages(found.count))
+        raise DataError(problems.messages(sum(1 for _ in source.samples())))
     return found, truncated
 
 
@@ -181,6 +182,8 @@ def _publish(prepared: Prepared, samples: list[Encoded], rows: list[list[int]]) 
     folder = Path(prepared.folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    # Of a run that was killed and had the same process id, as happens in containers.
+    shutil.rmtree(beside, ignore_errors=True)
     try:
         with MDSWriter(out=str(beside), columns=COLUMNS, size_limit=SHARD_BYTES, progress_bar=False) as writer:
             for row in rows:

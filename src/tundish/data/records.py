@@ -4,7 +4,7 @@ Every rule has a name, so that a thousand lines with the same mistake make one m
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -36,12 +36,14 @@ def parse_sample(line: bytes, task_type: TaskType, *, system_message: bool) -> S
     `system_message`: whether the model's chat template takes one.
     """
     try:
-        record = json.loads(line.decode())
+        record = json.loads(line.decode().rstrip())
     except UnicodeDecodeError as error:
         text = f"the byte at offset {error.start} of the line is not UTF-8. Save the file as UTF-8."
         return Problem("not UTF-8", text)
     except json.JSONDecodeError as error:
         return Problem("not JSON", f"not JSON: {error.msg} at column {error.colno}. Each line must be one JSON object.")
+    except ValueError as error:
+        return Problem("not JSON", f"not JSON that can be read: {error}. Each line must be one JSON object.")
     except RecursionError:
         return Problem("not JSON", "nested too deeply to be a sample. Each line must be one flat JSON object.")
     if not isinstance(record, dict):
@@ -63,10 +65,14 @@ def _json_type(value: object) -> str:
     return next((name for kind, name in names if isinstance(value, kind)), "null" if value is None else "number")
 
 
+def _names(keys: Iterable[str]) -> str:
+    return ", ".join(sorted(keys)).encode(errors="backslashreplace").decode() or "none"
+
+
 def _parse_pair(record: Mapping[str, Any]) -> Sample | Problem:
     keys = set(record)
     if keys not in ({"prompt", "response"}, {"prompt", "completion"}):
-        found = ", ".join(sorted(keys)) or "none"
+        found = _names(keys)
         return Problem(
             f"keys {found}", f"found the keys {found}; allowed are prompt and response (or completion). {PAIR_HINT}"
         )
@@ -82,7 +88,7 @@ def _parse_pair(record: Mapping[str, Any]) -> Sample | Problem:
 
 def _parse_chat(record: Mapping[str, Any], system_message: bool) -> Sample | Problem:
     if set(record) != {"messages"}:
-        found = ", ".join(sorted(record)) or "none"
+        found = _names(record)
         return Problem(f"keys {found}", f"found the keys {found}; allowed is messages alone. {CHAT_HINT}")
     messages = record["messages"]
     if not isinstance(messages, list) or not messages:

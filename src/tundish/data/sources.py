@@ -113,6 +113,6 @@ def _text_folder(path: Path, given: str) -> Path:
     if not path.is_dir():
         found = "is a file" if path.exists() else f"there is no such folder ({path})"
         raise SpecError(f"{given}: {found}; CONTINUED_PRETRAIN takes a folder of .txt files. Name the folder.")
-    if next(path.rglob("*.txt"), None) is None:
+    if not Source(path, "CONTINUED_PRETRAIN", system_message=True).files:
         raise SpecError(f"{given}: the folder holds no .txt file. Folders inside it are searched too.")
     return path

@@ -47,8 +47,8 @@ def load_tokenizer(model: str, task_type: TaskType) -> "PreTrainedTokenizerBase"
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # tokenizers raises bare ones
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise SpecError(
             f"model: the tokenizer of {model} cannot be loaded ({reason}). "
             "Check that the folder has tokenizer files; for a gated model set HF_TOKEN after accepting its licence."

@@ -4,7 +4,8 @@ import shutil
 from collections import deque
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, cast, get_args
 
 from tundish import __version__, events
 from tundish.checkpoints import resolve_weights
@@ -12,12 +13,12 @@ from tundish.data.sources import Source, open_source
 from tundish.errors import CheckpointError, DataError, SpecError
 from tundish.foundry import Destination, check_overrides, render
 from tundish.models import ModelCard
-from tundish.paths import RunPaths, write_atomic
+from tundish.paths import REMOTE_SCHEMES, RunPaths, resolve, write_atomic
 from tundish.runs import supervisor
 from tundish.runs.reading import read_run
 from tundish.runs.records import TrainingRun
 from tundish.runs.tracking import open_tracking, planned_save_folder, tracking_uri
-from tundish.spec import RunSpec, parse_spec
+from tundish.spec import RunSpec, TaskType, parse_spec
 
 
 def create(arguments: Mapping[str, Any]) -> TrainingRun:
@@ -46,6 +47,7 @@ def _write_run(spec: RunSpec, paths: RunPaths) -> None:
     tags = {"tundish.version": __version__, "tundish.run": spec.run_name}
     open_tracking(spec.run_name, spec.experiment_path, tags).write(paths)
     events.append(paths.events, "CREATED", "Run created. It waits to be scheduled.")
+    # Last before the start: a folder without a spec is no run to anybody who looks.
     write_atomic(paths.spec, spec.to_json())
     supervisor.spawn(paths)
 
@@ -65,9 +67,9 @@ def check(arguments: Mapping[str, Any]) -> tuple[RunSpec, ModelCard]:
         spec = card = None
     overrides = arguments.get("overrides")
     if isinstance(overrides, Mapping):
-        problems.extend(check_overrides(overrides))
+        problems.extend(check_overrides(cast(Mapping[str, Any], overrides)))
     if spec is not None:
-        problems.extend(_machine_problems(spec))
+        problems.extend([*_nodes_problems(spec), *_batch_size_problems(spec)])
     argument_problems, data_problems = _data_problems(arguments, card)
     problems.extend(argument_problems)
     if problems:
@@ -78,11 +80,14 @@ def check(arguments: Mapping[str, Any]) -> tuple[RunSpec, ModelCard]:
     return spec, card
 
 
-def _machine_problems(spec: RunSpec) -> list[str]:
+def _nodes_problems(spec: RunSpec) -> list[str]:
+    if spec.compute.nodes == 1:
+        return []
+    return [f"compute: found {spec.compute.nodes} nodes; a run on this machine has one. `tundish render` plans more."]
+
+
+def _batch_size_problems(spec: RunSpec) -> list[str]:
     problems: list[str] = []
-    if spec.compute.nodes > 1:
-        text = f"compute: found {spec.compute.nodes} nodes; a run on this machine has one. `tundish render` plans more."
-        problems.append(text)
     batch_size = spec.overrides.get("global_train_batch_size")
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1 or batch_size % spec.compute.devices):
         problems.append(
@@ -99,9 +104,14 @@ def _data_problems(arguments: Mapping[str, Any], card: ModelCard | None) -> tupl
     task_type = arguments.get("task_type") or "CHAT_COMPLETION"
     for name in ("train_data_path", "eval_data_path"):
         given = arguments.get(name)
-        if not given or task_type not in ("CHAT_COMPLETION", "INSTRUCTION_FINETUNE", "CONTINUED_PRETRAIN"):
-            continue
+        if not given or not isinstance(given, str | Path):
+            continue  # told by the spec's own check
         try:
+            if task_type not in get_args(TaskType):
+                # What it should hold cannot be told, but whether it is there.
+                if not str(given).startswith(REMOTE_SCHEMES) and not Path(resolve(str(given))).exists():
+                    of_arguments.append(f"{name}: {given}: there is no such file or folder. Check the path.")
+                continue
             source = open_source(str(given), task_type, system_message=card is None or card.system_message)
             if arguments.get("validate_inputs") is not False:
                 _read_all(source)
@@ -109,11 +119,14 @@ def _data_problems(arguments: Mapping[str, Any], card: ModelCard | None) -> tupl
             of_arguments.extend(f"{name}: {problem}" for problem in error.problems)
         except DataError as error:
             of_rows.extend(f"{name}: {problem}" for problem in error.problems)
+        except (OSError, ValueError) as error:
+            of_arguments.append(f"{name}: cannot be read ({error}). Check the path.")
     if arguments.get("custom_weights_path"):
         try:
             resolve_weights(str(arguments["custom_weights_path"]))
         except (SpecError, CheckpointError) as error:
-            of_arguments.append(error.message)
+            text = error.message
+            of_arguments.append(text if text.startswith("custom_weights_path") else f"custom_weights_path: {text}")
     return of_arguments, of_rows
 
 
@@ -123,8 +136,16 @@ def _read_all(source: Source) -> None:
 
 def render_only(arguments: Mapping[str, Any]) -> str:
     """The YAML that `create()` would train, without reading data or starting anything."""
-    spec, card = parse_spec(arguments, created_at=datetime.now(UTC).isoformat(timespec="seconds"))
-    if problems := check_overrides(spec.overrides):
+    problems: list[str] = []
+    spec = card = None
+    try:
+        spec, card = parse_spec(arguments, created_at=datetime.now(UTC).isoformat(timespec="seconds"))
+        problems.extend(_batch_size_problems(spec))
+    except SpecError as error:
+        problems.extend(error.problems)
+    if isinstance(overrides := arguments.get("overrides"), Mapping):
+        problems.extend(check_overrides(cast(Mapping[str, Any], overrides)))
+    if problems or spec is None or card is None:
         raise SpecError(problems)
     destination = Destination(
         save_folder=planned_save_folder(spec.run_name, spec.experiment_path),

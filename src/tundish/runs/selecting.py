@@ -19,7 +19,7 @@ DATE_FORMATS = [
 ]
 
 
-def name_of(training_run: str | TrainingRun) -> str:
+def name_of(training_run: object) -> str:
     """The run's name.
 
     Raises:

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 from tundish.paths import RunPaths, default_tracking_uri, home, mlflow_artifacts_dir, write_atomic
@@ -48,7 +50,10 @@ def open_tracking(run_name: str, experiment_name: str, tags: dict[str, str]) -> 
     uri = tracking_uri()
     if uri == default_tracking_uri():
         (home() / "mlflow").mkdir(parents=True, exist_ok=True)
-    client = MlflowClient(uri)
+    # MLflow's database migration tells every step of itself.
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    client: Any = MlflowClient(uri)
     experiment = client.get_experiment_by_name(experiment_name)
     experiment_id = experiment.experiment_id if experiment else _create_experiment(client, experiment_name, uri)
     run = client.create_run(experiment_id, run_name=run_name, tags=tags)
@@ -68,11 +73,9 @@ def end_tracking(tracking: Tracking, status: str) -> None:
     MlflowClient(tracking.tracking_uri).set_terminated(tracking.run_id, status)
 
 
-def _create_experiment(client: object, name: str, uri: str) -> str:
-    from mlflow import MlflowClient
+def _create_experiment(client: Any, name: str, uri: str) -> str:
     from mlflow.exceptions import MlflowException
 
-    assert isinstance(client, MlflowClient)
     # MLflow's own default is a folder of the working directory; a server chooses for itself.
     location = None if uri.startswith("http") else _artifact_root(name).as_uri()
     try:

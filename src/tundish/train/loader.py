@@ -6,7 +6,7 @@ not divide evenly, the last batch is filled with rows that have no targets.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -159,7 +159,7 @@ def build_packed_dataloader(
     rows = PackedRows(dataset["local"])
     order = RowOrder(len(rows), device_batch_size, shuffle=dataset["shuffle"], seed=dataset.get("shuffle_seed", 0))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collate = Collate(padding, dataset["max_seq_len"], dataset["attn_implementation"])
+    collate = Collate(cast(int, padding), dataset["max_seq_len"], dataset["attn_implementation"])
     loader = DataLoader(
         rows,
         batch_size=device_batch_size,
