@@ -23,7 +23,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     rows: list[list[int]] = []
     open_rows: dict[int, list[int]] = {}
     spaces = 0
-    for sample in order.tolist():
+    for sample in (int(number) for number in order):
         length = lengths[sample]
         fitting = spaces >> length
         if fitting:

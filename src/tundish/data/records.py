@@ -92,7 +92,7 @@ def _parse_chat(record: Mapping[str, Any], system_message: bool) -> Sample | Pro
         return Problem(f"keys {found}", f"found the keys {found}; allowed is messages alone. {CHAT_HINT}")
     messages = record["messages"]
     if not isinstance(messages, list) or not messages:
-        found = "an empty list" if messages == [] else f"a JSON {_json_type(messages)}"
+        found = "an empty list" if messages == [] else f"a JSON {_json_type(cast(object, messages))}"
         return Problem("messages", f"'messages' is {found}; it must be a list of messages. {CHAT_HINT}")
     for number, message in enumerate(cast(list[Any], messages), 1):
         if (problem := _message_problem(number, message)) is not None:

@@ -1,0 +1,99 @@
+"""Runs that end early, on the real stack: the cause in one sentence, nothing left running."""
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tundish import foundation_model as fm
+from tundish.runs.reading import supervisor
+from tundish.runs.records import TrainingRun
+
+WriteLines = Callable[[Path, Iterable[object]], Path]
+
+
+@pytest.fixture
+def real_arguments(tiny_weights: Path, tmp_path: Path, write_lines: WriteLines) -> dict[str, Any]:
+    """Arguments of a run that would work."""
+    chats = [
+        {"messages": [{"role": "user", "content": f"{n} + 1?"}, {"role": "assistant", "content": str(n + 1)}]}
+        for n in range(40)
+    ]
+    data = write_lines(tmp_path / "train.jsonl", chats)
+    return {
+        "model": str(tiny_weights),
+        "train_data_path": str(data),
+        "register_to": "main.lab",
+        "context_length": 64,
+        "training_duration": "2ba",
+        "compute": {"device": "cpu", "devices_per_node": 1},
+    }
+
+
+def _family(run: TrainingRun) -> list[psutil.Process]:
+    """The run's supervisor and all that it has started, as they are now."""
+    assert run.run_dir is not None
+    from tundish.paths import RunPaths
+
+    owner = supervisor(RunPaths(run.run_dir))
+    process = owner.process() if owner else None
+    return [process, *process.children(recursive=True)] if process else []
+
+
+def _mlflow_status(run: TrainingRun) -> str:
+    from mlflow import MlflowClient
+
+    from tundish.runs.tracking import tracking_uri
+
+    assert run.run_id is not None
+    return MlflowClient(tracking_uri()).get_run(run.run_id).info.status
+
+
+def test_data_that_cannot_be_trained_fails_the_run_with_its_line(
+    real_arguments: dict[str, Any], write_lines: WriteLines
+) -> None:
+    """A sample without targets that is trained on, or a failure that does not say where."""
+    chats = [
+        {"messages": [{"role": "user", "content": "a" * length}, {"role": "assistant", "content": "b"}]}
+        for length in (5, 5, 500)
+    ]
+    data = write_lines(Path(real_arguments["train_data_path"]), chats)
+    run = fm.create(**real_arguments).wait(timeout=120)
+    assert run.status.display_name == "Failed"
+    assert run.details is not None
+    assert f"{data.name}, line 3" in run.details
+    assert "raise context_length" in run.details
+    assert "prepare.log" in run.details
+    assert _mlflow_status(run) == "FAILED"
+
+
+def test_a_training_that_crashes_fails_the_run_with_its_cause(real_arguments: dict[str, Any]) -> None:
+    """A crash that shows as a running run, or whose cause is left to be found."""
+    run = fm.create(**real_arguments, overrides={"optimizer.no_such_argument": 1}).wait(timeout=300)
+    assert run.status.display_name == "Failed"
+    assert run.details is not None
+    assert "no_such_argument" in run.details
+    assert "train.log" in run.details
+    assert len(run.details.splitlines()) == 1
+    assert not _family(run)
+
+
+def test_cancel_ends_the_whole_family_at_once(real_arguments: dict[str, Any]) -> None:
+    """A process that outlives its run, or a run that cannot be told from a failed one."""
+    run = fm.create(**real_arguments)
+    deadline = time.monotonic() + 60
+    while len(family := _family(run)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert len(family) >= 2
+    assert fm.cancel(run.name) == 1
+    psutil.wait_procs(family, timeout=1)
+    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    run = run.refresh()
+    assert run.status.display_name == "Stopped"
+    assert fm.get_events(run)[-1].type == "CANCELED"
+    assert fm.get_events(run)[-1].message == "Canceled by user."
+    assert _mlflow_status(run) == "KILLED"
+    assert fm.cancel(run.name) == 0
