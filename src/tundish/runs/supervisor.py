@@ -9,7 +9,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
@@ -31,13 +33,9 @@ def spawn(paths: RunPaths) -> None:
     """Start the run's supervisor, detached from the caller, and note which process it is."""
     command = [sys.executable, "-m", "tundish.runs.supervisor", str(paths.folder)]
     process = start(command, paths.log("supervisor"), {}, paths.folder, detached=True)
-    # Reaped when it ends, should the caller still live: a zombie would look alive to others.
-    write_atomic(paths.supervisor, json.dumps(vars_of(ProcessId.of(process.pid))) + "\n")
-
-
-def vars_of(process: ProcessId) -> dict[str, float]:
-    """The content of supervisor.json."""
-    return {"pid": process.pid, "started": process.started}
+    write_atomic(paths.supervisor, json.dumps(asdict(ProcessId.of(process.pid))) + "\n")
+    # Reaped when it ends, should the caller still live by then.
+    threading.Thread(target=process.wait, daemon=True).start()
 
 
 def main(folder: str) -> None:

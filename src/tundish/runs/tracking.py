@@ -4,6 +4,8 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,13 +52,11 @@ def open_tracking(run_name: str, experiment_name: str, tags: dict[str, str]) -> 
     uri = tracking_uri()
     if uri == default_tracking_uri():
         (home() / "mlflow").mkdir(parents=True, exist_ok=True)
-    # MLflow's database migration tells every step of itself.
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    client: Any = MlflowClient(uri)
-    experiment = client.get_experiment_by_name(experiment_name)
-    experiment_id = experiment.experiment_id if experiment else _create_experiment(client, experiment_name, uri)
-    run = client.create_run(experiment_id, run_name=run_name, tags=tags)
+    with _quiet():
+        client: Any = MlflowClient(uri)
+        experiment = client.get_experiment_by_name(experiment_name)
+        experiment_id = experiment.experiment_id if experiment else _create_experiment(client, experiment_name, uri)
+        run = client.create_run(experiment_id, run_name=run_name, tags=tags)
     return Tracking(
         tracking_uri=uri,
         experiment_id=experiment_id,
@@ -64,6 +64,17 @@ def open_tracking(run_name: str, experiment_name: str, tags: dict[str, str]) -> 
         run_id=run.info.run_id,
         save_folder=str(_local_artifacts(run.info.artifact_uri, run_name) / run_name / "checkpoints"),
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing below a warning is logged: MLflow's first database migration tells of each of its forty steps."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def end_tracking(tracking: Tracking, status: str) -> None:
