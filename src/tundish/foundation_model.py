@@ -10,10 +10,10 @@ from datetime import datetime
 from typing import Any
 
 from tundish import progress
+from tundish.compute import Compute
 from tundish.models import model_cards
 from tundish.runs import control, creating, reading, selecting
 from tundish.runs.records import ObjectList, RunStatus, TrainingEvent, TrainingModelConstants, TrainingRun
-from tundish.spec import Compute
 
 __all__ = ["cancel", "create", "get", "get_checkpoints", "get_events", "get_models", "list"]
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from tundish.compute import Compute
 from tundish.errors import SpecError
 from tundish.models import ModelCard, find_card
 from tundish.paths import RunPaths
@@ -54,50 +55,6 @@ class Duration:
 
     def __str__(self) -> str:
         return f"{self.value}{self.unit}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Compute:
-    """Where to train and on how many devices."""
-
-    device: Literal["gpu", "cpu"]
-    devices_per_node: int
-    """Processes on each node: one a GPU, or ranks that share the processor."""
-    nodes: int = 1
-    launcher: Literal["local"] = "local"
-
-    @property
-    def devices(self) -> int:
-        """World size."""
-        return self.nodes * self.devices_per_node
-
-    @classmethod
-    def parse(cls, value: object) -> "Compute":
-        """Read a mapping of these fields; absent ones come from this machine.
-
-        Raises:
-            ValueError: an unknown key or a value that is not allowed.
-        """
-        if isinstance(value, Compute):
-            return value
-        if not isinstance(value or {}, Mapping):
-            raise ValueError(
-                f"found {value!r}; allowed is a mapping. For example {{'device': 'cpu', 'devices_per_node': 2}}."
-            )
-        given = dict(cast(Mapping[str, Any], value or {}))
-        known = [f.name for f in dataclasses.fields(cls)]
-        if unknown := sorted(set(given) - set(known)):
-            raise ValueError(f"found unknown key {', '.join(unknown)}; allowed are {', '.join(known)}.")
-        gpus = count_gpus()
-        device = given.setdefault("device", "gpu" if gpus else "cpu")
-        given.setdefault("devices_per_node", gpus if device == "gpu" and gpus else 1)
-        for key, allowed in (("device", ("gpu", "cpu")), ("launcher", ("local",))):
-            if key in given and given[key] not in allowed:
-                raise ValueError(f"found {key} {given[key]!r}; allowed is {' or '.join(allowed)}.")
-        for key in ("nodes", "devices_per_node"):
-            if type(given.get(key, 1)) is not int or given.get(key, 1) < 1:
-                raise ValueError(f"found {key} {given[key]!r}; allowed is a whole number from 1.")
-        return cls(**given)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,15 +103,6 @@ class RunSpec:
         content["compute"] = Compute(**content["compute"])
         content["eval_prompts"] = tuple(content["eval_prompts"])
         return cls(**content)
-
-
-def count_gpus() -> int:
-    """GPUs of this machine that this process may use, without loading torch."""
-    import os
-
-    found = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return len(found) if visible is None else min(len(found), len([v for v in visible.split(",") if v.strip()]))
 
 
 def parse_spec(arguments: Mapping[str, Any], *, created_at: str) -> tuple[RunSpec, ModelCard]:

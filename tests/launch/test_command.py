@@ -7,7 +7,7 @@ import pytest
 
 from tundish.launch.command import train_command, train_environment
 from tundish.paths import RunPaths
-from tundish.spec import Compute
+from tundish.compute import Compute
 
 PATHS = RunPaths(Path("/runs/recorded"))
 CPU = Compute(device="cpu", devices_per_node=2)

@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Mapping
 
+from tundish.compute import Compute
 from tundish.paths import RunPaths
-from tundish.spec import Compute
 
 
 def train_command(compute: Compute, paths: RunPaths) -> list[str]:

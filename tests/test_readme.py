@@ -1,0 +1,79 @@
+"""The README is true: its tree, its commands, its verbs."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def _fenced() -> list[str]:
+    return re.findall(r"^```\w*\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_every_file_has_one_line() -> None:
+    """A file that was added, moved or removed without the README's knowledge."""
+    listed = re.findall(r"^((?:recipes|yamls|src)/\S+) +\S", README, flags=re.MULTILINE)
+    folders = ("recipes", "yamls", "src/tundish")
+    files = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml"))
+    there = [path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts]
+    assert len(there) > 40
+    assert sorted(listed) == sorted(there)
+
+
+def test_every_command_parses() -> None:
+    """A command or an option that was renamed."""
+    from tundish.cli import build_parser
+
+    commands = [line for block in _fenced() for line in block.splitlines() if line.startswith("tundish ")]
+    assert len(commands) >= 9
+    for command in commands:
+        build_parser().parse_args(shlex.split(command)[1:])
+
+
+def test_every_make_target_is_there() -> None:
+    """A target that the Makefile does not have."""
+    targets = set(re.findall(r"^make (\w+)", README, flags=re.MULTILINE))
+    assert targets == {"demo", "test", "check"}
+    makefile = (ROOT / "Makefile").read_text()
+    for target in targets:
+        assert re.search(rf"^{target}:.*## ", makefile, flags=re.MULTILINE), target
+
+
+def test_ci_calls_the_commands_of_the_readme() -> None:
+    """CI that checks something else than what people run."""
+    script = (ROOT / ".ci" / "run").read_text()
+    assert [line for line in script.splitlines() if line.startswith("make ")] == ["make check", "make test"]
+
+
+def test_the_example_uses_arguments_that_exist() -> None:
+    """An example that does not run as it stands."""
+    import inspect
+
+    from tundish import foundation_model as fm
+
+    (example,) = [block for block in _fenced() if "fm.create(" in block]
+    (call,) = [
+        node
+        for node in ast.walk(ast.parse(example))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "fm.create"
+    ]
+    assert {keyword.arg for keyword in call.keywords} <= set(inspect.signature(fm.create).parameters)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.stem)
+def test_recipes_are_short_and_use_public_names(recipe: Path) -> None:
+    """A recipe that nobody could copy."""
+    text = recipe.read_text()
+    assert len(text.splitlines()) <= 60
+    imported = {
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tundish")
+        for alias in node.names
+    }
+    assert imported <= {"tundish.foundation_model", "tundish.tiny"}
