@@ -1,5 +1,6 @@
 # Commands for people and CI. Everything lands in .venv; what is missing is installed first.
-PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' >/dev/null 2>&1 && echo python3.12 || echo python3.11)
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+  $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
@@ -14,6 +15,7 @@ install: $(INSTALLED)  ## install tundish and its locked dependencies into .venv
 # Versions and hashes come from the lock file, nothing is resolved. The bytecode is compiled now: importing Composer
 # takes half as long with it, in every process of every run.
 $(INSTALLED): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Found no Python 3.11 or 3.12. Install one, or name it: make PYTHON=/path/to/python"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(shell grep -oE '^uv==[0-9.]+' requirements.lock)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes --compile-bytecode -r requirements.lock

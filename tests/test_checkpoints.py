@@ -296,13 +296,13 @@ def test_a_checkpoint_that_lacks_a_file_is_not_listed(checkpoint: Path, damage: 
 def test_custom_weights_are_a_folder_or_what_a_symlink_file_names(checkpoint: Path) -> None:
     """`custom_weights_path` would take only one of the forms that the service took."""
     link = checkpoint.parent / "latest-sharded-rank0.symlink"
-    assert resolve_weights(str(checkpoint)) == str(checkpoint)
+    assert resolve_weights(str(checkpoint)) == checkpoint
     for content in (str(checkpoint), "ep1-ba10\n"):
         link.write_text(content)
-        assert resolve_weights(str(link)) == str(checkpoint)
+        assert resolve_weights(str(link)) == checkpoint
     plain = checkpoint.parent / "weights.pt"
     plain.write_bytes(b"x")
-    assert resolve_weights(str(plain)) == str(plain)
+    assert resolve_weights(str(plain)) == plain
 
 
 def test_custom_weights_that_are_none_say_what_is_allowed(checkpoint: Path) -> None:

@@ -70,8 +70,10 @@ def plan(config_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     return make
 
 
-def _render(planned: tuple[RunSpec, ModelCard], rows: int | None = LARGE) -> dict[str, Any]:
-    return yaml.safe_load(render(*planned, PATHS, DESTINATION, rows))
+def _render(
+    planned: tuple[RunSpec, ModelCard], rows: int | None = LARGE, destination: Destination = DESTINATION
+) -> dict[str, Any]:
+    return yaml.safe_load(render(*planned, PATHS, destination, rows))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -172,7 +174,8 @@ def test_sections_that_were_not_asked_for_are_absent(plan: Plan) -> None:
 def test_sections_that_were_asked_for_are_there(plan: Plan) -> None:
     """Evaluation, prompts or custom weights would be ignored in silence."""
     content = _render(
-        plan(eval_data_path="/data/eval", eval_prompts=["What?", "Who?"], custom_weights_path="/w/ep1-ba2")
+        plan(eval_data_path="/data/eval", eval_prompts=["What?", "Who?"]),
+        destination=dataclasses.replace(DESTINATION, load_path="/w/ep1-ba2"),
     )
     assert content["eval_loader"]["dataset"]["local"] == "/runs/recorded/data/eval"
     assert content["eval_loader"]["dataset"]["shuffle"] is False

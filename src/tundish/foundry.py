@@ -51,11 +51,13 @@ REFUSED_OVERRIDES: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Destination:
-    """Where a run's checkpoints and metrics go."""
+    """Where a run's checkpoints and metrics go, and where its weights come from."""
 
     save_folder: str
     tracking_uri: str
     experiment_name: str
+    load_path: str | None = None
+    """Checkpoint whose weights replace the model's; None = the model's own."""
 
 
 def check_overrides(given: Mapping[Any, Any]) -> list[str]:
@@ -228,21 +230,21 @@ def _computed(
         },
         "callbacks": {"tundish_events": {"events_path": str(paths.events)}},
     }
-    return _merge(computed, _optional(spec, paths, dataset, computed["train_loader"]["num_workers"]))
+    return _merge(computed, _optional(spec, paths, computed["train_loader"], destination.load_path))
 
 
-def _optional(spec: RunSpec, paths: RunPaths, dataset: Mapping[str, Any], num_workers: int) -> dict[str, Any]:
+def _optional(spec: RunSpec, paths: RunPaths, loader: Mapping[str, Any], load_path: str | None) -> dict[str, Any]:
     """Sections that only some runs have."""
     sections: dict[str, Any] = {}
     if spec.eval_data_path:
-        evaluation = {"local": str(paths.data("eval")), **dataset, "shuffle": False}
-        sections["eval_loader"] = {"name": "tundish_packed", "dataset": evaluation, "num_workers": num_workers}
+        evaluation = {**loader["dataset"], "local": str(paths.data("eval")), "shuffle": False}
+        sections["eval_loader"] = {**loader, "name": "tundish_packed", "dataset": evaluation}
     if spec.eval_prompts:
         prompts = {"prompts": list(spec.eval_prompts)}
         sections["callbacks"] = {"tundish_eval_prompts": prompts}
-    if spec.custom_weights_path:
+    if load_path:
         # Weights only: optimizer, schedule and data start anew.
-        sections |= {"load_path": spec.custom_weights_path, "load_weights_only": True}
+        sections |= {"load_path": load_path, "load_weights_only": True}
     return sections
 
 

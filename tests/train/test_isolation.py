@@ -1,7 +1,7 @@
 """train/loader.py and train/model.py: in real models, a sample in a packed row is as good as alone.
 
-Where a row is packed, the kernels see other shapes than where its sample is alone, and sum in another order. That is
-worth some 1e-6 in float32 at logits of about 1; a neighbour that shines through is worth 0.1 and more.
+In a packed row the kernels work on other shapes than for the sample alone, and so sum in another order: that is the
+tolerance. A neighbour that shines through makes ten thousand times more.
 """
 
 import warnings
@@ -18,18 +18,25 @@ FAMILIES = ("llama", "mistral", "mixtral", "dbrx")
 VOCABULARY = 97
 ROWS = ((7, 12, 5), (9, 3), (), (20,))
 """Lengths of the samples of each row: two packed ones, the second with padding; a filler; a sample alone."""
-TOLERANCE = {"eager": 1e-5, "sdpa": 1e-5, "flash_attention_2": 1e-5, "flex_attention": 1e-5}
-
-# Of PyTorch and transformers, about their own code.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:transformers")
+TOLERANCE = 1e-5
+"""On logits of up to 4; 3e-6 was measured."""
+SEES = 0.1
+"""A sample that sees its neighbours is off by more than this."""
 
 
 @pytest.fixture(scope="module", autouse=True)
-def imported() -> None:
+def imported() -> Iterator[None]:
     """Composer and LLM Foundry warn a dozen times while they are imported."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        import torch
+
         import tundish.train.model  # noqa: F401
+    threads = torch.get_num_threads()
+    # Handing work so small to a second thread takes a hundred times longer than doing it.
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +153,7 @@ def test_a_packed_sample_has_the_logits_of_the_sample_alone(family: str, attenti
         alone = [_alone(model, sample) for row in rows for sample in row]
         assert packed.isfinite().all(), "padding and fillers too"
         assert max(float(piece.abs().max()) for piece in alone) > 0.5
-        assert _farthest(_pieces(packed), alone) < TOLERANCE[attention]
+        assert _farthest(_pieces(packed), alone) < TOLERANCE
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
@@ -162,9 +169,9 @@ def test_without_our_mask_and_positions_samples_do_see_each_other(family: str, a
     away = [float((one - other).abs().max()) for one, other in zip(_pieces(plain), alone, strict=True)]
     first = [number == 0 for row in ROWS for number in range(len(row))]
     assert sum(first) == 3 and all(
-        (distance < 1e-5) == is_first for distance, is_first in zip(away, first, strict=False)
+        (distance < TOLERANCE) == is_first for distance, is_first in zip(away, first, strict=False)
     )
-    assert min(distance for distance, is_first in zip(away, first, strict=False) if not is_first) > 0.1
+    assert min(distance for distance, is_first in zip(away, first, strict=False) if not is_first) > SEES
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
@@ -183,8 +190,8 @@ def test_another_neighbour_changes_nothing(family: str, attention: str) -> None:
         if family in ("llama", "mistral"):
             assert torch.equal(before[number], after[number])
         # An expert multiplies all its tokens at once, and which come to it depends on all samples.
-        assert float((before[number] - after[number]).abs().max()) < TOLERANCE[attention]
-    assert float((before[0] - after[0]).abs().max()) > 0.1, "what was changed did change"
+        assert float((before[number] - after[number]).abs().max()) < TOLERANCE
+    assert float((before[0] - after[0]).abs().max()) > SEES, "what was changed did change"
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -275,13 +282,12 @@ def test_the_flex_mask_is_the_four_dimensional_one(monkeypatch: pytest.MonkeyPat
     tokens = segment_ids > 0
     expected = _allowed(segment_ids)
     assert torch.equal(flex[tokens], expected[tokens]) and 0 < int(expected[tokens].sum()) < length**2
-    assert not flex[~tokens].any(), "padding sees nothing, and nothing sees it"
-    assert not expected[tokens][:, :].logical_and(~tokens.repeat_interleave(tokens.sum(1), 0)).any()
+    assert int((~tokens).sum()) > 0 and not flex[~tokens].any(), "padding sees nothing"
 
 
 @pytest.mark.parametrize("family", ["mistral", "mixtral"])
 def test_flex_attention_does_not_isolate_in_every_family(family: str) -> None:
-    """Says why `foundry.py` must give these families another attention; if it fails, transformers has learnt it.
+    """Tells when transformers has learnt it; until then `foundry.py` must give these families another attention.
 
     transformers 4.51 says that they support flex_attention, but reads our segment numbers as a plain padding mask.
     """
@@ -298,7 +304,7 @@ def test_flex_attention_does_not_isolate_in_every_family(family: str) -> None:
 
 
 def test_dbrx_has_no_flex_attention() -> None:
-    """Says why `foundry.py` must give it another attention; if it fails, transformers has learnt it."""
+    """Tells when transformers has learnt it; until then `foundry.py` must give the family another attention."""
     with pytest.raises(ValueError, match="does not support an attention implementation through torch's flex_attention"):
         _model("dbrx", "flex_attention")
 
@@ -313,4 +319,64 @@ def test_a_sliding_window_is_kept(attention: str) -> None:
     with torch.no_grad():
         packed = _logits(model, _batch(rows, attention))
         alone = [_alone(model, sample) for row in rows for sample in row]
-    assert _farthest(_pieces(packed), alone) < TOLERANCE[attention]
+    assert _farthest(_pieces(packed), alone) < TOLERANCE
+
+
+@pytest.mark.xfail(strict=True, reason="a row's positions then only grow, and transformers takes it for one sample")
+def test_a_sample_of_one_token_is_isolated_too() -> None:
+    """The sample after it would see it: it happens to the one-token tail of a raw text at the start of a full row."""
+    import torch
+
+    model, samples = _model("llama", "flash_attention_2"), [_samples()[0][0][:1], _samples()[0][0]]
+    assert [len(sample) for sample in samples] == [1, 7], "a full row: 8 tokens"
+    with torch.no_grad():
+        packed = _logits(model, _batch([samples], "flash_attention_2"))[0, 1:]
+        assert float((packed - _alone(model, samples[1])).abs().max()) < TOLERANCE
+
+
+ISOLATING = {
+    "llama": {"sdpa", "eager", "flash_attention_2", "flex_attention"},
+    "mistral": {"sdpa", "eager", "flash_attention_2"},
+    "mixtral": {"sdpa", "eager", "flash_attention_2"},
+    "dbrx": {"sdpa", "eager", "flash_attention_2"},
+}
+WRONG = pytest.mark.xfail(strict=True, reason="foundry.py chooses flex_attention for every family")
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_model_gets_an_attention_that_isolates(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Any,
+    family: str,
+    flash: bool,
+    device: str,
+) -> None:
+    """A run would train on samples that see each other, or fail when its model is built."""
+    import importlib.util
+
+    import yaml
+
+    from tundish.foundry import Destination, render
+    from tundish.models import model_cards
+    from tundish.paths import RunPaths
+    from tundish.spec import parse_spec
+
+    if family != "llama" and device == "gpu" and not flash:
+        request.applymarker(WRONG)
+    find_spec, stand_in = importlib.util.find_spec, "yaml" if flash else "no_such_package"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find_spec(stand_in if name == "flash_attn" else name))
+    models = [name for name, card in model_cards().items() if card.family == family]
+    assert models
+    for model in models:
+        given = {"model": model, "train_data_path": "/data/train.jsonl", "register_to": "main.lab", "run_name": "one"}
+        spec, card = parse_spec(
+            given | {"compute": {"device": device, "devices_per_node": 8}}, created_at="2026-11-21T10:00:00+00:00"
+        )
+        places = Destination(save_folder="/save", tracking_uri="sqlite:////db", experiment_name="/Users/me/one")
+        content = yaml.safe_load(render(spec, card, RunPaths(tmp_path), places, 1000))
+        chosen = content["model"]["attn_implementation"]
+        assert chosen == content["train_loader"]["dataset"]["attn_implementation"]
+        assert chosen in ISOLATING[family]

@@ -151,5 +151,6 @@ def render_only(arguments: Mapping[str, Any]) -> str:
         save_folder=planned_save_folder(spec.run_name, spec.experiment_path),
         tracking_uri=tracking_uri(),
         experiment_name=spec.experiment_path,
+        load_path=None if spec.custom_weights_path is None else resolve(spec.custom_weights_path),
     )
     return render(spec, card, RunPaths.of(spec.run_name), destination, rows=None)

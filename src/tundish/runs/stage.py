@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tundish import events
-from tundish.checkpoints import list_checkpoints
+from tundish.checkpoints import check_weights, list_checkpoints, resolve_weights
 from tundish.data import Prepared, prepare
 from tundish.data.sources import open_source
 from tundish.errors import StageError, TundishError
@@ -53,8 +53,14 @@ def prepare_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[st
             link.unlink(missing_ok=True)
             link.symlink_to(found[split].folder)
     train = found["train"]
+    weights = None if spec.custom_weights_path is None else resolve_weights(spec.custom_weights_path)
+    if weights is not None:
+        check_weights(weights)
     destination = Destination(
-        save_folder=tracking.save_folder, tracking_uri=tracking.tracking_uri, experiment_name=tracking.experiment_name
+        save_folder=tracking.save_folder,
+        tracking_uri=tracking.tracking_uri,
+        experiment_name=tracking.experiment_name,
+        load_path=None if weights is None else str(weights),
     )
     write_atomic(paths.foundry_yaml, render(spec, card, paths, destination, train.rows))
     text = " ".join(_facts(split, data) for split, data in found.items())
