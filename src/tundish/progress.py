@@ -84,7 +84,7 @@ def _watch_live(name: str) -> TrainingRun:
         BarColumn(bar_width=30),
         TaskProgressColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[facts]}"),
+        TextColumn("{task.fields[facts]}", markup=False),
         console=console,
     )
     task = bar.add_task("starting", total=None, facts="")

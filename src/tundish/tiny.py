@@ -28,19 +28,22 @@ TINY_LLAMA: Mapping[str, Any] = {
 """0.4 million parameters with the demo's vocabulary."""
 
 
-def make_base_model(folder: Path | str, texts: Iterable[str], *, seed: int = 0, **config: Any) -> Path:
+def make_base_model(
+    folder: Path | str, texts: Iterable[str], *, vocabulary: int = 320, seed: int = 0, **config: Any
+) -> Path:
     """A Llama with random weights, and a byte-level BPE tokenizer trained on `texts`, as a Hugging Face folder.
 
     Args:
         folder: made if it is not there.
         texts: what the tokenizer learns its merges from; digits stay single tokens.
+        vocabulary: tokens at most; 261 are bytes and control tokens.
         seed: of the weights.
         config: `LlamaConfig` arguments in place of TINY_LLAMA's.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = _train_tokenizer(texts)
+    tokenizer = _train_tokenizer(texts, vocabulary)
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -53,7 +56,7 @@ def make_base_model(folder: Path | str, texts: Iterable[str], *, seed: int = 0, 
     return Path(folder)
 
 
-def _train_tokenizer(texts: Iterable[str]) -> Any:
+def _train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -64,7 +67,7 @@ def _train_tokenizer(texts: Iterable[str]) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     make_trainer: Any = trainers.BpeTrainer
     trainer = make_trainer(
-        vocab_size=320,
+        vocab_size=vocabulary,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

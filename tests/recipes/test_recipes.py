@@ -202,5 +202,38 @@ def test_stock_llm_foundry_trains_the_same_file(run_recipe: Callable[[str], Fini
     assert _final_loss(stock) == pytest.approx(_final_loss(finished.events), rel=1e-5)
 
 
+def test_custom_weights_replace_the_models_own(
+    run_recipe: Callable[[str], Finished], at_home: Callable[[Finished], None]
+) -> None:
+    """Training that starts from the base model although a checkpoint was named."""
+    from tundish import foundation_model as fm
+    from tundish.spec import RunSpec
+
+    finished = run_recipe("instruction_finetune")
+    at_home(finished)
+    spec = RunSpec.from_json((finished.run_folder / "spec.json").read_text())
+    tracking = finished.tracking
+    run = fm.create(
+        model=spec.model,
+        train_data_path=spec.train_data_path,
+        register_to=spec.register_to,
+        task_type=spec.task_type,
+        training_duration="1ba",
+        context_length=spec.context_length,
+        compute={"device": "cpu", "devices_per_node": 1},
+        custom_weights_path=(
+            f"dbfs:/databricks/mlflow-tracking/{tracking['experiment_id']}/{tracking['run_id']}"
+            f"/artifacts/{finished.run_folder.name}/checkpoints/latest-sharded-rank0.symlink"
+        ),
+    ).wait(timeout=300)
+    assert run.status.display_name == "Completed", run.details
+    assert run.details is not None and "version 2 of main.recipes.instruction" in run.details
+    assert run.run_dir is not None
+    resumed = Finished("", finished.home, run.run_dir)
+    first = next(event["loss"] for event in finished.events if event["type"] == "TRAIN_UPDATED")
+    assert _final_loss(resumed.events) == pytest.approx(_final_loss(finished.events), rel=0.15)
+    assert _final_loss(resumed.events) < 0.8 * first
+
+
 def _final_loss(events: list[dict[str, Any]]) -> float:
     return [event["loss"] for event in events if event["type"] == "TRAIN_UPDATED"][-1]
