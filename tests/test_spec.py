@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tundish.errors import SpecError
 from tundish.compute import Compute, count_gpus
+from tundish.errors import SpecError
 from tundish.spec import Duration, RunSpec, parse_spec
 
 NOW = "2026-11-21T10:00:00+00:00"

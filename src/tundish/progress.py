@@ -87,7 +87,7 @@ def _watch_live(name: str) -> TrainingRun:
         TextColumn("{task.fields[facts]}", markup=False),
         console=console,
     )
-    task = bar.add_task("starting", total=None, facts="")
+    bar.add_task("starting", total=None, facts="")
     shown = 0
     with Live(bar, console=console, refresh_per_second=8, transient=True):
         while True:
@@ -97,20 +97,20 @@ def _watch_live(name: str) -> TrainingRun:
             for event in lasting[shown:]:
                 console.print(_line(event), style=STYLES.get(event.type, ""), markup=False, soft_wrap=True)
             shown = len(lasting)
-            _update(bar, task, found)
+            _update(bar, found)
             if run.status.is_terminal():
                 return run
             time.sleep(POLL_SECONDS)
 
 
-def _update(bar: Progress, task: "int", found: list[events.Event]) -> None:
-    from rich.progress import TaskID
-
+def _update(bar: Progress, found: list[events.Event]) -> None:
     latest = next((event for event in reversed(found) if event.type == "TRAIN_UPDATED"), None)
     doing = DOING.get(found[-1].type, "working") if found else "starting"
     share = latest.facts.get("share") if latest and doing == "training" else None
-    facts = latest.message if latest and share is not None else ""
-    bar.update(TaskID(task), description=doing, total=None if share is None else 1.0, completed=share or 0, facts=facts)
+    (task,) = bar.tasks
+    # Without a total the bar pulses; `update` takes None for "as before".
+    task.total = None if share is None else 1.0
+    bar.update(task.id, description=doing, completed=share or 0, facts=latest.message if latest and share else "")
 
 
 def _line(event: events.Event) -> str:

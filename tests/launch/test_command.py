@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tundish.compute import Compute
 from tundish.launch.command import train_command, train_environment
 from tundish.paths import RunPaths
-from tundish.compute import Compute
 
 PATHS = RunPaths(Path("/runs/recorded"))
 CPU = Compute(device="cpu", devices_per_node=2)

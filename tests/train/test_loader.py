@@ -110,6 +110,8 @@ def test_without_shuffling_rows_come_as_they_are_stored(orders: MakeOrder) -> No
     assert _batches(orders(20, 4, shuffle=False)) == [[*range(8)], [*range(8, 16)], [*range(16, 20)]]
 
 
+# No optimizer is needed to evaluate, but Composer makes one and says so.
+@pytest.mark.filterwarnings("ignore:No optimizer was specified:UserWarning")
 def test_an_evaluation_by_composer_leaves_out_no_row(tmp_path: Path) -> None:
     """Composer would take our fillers for rows that are there twice, and drop as many real rows from the metrics."""
     import torch
