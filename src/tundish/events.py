@@ -66,3 +66,11 @@ def _lines(path: Path) -> Iterator[Event]:
             yield Event(record.pop("type"), datetime.fromisoformat(record.pop("time")), record.pop("message"), record)
         except (ValueError, KeyError):
             continue
+
+
+def short_duration(seconds: float) -> str:
+    """`45s`, `5min`, `2hr` or `1d`."""
+    for limit, size, unit in ((60, 1, "s"), (3600, 60, "min"), (86400, 3600, "hr")):
+        if seconds < limit:
+            return f"{int(seconds / size)}{unit}"
+    return f"{int(seconds / 86400)}d"

@@ -186,18 +186,18 @@ def _interval(spec: RunSpec) -> str:
     return f"{math.ceil(duration.value / 10)}ep" if duration.unit == "ep" else "0.25dur"
 
 
-def _attention(spec: RunSpec) -> str:
+def _attention(spec: RunSpec, card: ModelCard) -> str:
     import importlib.util
 
     if spec.compute.device == "cpu":
         return "sdpa"
-    return "flash_attention_2" if importlib.util.find_spec("flash_attn") else "flex_attention"
+    return "flash_attention_2" if importlib.util.find_spec("flash_attn") else card.gpu_attention
 
 
 def _computed(
     spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destination, rows: int | None, batch_size: int
 ) -> dict[str, Any]:
-    attention = _attention(spec)
+    attention = _attention(spec, card)
     per_device = max(1, batch_size // spec.compute.devices)
     small = card.parameters <= SMALL_MODEL_PARAMETERS
     microbatch = min(per_device, max(1, MICROBATCH_TOKENS // spec.context_length)) if small else 1

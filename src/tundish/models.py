@@ -36,6 +36,8 @@ class ModelCard:
     """Whether the hub asks for a licence agreement and a token."""
     system_message: bool
     """Whether the family's chat template takes a system message."""
+    gpu_attention: str
+    """The attention that isolates packed samples on a GPU where flash-attn is not installed."""
     learning_rate: float
     """Default peak learning rate."""
     layers: int
@@ -74,9 +76,14 @@ def model_cards() -> Mapping[str, ModelCard]:
     cards: dict[str, ModelCard] = {}
     for family, content in _families().items():
         for name, numbers in content["cards"].items():
-            common = {"learning_rate": DEFAULT_LEARNING_RATE, "system_message": content["system_message"]}
-            cards[name] = ModelCard(name=name, family=family, **(common | numbers))
+            cards[name] = ModelCard(name=name, family=family, **(_common(content) | numbers))
     return cards
+
+
+def _common(family: Mapping[str, Any]) -> dict[str, Any]:
+    """What all cards of a family share, unless they say otherwise."""
+    shared = {key: family[key] for key in ("system_message", "gpu_attention")}
+    return {"learning_rate": DEFAULT_LEARNING_RATE, **shared}
 
 
 def foundry_layers(card: ModelCard) -> list[dict[str, Any]]:
@@ -139,7 +146,7 @@ def _folder_card(folder: Path) -> ModelCard:
     try:
         return ModelCard(
             name=str(folder.resolve()), display_name=folder.resolve().name, family=family, gated=False,
-            system_message=content["system_message"], learning_rate=DEFAULT_LEARNING_RATE, **numbers,
+            **_common(content), **numbers,
         )  # fmt: skip
     except TypeError as error:
         optional = ("tied_embeddings", "head_size", "experts", "key_value_heads")

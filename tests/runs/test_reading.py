@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,12 @@ from tundish.launch.local import ProcessId
 from tundish.paths import RunPaths
 from tundish.runs.reading import find_run, read_run, run_names, wait
 from tundish.runs.records import RunStatus
-from tundish.runs.supervisor import vars_of
 
 MakeRun = Callable[..., RunPaths]
 
 
 def _supervised_by(paths: RunPaths, pid: int) -> None:
-    paths.supervisor.write_text(json.dumps(vars_of(ProcessId.of(pid))))
+    paths.supervisor.write_text(json.dumps(asdict(ProcessId.of(pid))))
 
 
 def test_a_run_is_read_with_all_that_was_asked_for(make_run: MakeRun, arguments: dict[str, Any]) -> None:

@@ -321,6 +321,8 @@ def test_the_loader_gives_every_prepared_sample_once(prepared: str, tiny_model: 
         seen = [ids[:n] for b in batches for ids, n in zip(b["input_ids"].tolist(), b["total_tokens"], strict=True)]
         assert seen == [rows[number]["tokens"].tolist() for number in orders[-1]]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    # Ends the workers now. The spec refers to itself, and left to the garbage collector they are waited for 10 s.
+    del spec.dataloader
 
 
 @pytest.mark.filterwarnings(r"ignore:unclosed file .*index\.json:ResourceWarning")

@@ -138,11 +138,4 @@ def _estimated_end(found: list[events.Event], status: RunStatus) -> tuple[dateti
         return None, None
     end = latest.time + timedelta(seconds=latest.facts.get("eta_s", 0))
     left = (end - datetime.now(UTC)).total_seconds()
-    return (end, _short(left)) if left > 0 else (None, None)
-
-
-def _short(seconds: float) -> str:
-    for limit, size, unit in ((60, 1, "s"), (3600, 60, "min"), (86400, 3600, "hr")):
-        if seconds < limit:
-            return f"{int(seconds / size)}{unit}"
-    return f"{int(seconds / 86400)}d"
+    return (end, events.short_duration(left)) if left > 0 else (None, None)

@@ -66,11 +66,18 @@ def generate(state: State, prompts: list[str]) -> list[str]:
 def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode and a fixed seed on every rank; mode and random state as before afterwards, whatever happens."""
     mode, random_state = model.training, reproducibility.get_rng_state()[dist.get_global_rank()]
+    config: Any = getattr(model, "config", None)
+    attention = getattr(config, "_attn_implementation", None)
     model.eval()
     reproducibility.seed_all(SEED)
+    if attention == "flex_attention":
+        # Its block mask is not made for decoding token by token from a cache.
+        config._attn_implementation = "sdpa"
     try:
         yield
     finally:
+        if attention == "flex_attention":
+            config._attn_implementation = attention
         model.train(mode)
         _restore(random_state)
 

@@ -50,7 +50,9 @@ class RunEvents(AtCheckpoints):
         elapsed = time.monotonic() - self._started_s
         eta_s = elapsed / max(done - self._started_done, 1e-9) * max(0.0, total - done)
         loss = state.total_loss_dict.get("loss/train/total") if hasattr(state, "total_loss_dict") else None
-        text = f"{_place(state)}[ETA={_short(eta_s)}]" + (f" Train loss: {loss:.4g}" if loss is not None else "")
+        text = f"{_place(state)}[ETA={events.short_duration(eta_s)}]" + (
+            f" Train loss: {loss:.4g}" if loss is not None else ""
+        )
         facts = {"eta_s": round(eta_s, 1), "batch": int(state.timestamp.batch), "loss": loss}
         self._write("TRAIN_UPDATED", text, share=round(min(1.0, done / total), 4), **facts)
 
@@ -88,10 +90,3 @@ def _place(state: State) -> str:
         epoch = min(int(now.epoch) + (1 if int(now.batch_in_epoch) else 0), duration.value)
         return f"[epoch={max(1, epoch)}/{duration.value}][batch={int(done)}/{int(total)}]"
     return f"[{'batch' if duration.unit == TimeUnit.BATCH else 'token'}={int(done):,}/{int(total):,}]"
-
-
-def _short(seconds: float) -> str:
-    for limit, size, unit in ((60, 1, "s"), (3600, 60, "min"), (86400, 3600, "hr")):
-        if seconds < limit:
-            return f"{int(seconds / size)}{unit}"
-    return f"{int(seconds / 86400)}d"
