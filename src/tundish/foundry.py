@@ -197,11 +197,9 @@ def _attention(spec: RunSpec, card: ModelCard) -> str:
 def _computed(
     spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destination, rows: int | None, batch_size: int
 ) -> dict[str, Any]:
-    attention = _attention(spec, card)
     per_device = max(1, batch_size // spec.compute.devices)
     small = card.parameters <= SMALL_MODEL_PARAMETERS
     microbatch = min(per_device, max(1, MICROBATCH_TOKENS // spec.context_length)) if small else 1
-    dataset = {"max_seq_len": spec.context_length, "attn_implementation": attention}
     computed: dict[str, Any] = {
         "run_name": spec.run_name,
         "max_seq_len": spec.context_length,
@@ -214,12 +212,12 @@ def _computed(
         "model": {
             "pretrained_model_name_or_path": spec.model,
             "use_auth_token": card.gated,
-            "attn_implementation": attention,
+            "attn_implementation": _attention(spec, card),
         },
         "optimizer": {"lr": spec.learning_rate},
         "scheduler": {"t_warmup": _warm_up(spec, _steps(spec, rows, batch_size))},
         "train_loader": {
-            "dataset": {"local": str(paths.data("train")), **dataset, "shuffle_seed": 17},
+            "dataset": {"local": str(paths.data("train")), "max_seq_len": spec.context_length, "shuffle_seed": 17},
             "num_workers": 2 if spec.compute.device == "gpu" else 0,
         },
         "eval_interval": _interval(spec),

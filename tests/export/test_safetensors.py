@@ -370,7 +370,6 @@ def test_the_export_generates_as_the_base_model_does(
     assert (kept.eos_token_id, kept.do_sample, kept.temperature, kept.top_p) == ([1, 7], True, 0.6, 0.9)
 
 
-@pytest.mark.xfail(strict=True, reason="transformers refuses to save generation settings that it warns of")
 def test_a_base_models_faulty_generation_settings_do_not_stop_the_export(
     base: Callable[..., Path], save_checkpoint: SaveCheckpoint, tmp_path: Path
 ) -> None:

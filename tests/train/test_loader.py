@@ -62,10 +62,10 @@ def _samples(*lengths: int, seed: int = 0) -> Row:
     }
 
 
-def _collate(rows: list[Row], attention: Any = "sdpa", max_seq_len: int = 64) -> dict[str, Any]:
+def _collate(rows: list[Row], max_seq_len: int = 64) -> dict[str, Any]:
     from tundish.train.loader import Collate
 
-    return Collate(pad_token_id=2, max_seq_len=max_seq_len, attention=attention)(rows)
+    return Collate(pad_token_id=2, max_seq_len=max_seq_len)(rows)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -152,7 +152,7 @@ def test_an_evaluation_by_composer_leaves_out_no_row(tmp_path: Path) -> None:
 
     order = RowOrder(len(rows), 4, shuffle=False, seed=0)
     assert len(order) == 8
-    loader = DataLoader(Numbered(), batch_size=4, sampler=order, collate_fn=Collate(0, 64, "sdpa"))
+    loader = DataLoader(Numbered(), batch_size=4, sampler=order, collate_fn=Collate(0, 64))
     trainer = Trainer(
         model=Counting(),
         eval_dataloader=DataSpec(loader, get_num_tokens_in_batch=count_tokens),
@@ -168,9 +168,9 @@ def test_an_evaluation_by_composer_leaves_out_no_row(tmp_path: Path) -> None:
 def test_a_batch_is_as_long_as_its_longest_row() -> None:
     """Most of the work would go into padding: at 8,192 tokens a short batch costs as much as a full one."""
     for longest, length in ((5, 8), (8, 8), (9, 16), (57, 64), (61, 64), (64, 64)):
-        batch = _collate([_samples(3, 2), _samples(longest)], "eager")
+        batch = _collate([_samples(3, 2), _samples(longest)])
         assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape == (2, length)
-        assert batch["attention_mask"].shape == (2, 1, length, length)
+        assert batch["segment_ids"].shape == (2, length)
 
 
 def test_no_batch_is_longer_than_the_context() -> None:
@@ -234,11 +234,10 @@ def test_a_batch_of_fillers_is_a_batch() -> None:
     assert batch["input_ids"].tolist() == [[2] * 8] * 2 and batch["position_ids"].tolist() == [[0] * 8] * 2
     assert batch["labels"].tolist() == [[-100] * 8] * 2
     assert count_tokens(batch) == {"total": 0, "loss_generating": 0}
-    assert batch["attention_mask"].shape == (2, 1, 8, 8)
+    assert batch["segment_ids"].tolist() == [[0] * 8] * 2
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2", "flex_attention"])
-def test_composer_cuts_microbatches_with_their_counts(attention: str) -> None:
+def test_composer_cuts_microbatches_with_their_counts() -> None:
     """A microbatch's loss would be weighted with the tokens of others."""
     import torch
     from composer.core.data_spec import _default_split_batch
@@ -246,12 +245,12 @@ def test_composer_cuts_microbatches_with_their_counts(attention: str) -> None:
     from tundish.train.loader import FILLER, count_tokens
 
     rows = [_samples(4, 6), _samples(3), FILLER, _samples(9), _samples(2, 2, 2)]
-    batch = _collate(rows, attention)
+    batch = _collate(rows)
     parts = _default_split_batch(batch, 2)
     assert [part["input_ids"].shape[0] for part in parts] == [2, 2, 1]
     for part, few in zip(parts, (rows[:2], rows[2:4], rows[4:]), strict=True):
         assert set(part) == set(batch)
-        assert count_tokens(part) == count_tokens(_collate(few, attention))
+        assert count_tokens(part) == count_tokens(_collate(few))
         assert count_tokens(part)["loss_generating"] == int((part["labels"] != -100).sum()) > 0
     whole = {name: torch.cat([part[name] for part in parts]) for name in ("input_ids", "labels", "position_ids")}
     assert all(torch.equal(whole[name], batch[name]) for name in whole)
@@ -263,7 +262,7 @@ def test_the_mask_blocks_other_samples_and_what_is_to_come(attention: Any) -> No
     """Samples would see each other, or the tokens that they are to predict."""
     import torch
 
-    from tundish.train.loader import attention_mask
+    from tundish.train.attention import attention_mask
 
     segment_ids = torch.tensor([[1, 1, 2, 2, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
     mask = attention_mask(segment_ids, attention)
@@ -277,9 +276,20 @@ def test_the_mask_blocks_other_samples_and_what_is_to_come(attention: Any) -> No
 
 def test_flex_attention_gets_the_segments_and_flash_attention_nothing() -> None:
     """FlashAttention takes any mask for padding and forgets the borders; flex_attention needs the samples' numbers."""
-    batch = _collate([_samples(2, 3), _samples(8)], "flex_attention")
-    assert batch["attention_mask"].tolist() == [[1, 1, 2, 2, 2, 0, 0, 0], [1] * 8]
-    assert "attention_mask" not in _collate([_samples(2, 3)], "flash_attention_2")
+    from tundish.train.attention import attention_mask
+
+    segment_ids = _collate([_samples(2, 3), _samples(8)])["segment_ids"]
+    assert segment_ids.tolist() == [[1, 1, 2, 2, 2, 0, 0, 0], [1] * 8]
+    assert attention_mask(segment_ids, "flex_attention") is segment_ids
+    assert attention_mask(segment_ids, "flash_attention_2") is None
+
+
+def test_an_attention_that_cannot_isolate_is_refused() -> None:
+    """Samples would see each other in silence."""
+    from tundish.train.attention import attention_mask
+
+    with pytest.raises(ValueError, match=r"'paged'.*allowed are sdpa"):
+        attention_mask(_collate([_samples(2, 3)])["segment_ids"], "paged")
 
 
 @pytest.fixture
@@ -305,7 +315,7 @@ def test_the_loader_gives_every_prepared_sample_once(prepared: str, tiny_model: 
 
     manifest, rows = Prepared.read(Path(prepared)), PackedRows(prepared)
     assert len(rows) == manifest.rows > 4 and manifest.rows % 4
-    dataset = {"local": prepared, "max_seq_len": 64, "attn_implementation": "sdpa", "shuffle": True, "shuffle_seed": 3}
+    dataset = {"local": prepared, "max_seq_len": 64, "shuffle": True, "shuffle_seed": 3}
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     spec = build_packed_dataloader(tokenizer, 4, dataset, num_workers=num_workers)
     orders: list[list[int]] = []
@@ -333,7 +343,7 @@ def test_padding_is_the_tokenizers(prepared: str, tmp_path: Path, save_tokenizer
     from tundish.train.loader import build_packed_dataloader
 
     tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(tmp_path / "model"))
-    dataset = {"local": prepared, "max_seq_len": 64, "attn_implementation": "sdpa", "shuffle": False}
+    dataset = {"local": prepared, "max_seq_len": 64, "shuffle": False}
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     for padding in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         last = list(build_packed_dataloader(tokenizer, 4, dataset).dataloader)[-1]

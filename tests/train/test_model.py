@@ -61,7 +61,7 @@ def batch() -> dict[str, Any]:
             "segments": np.array(lengths, dtype=np.int32),
         }
 
-    return Collate(0, 64, "sdpa")([row(5, 9, 4), row(11), FILLER])
+    return Collate(0, 64)([row(5, 9, 4), row(11), FILLER])
 
 
 def _random(*shape: int) -> Any:
@@ -186,7 +186,7 @@ def test_fillers_have_finite_zero_gradients(model: Any, batch: dict[str, Any]) -
     from tundish.train.loader import FILLER, Collate
 
     model.zero_grad()
-    outputs = model(Collate(0, 64, "sdpa")([FILLER, FILLER]))
+    outputs = model(Collate(0, 64)([FILLER, FILLER]))
     outputs["loss"].backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert float(outputs["loss"].detach()) == 0

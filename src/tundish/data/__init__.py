@@ -200,7 +200,12 @@ def _publish(prepared: Prepared, samples: list[Encoded], rows: list[list[int]]) 
 
 
 def pack_row(samples: list[Encoded]) -> dict[str, Any]:
-    """One row: `tokens` int32 [n], `loss_mask` uint8 [n], `segments` int32 [k] with the k samples' lengths."""
+    """One row: `tokens` int32 [n], `loss_mask` uint8 [n], `segments` int32 [k] with the k samples' lengths.
+
+    Samples of one token come last: positions 0, 0, 1, 2 … never fall, and FlashAttention would take such a row for one
+    sample.
+    """
+    samples = sorted(samples, key=lambda sample: len(sample.tokens) == 1)
     return {
         "tokens": np.concatenate([sample.tokens for sample in samples]),
         "loss_mask": np.concatenate([sample.loss_mask for sample in samples]),

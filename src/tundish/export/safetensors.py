@@ -144,13 +144,19 @@ def _some(names: Sequence[str]) -> str:
 
 def _write_configs(model: str, config: Any, folder: Path) -> None:
     from transformers import GenerationConfig
+    from transformers.utils import cached_file
 
     config.save_pretrained(folder)
+    name = "generation_config.json"
     try:
-        generation = GenerationConfig.from_pretrained(model)
+        given = cached_file(model, name)
     except OSError:
-        generation = GenerationConfig.from_model_config(config)
-    generation.save_pretrained(folder)
+        given = None
+    if given is None:
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+    else:
+        # As it stands: transformers refuses to save settings that contradict each other, which base models have.
+        shutil.copyfile(given, folder / name)
 
 
 def _write_shard(shard: Shard, folder: Path, dtype: ExportDtype) -> None:
@@ -159,6 +165,8 @@ def _write_shard(shard: Shard, folder: Path, dtype: ExportDtype) -> None:
 
     target = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
     save_file({name: tensor.read(target) for name, tensor in shard.tensors}, folder / shard.name, {"format": "pt"})
+    # safetensors makes its files readable for their owner only.
+    (folder / shard.name).chmod(0o644)
 
 
 def _write_index(shards: Sequence[Shard], folder: Path, bytes_each: int) -> None:

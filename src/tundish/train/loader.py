@@ -1,4 +1,4 @@
-"""Prepared rows → batches in which packed samples do not see each other.
+"""Prepared rows → batches that say which sample each token belongs to.
 
 Registered with LLM Foundry as the loader `tundish_packed`. Every row is in exactly one batch of an epoch; where rows do
 not divide evenly, the last batch is filled with rows that have no targets.
@@ -6,7 +6,7 @@ not divide evenly, the last batch is filled with rows that have no targets.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch.utils.data.distributed import DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
-Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
 Row = Mapping[str, np.ndarray]
 
 FILLER: Row = {
@@ -79,17 +78,16 @@ class RowOrder(DistributedSampler[int]):
 
 @dataclass(frozen=True, slots=True)
 class Collate:
-    """Rows → one batch, as long as its longest row (rounded up to 8), with the mask that the attention needs."""
+    """Rows → one batch, as long as its longest row (rounded up to 8)."""
 
     pad_token_id: int
     max_seq_len: int
-    attention: Attention
 
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
         """A batch of B rows, T tokens.
 
-        `input_ids`, `labels`, `position_ids` int64 [B, T]; `attention_mask` as `attention_mask` says;
-        `total_tokens`, `loss_generating_tokens` lists of B numbers, so that microbatches can be cut from them.
+        `input_ids`, `labels`, `position_ids` and `segment_ids` (1, 2, … for a row's samples, 0 for padding) int64
+        [B, T]; `total_tokens`, `loss_generating_tokens` lists of B numbers, so that microbatches can be cut from them.
         """
         longest = max(1, *(len(row["tokens"]) for row in rows))
         length = min(-(-longest // 8) * 8, max(self.max_seq_len, longest))
@@ -107,34 +105,14 @@ class Collate:
             labels[i, :n] = torch.where(torch.from_numpy(targets), tokens, IGNORE_INDEX)
             segment_ids[i, :n] = torch.from_numpy(np.repeat(np.arange(1, len(lengths) + 1), lengths))
             position_ids[i, :n] = torch.from_numpy(np.arange(n) - np.repeat(starts, lengths))
-        batch: dict[str, Any] = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
-        mask = attention_mask(segment_ids, self.attention)
-        if mask is not None:
-            batch["attention_mask"] = mask
-        batch["total_tokens"] = (segment_ids > 0).sum(1).tolist()
-        batch["loss_generating_tokens"] = (labels != IGNORE_INDEX).sum(1).tolist()
-        return batch
-
-
-def attention_mask(segment_ids: torch.Tensor, attention: Attention) -> torch.Tensor | None:
-    """What keeps a token from looking beyond its own sample, in the form that the attention takes.
-
-    Args:
-        segment_ids: int64 [B, T]; 1, 2, … for the samples of a row, 0 for padding.
-        attention: `sdpa` and `eager` take a float mask [B, 1, T, T] that is added to the scores; `flex_attention`
-            takes the segment ids themselves; `flash_attention_2` finds the samples by their restarted positions and
-            must be given no mask.
-    """
-    if attention == "flash_attention_2":
-        return None
-    if attention == "flex_attention":
-        return segment_ids
-    length = segment_ids.shape[1]
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    # Padding looks at padding, so that no row of the softmax is empty.
-    allowed = (same & causal)[:, None]
-    return torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo(torch.float32).min)
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "position_ids": position_ids,
+            "segment_ids": segment_ids,
+            "total_tokens": (segment_ids > 0).sum(1).tolist(),
+            "loss_generating_tokens": (labels != IGNORE_INDEX).sum(1).tolist(),
+        }
 
 
 def count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
@@ -153,13 +131,13 @@ def build_packed_dataloader(
     Args:
         tokenizer: gives the padding token.
         device_batch_size: rows in a batch of one rank.
-        dataset: `local` (prepared folder), `max_seq_len`, `attn_implementation`, `shuffle`, `shuffle_seed`.
+        dataset: `local` (prepared folder), `max_seq_len`, `shuffle`, `shuffle_seed`.
         num_workers: processes that read ahead; 0 = none.
     """
     rows = PackedRows(dataset["local"])
     order = RowOrder(len(rows), device_batch_size, shuffle=dataset["shuffle"], seed=dataset.get("shuffle_seed", 0))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collate = Collate(cast(int, padding), dataset["max_seq_len"], dataset["attn_implementation"])
+    collate = Collate(cast(int, padding), dataset["max_seq_len"])
     loader = DataLoader(
         rows,
         batch_size=device_batch_size,

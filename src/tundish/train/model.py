@@ -1,4 +1,4 @@
-"""LLM Foundry's `hf_causal_lm` with a loss that a batch without targets cannot turn into NaN.
+"""LLM Foundry's `hf_causal_lm`, in which packed samples do not see each other and no batch has a loss of NaN.
 
 A rank whose share of the last batch is all filler rows still takes part in every step; a mean over no tokens would be
 NaN, and NaN times a weight of zero is NaN.
@@ -11,6 +11,7 @@ import torch
 from llmfoundry.models import ComposerHFCausalLM
 from torch.nn.functional import cross_entropy
 
+from tundish.train.attention import attention_mask
 from tundish.train.loader import IGNORE_INDEX
 
 
@@ -32,8 +33,13 @@ class CausalLM(ComposerHFCausalLM):
 
     def forward(self, batch: Mapping[str, Any]) -> Any:
         """The Hugging Face model's output, with `loss` where the batch has labels."""
-        labels = batch.get("labels")
-        outputs = super().forward({key: value for key, value in batch.items() if key != "labels"})
+        labels, segment_ids = batch.get("labels"), batch.get("segment_ids")
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        if segment_ids is not None:
+            window = getattr(self.config, "sliding_window", None)
+            mask = attention_mask(segment_ids, self.config._attn_implementation, window)
+            inputs |= {} if mask is None else {"attention_mask": mask}
+        outputs = super().forward(inputs)
         if labels is not None:
             outputs["loss"] = target_loss(outputs["logits"], labels)
         return outputs
