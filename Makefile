@@ -16,10 +16,10 @@ install: $(INSTALLED)  ## install tundish and its locked dependencies into .venv
 # takes half as long with it, in every process of every run.
 $(INSTALLED): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Found no Python 3.11 or 3.12. Install one, or name it: make PYTHON=/path/to/python"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(shell grep -oE '^uv==[0-9.]+' requirements.lock)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes --compile-bytecode -r requirements.lock
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $(INSTALLED)
 
 format: $(INSTALLED)  ## format the code and sort its imports

@@ -50,6 +50,7 @@ def test_options_are_the_parameters_of_create(arguments: dict[str, Any]) -> None
         "context_length": 128,
         "experiment_path": "/x",
         "custom_weights_path": "/w",
+        "data_prep_cluster_id": "0101-1",
         "run_name": "mine",
     }
     line = ["create", *_options(given), "--eval-prompts", "a b", "c", "--devices", "2", "--device", "cpu"]

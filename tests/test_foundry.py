@@ -15,16 +15,14 @@ import pytest
 import yaml
 
 from tundish.foundry import (
-    KEYS,
     MAX_ROWS_PER_DEVICE,
     MIN_STEPS,
-    REFUSED_OVERRIDES,
     Destination,
-    check_overrides,
     choose_batch_size,
     render,
 )
 from tundish.models import ModelCard, model_cards
+from tundish.overrides import KEYS, REFUSED, check_overrides
 from tundish.paths import RunPaths
 from tundish.spec import RunSpec, TaskType, parse_spec
 
@@ -102,8 +100,8 @@ def test_keys_are_those_that_llm_foundry_knows() -> None:
         for node in classes["TrainConfig"].body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
-    assert len(fields) > 50 and fields == KEYS
-    assert set(REFUSED_OVERRIDES) <= KEYS
+    assert len(fields) > 50 and len(KEYS) > 30 and KEYS < fields
+    assert {key.split(".")[0] for key in REFUSED} <= fields
 
 
 @pytest.mark.parametrize("task", get_args(TaskType))
@@ -114,7 +112,7 @@ def test_nothing_is_left_open_for_any_model(plan: Plan, task: str) -> None:
         text = render(*plan("8b", model=name, task_type=task), PATHS, DESTINATION, LARGE)
         values = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
         assert "???" not in values and "${" not in values, name
-        assert set(yaml.safe_load(text)) <= KEYS, name
+        assert set(yaml.safe_load(text)) <= KEYS | {key.split(".")[0] for key in REFUSED}, name
 
 
 def test_training_is_what_the_service_did(plan: Plan) -> None:
@@ -282,15 +280,27 @@ def test_the_file_tells_how_to_train_it_without_tundish(plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("overrides", "found"),
     [
-        ({"global_train_batchsize": 8}, "has no key 'global_train_batchsize'. Did you mean global_train_batch_size"),
-        ({"zzz": 8}, "has no key 'zzz'. See the keys of a run's foundry.yaml"),
-        ({"optimiser.lr": 1}, "has no key 'optimiser'. Did you mean optimizer"),
+        (
+            {"global_train_batchsize": 8},
+            "no LLM-Foundry key 'global_train_batchsize'. Did you mean global_train_batch_size",
+        ),
+        ({"zzz": 8}, "no LLM-Foundry key 'zzz'. It has accumulate_train_batch_on_tokens, algorithms"),
+        ({"optimiser.lr": 1}, "no LLM-Foundry key 'optimiser'. Did you mean optimizer"),
         ({"code_paths": ["x.py"]}, "'code_paths' is not allowed: it would run any file"),
         ({"max_seq_len": 1}, "'max_seq_len' is not allowed: create() has context_length for it"),
         ({"max_duration": "1ep"}, "create() has training_duration for it"),
         ({"run_name": "x"}, "create() has run_name for it"),
         ({"metadata.x": "${oc.env:HOME}"}, "'metadata.x' holds '${'"),
-        ({"metadata": {"x": ["${oc.env:HOME}"]}}, "'metadata' holds '${'"),
+        ({"metadata": {"x": ["${oc.env:HOME}"]}}, "'metadata.x' holds '${'"),
+        ({"optimizer.lrr": 1}, "'optimizer' has no key 'lrr'. Did you mean lr"),
+        ({"optimizer": {"lrr": 1}}, "'optimizer' has no key 'lrr'. Did you mean lr"),
+        ({"train_loader.dataset.shufle": 1}, "'train_loader.dataset' has no key 'shufle'. Did you mean shuffle"),
+        ({"optimizer": None}, "'optimizer' is a section; found None"),
+        ({"model": {"trust_remote_code": True}}, "it would run code that comes with the weights"),
+        ({"model.name": "hf_causal_lm"}, "only tundish_causal_lm keeps packed samples from seeing each other"),
+        ({"load_path": "/x/evil.pt"}, "create() has custom_weights_path for it, which checks what is loaded"),
+        ({"loggers.mlflow.tracking_uri": "x"}, "create() has experiment_path for it"),
+        ({"eval_first": True}, "no LLM-Foundry key 'eval_first'"),
         ({"seed.x": 1}, "'seed.x' goes below a key that holds a single value"),
         ({"seed.x.y": 1}, "'seed.x.y' goes below a key that holds a single value"),
         ({"save_interval.x": 1}, "'save_interval.x' goes below a key that holds a single value"),
@@ -322,7 +332,7 @@ def test_only_this_module_knows_llm_foundry_s_keys() -> None:
     others = [
         path
         for path in source.rglob("*.py")
-        if path.name != "foundry.py" and "train" not in path.relative_to(source).parts
+        if path.name not in ("foundry.py", "overrides.py") and "train" not in path.relative_to(source).parts
     ]
-    assert len(telling) > 10 and len(others) > 20
+    assert len(telling) >= 10 and len(others) > 20
     assert not [f"{path.name}: {key}" for path in others for key in telling if key in path.read_text()]

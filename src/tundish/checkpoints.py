@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 METADATA = ".metadata"
+MODEL_PREFIX = "state.model."
+"""Composer's name of the model inside its state dict; all that a weights-only load asks for."""
 NAME = re.compile(r"ep(\d+)-ba(\d+)")
 
 _ALLOWED_GLOBALS = {
@@ -175,6 +177,10 @@ def _stored(folder: Path, metadata: Any) -> Iterator[StoredTensor]:
         places[index.fqn, None if index.offset is None else tuple(index.offset)] = info
     for name, entry in metadata.state_dict_metadata.items():
         if not hasattr(entry, "chunks"):
+            if name.startswith(MODEL_PREFIX):
+                raise CheckpointError(
+                    f"{folder / METADATA}: {name} is no tensor; loading it could run code. Do not use this checkpoint."
+                )
             continue
         chunks: list[Chunk] = []
         for part in entry.chunks:

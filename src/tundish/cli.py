@@ -23,6 +23,7 @@ CREATE_OPTIONS: dict[str, dict[str, Any]] = {
     "context-length": {"type": int, "metavar": "N", "help": "tokens in a row (default 8192 or the model's maximum)"},
     "experiment-path": {"metavar": "NAME", "help": "MLflow experiment (default /Users/<user>/<run name>)"},
     "custom-weights-path": {"metavar": "PATH", "help": "Composer checkpoint to start from"},
+    "data-prep-cluster-id": {"metavar": "ID", "help": "Spark cluster that prepares the data (not built yet)"},
     "run-name": {"metavar": "NAME", "help": "default <task>-<model>-<6 random characters>"},
 }
 
@@ -95,6 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:
+        print(
+            f"tundish: {error}. Check that the path is there and may be written, and that the disk has room.",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("\ntundish: stopped watching; a run that was started goes on.", file=sys.stderr)
         return 130

@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tundish import foundation_model as fm
+from tundish.cli import CREATE_OPTIONS
 from tundish.errors import SpecError
 from tundish.progress import watch
 from tundish.runs import creating
 from tundish.runs.records import ObjectList, TrainingRun
 
 PATH_ARGUMENTS = ("train_data_path", "eval_data_path", "custom_weights_path")
-CREATE_ARGUMENTS = (
-    "model train_data_path register_to task_type eval_data_path eval_prompts training_duration learning_rate "
-    "context_length experiment_path custom_weights_path run_name"
-).split()
+CREATE_ARGUMENTS = [option.replace("-", "_") for option in CREATE_OPTIONS]
 
 
 def create(arguments: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -57,4 +58,7 @@ def count_gpus() -> int:
     """GPUs of this machine that this process may use, without loading torch."""
     found = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return len(found) if visible is None else min(len(found), len([v for v in visible.split(",") if v.strip()]))
+    if visible is None:
+        return len(found)
+    # CUDA stops at the first entry that names none.
+    return min(len(found), len(list(takewhile(lambda entry: entry.strip() not in ("", "-1"), visible.split(",")))))

@@ -1,10 +1,9 @@
 """RunSpec → LLM-Foundry YAML: merges the layers of `yamls/` and fills in what the arguments and the data decide.
 
-Pure, and the only module that knows LLM Foundry's key names. Layers, later ones winning: `base.yaml`,
+Pure; with `overrides.py` the only place that knows LLM Foundry's key names. Layers, later ones winning: `base.yaml`,
 `task/<task>.yaml`, the model family's layer, `scale.yaml`, what is computed here, the caller's `overrides`.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,28 +25,6 @@ MICROBATCH_TOKENS = 16_384
 """Tokens in one forward pass of a small model; a large one gets one row."""
 SMALL_MODEL_PARAMETERS = 600_000_000
 
-KEYS = frozenset(
-    """model tokenizer optimizer scheduler train_loader device_train_batch_size device_eval_batch_size max_duration
-    max_seq_len seed precision code_paths max_split_size_mb expandable_segments cuda_load_lazy dist_timeout fsdp_config
-    tp_config accumulate_train_batch_on_tokens eval_interval eval_loader eval_loaders icl_tasks icl_tasks_str
-    eval_gauntlet eval_gauntlet_str icl_subset_num_batches icl_seq_len loggers progress_bar log_to_console
-    python_log_level console_log_interval log_config callbacks algorithms save_folder save_latest_filename
-    save_overwrite save_weights_only save_filename save_interval save_num_checkpoints_to_keep load_path
-    load_weights_only load_strict_model_weights load_ignore_keys save_ignore_keys only_hf_checkpoint
-    only_composer_checkpoint train_subset_num_batches device_train_microbatch_size global_train_batch_size
-    spin_dataloaders eval_subset_num_batches eval_first compile_config metadata flatten_metadata run_name autoresume
-    profiler variables n_gpus device_train_grad_accum""".split()
-)
-"""Top-level keys that LLM Foundry 0.22 knows; a test compares them with its `TRAIN_CONFIG_KEYS`."""
-
-REFUSED_OVERRIDES: Mapping[str, str] = {
-    "code_paths": "it would run any file; tundish runs no code from configuration",
-    "run_name": "create() has run_name for it",
-    "max_duration": "create() has training_duration for it",
-    "max_seq_len": "create() has context_length for it",
-    "n_gpus": "LLM Foundry fills it in; create() has compute for it",
-}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Destination:
@@ -58,47 +35,6 @@ class Destination:
     experiment_name: str
     load_path: str | None = None
     """Checkpoint whose weights replace the model's; None = the model's own."""
-
-
-def check_overrides(given: Mapping[Any, Any]) -> list[str]:
-    """Problems of the `overrides` argument, one sentence each; empty when all is well."""
-    import difflib
-
-    problems: list[str] = []
-    # Keys that are no text are told by the spec's own check.
-    overrides = {key: value for key, value in given.items() if isinstance(key, str)}
-    for key in overrides:
-        top = key.split(".")[0]
-        if top in REFUSED_OVERRIDES:
-            problems.append(f"overrides: {key!r} is not allowed: {REFUSED_OVERRIDES[top]}.")
-        elif top not in KEYS:
-            near = difflib.get_close_matches(top, KEYS, n=3)
-            hint = f"Did you mean {' or '.join(near)}?" if near else "See the keys of a run's foundry.yaml."
-            problems.append(f"overrides: LLM Foundry has no key {top!r}. {hint}")
-    if not problems:
-        problems.extend(_merge_problems(overrides))
-    return problems
-
-
-def _merge_problems(overrides: Mapping[str, Any]) -> list[str]:
-    base = yaml.safe_load((yamls_dir() / "base.yaml").read_text())
-    problems: list[str] = []
-    for key, value in overrides.items():
-        node: Any = base
-        for part in key.split(".")[:-1]:
-            node = node.get(part, {}) if isinstance(node, dict) else None
-        if not isinstance(node, dict):
-            problems.append(f"overrides: {key!r} goes below a key that holds a single value. Shorten it.")
-        if "${" in repr(value):
-            problems.append(f"overrides: {key!r} holds '${{', which LLM Foundry would resolve. Write the value itself.")
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError):
-            kind = type(value).__name__
-            problems.append(
-                f"overrides: {key!r} is a {kind}; allowed are text, numbers, lists and mappings. Write it as text."
-            )
-    return problems
 
 
 def choose_batch_size(rows: int, devices: int, epochs: int) -> int:
@@ -144,9 +80,9 @@ def render(spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destina
     comments["global_train_batch_size",] = [*comments["global_train_batch_size",], f"# {reason}"]
     header = (
         f"# Run {spec.run_name}, written by tundish {__version__}.\n"
-        "# It also trains under stock LLM Foundry, on two ranks or more:\n"
-        f"#   FSDP_VERSION=2 composer -n {spec.compute.devices_per_node} "
-        f"$(which llmfoundry) train {paths.foundry_yaml.name}\n\n"
+        "# Stock LLM Foundry trains it too, on two ranks or more and into a save_folder of its own:\n"
+        f"#   FSDP_VERSION=2 composer -n {max(2, spec.compute.devices_per_node)} "
+        f"$(which llmfoundry) train {paths.foundry_yaml.name} save_folder=./checkpoints\n\n"
     )
     return header + dump(merged, comments)
 

@@ -133,7 +133,7 @@ def _folder_card(folder: Path) -> ModelCard:
     if not isinstance(config, dict):
         raise SpecError(f"model: {config_path} holds no JSON object. Give the folder of a Hugging Face model.")
     by_type = {model_type: family for family, content in _families().items() for model_type in content["model_types"]}
-    family = by_type.get(config.get("model_type"))
+    family = by_type.get(str(config.get("model_type")))
     if family is None:
         raise SpecError(
             f"model: {config_path} says model_type {config.get('model_type')!r}; "
@@ -142,6 +142,8 @@ def _folder_card(folder: Path) -> ModelCard:
     content = _families()[family]
     numbers = {name: _lookup(config, key) for name, key in content["config_keys"].items()}
     numbers = {name: value for name, value in numbers.items() if value is not None}
+    if wrong := [content["config_keys"][name] for name, value in numbers.items() if not isinstance(value, int)]:
+        raise SpecError(f"model: {config_path}: {', '.join(wrong)} must be a whole number. Correct the model's config.")
     numbers.setdefault("key_value_heads", numbers.get("heads"))
     try:
         return ModelCard(

@@ -13,6 +13,8 @@ from tundish.errors import SpecError
 
 CHECKPOINT_LINK = "latest-sharded-rank0.symlink"
 """A text file beside the checkpoints that holds the newest one's path."""
+RUN_VARIABLE = "TUNDISH_EVENTS"
+"""Environment variable with which a run's supervisor lets the ranks write its events: the path of events.jsonl."""
 REMOTE_SCHEMES = ("s3://", "gs://", "oci://", "azure://", "azure-dl://", "hf://")
 
 

@@ -8,10 +8,11 @@ import dataclasses
 import getpass
 import json
 import math
+import os
 import re
 import secrets
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -45,7 +46,7 @@ class Duration:
         Raises:
             ValueError: it is none of these, or not positive.
         """
-        match = re.fullmatch(r"\s*([0-9]+(?:_[0-9]+)*)\s*(ep|ba|tok)\s*", str(text))
+        match = re.fullmatch(r"\s*([0-9]+(?:_[0-9]+)*)\s*(ep|ba|tok)\s*", str(text)[:40])
         if match is None or int(match[1]) == 0:
             raise ValueError(
                 f"found {text!r}; allowed is a positive whole number and ep, ba or tok. "
@@ -124,7 +125,7 @@ def parse_spec(arguments: Mapping[str, Any], *, created_at: str) -> tuple[RunSpe
 
     card = check("model", _read_model)
     task_type: TaskType = check("task_type", _read_task) or "CHAT_COMPLETION"
-    user = getpass.getuser()
+    user = _user()
     name = check("run_name", lambda given: _read_run_name(given, task_type, card))
     values: dict[str, Any] = {
         "run_name": name,
@@ -147,6 +148,14 @@ def parse_spec(arguments: Mapping[str, Any], *, created_at: str) -> tuple[RunSpe
         raise SpecError(problems)
     spec = RunSpec(created_by=user, created_at=created_at, model=card.name, **values)
     return spec, card
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        # A container's user that has no entry in the password file.
+        return str(os.getuid())
 
 
 def _read_model(given: object) -> ModelCard:
@@ -209,18 +218,20 @@ def _read_register_to(given: object) -> str:
 def _read_prompts(given: object) -> tuple[str, ...]:
     if given is None:
         return ()
-    if isinstance(given, str) or not all(isinstance(p, str) and p for p in cast(Any, given)):
+    listed = isinstance(given, Iterable) and not isinstance(given, str)
+    prompts = tuple(cast(Iterable[Any], given)) if listed else ()
+    if not listed or not all(isinstance(prompt, str) and prompt for prompt in prompts):
         raise ValueError("allowed is a list of texts that are not empty. For example ['What is MLflow?'].")
-    if any("${" in prompt for prompt in cast(Any, given)):
-        raise ValueError("'${' is not allowed in a prompt: LLM Foundry would resolve it. Write it in another way.")
-    return tuple(cast(Any, given))
+    if any("${" in prompt or prompt == "???" for prompt in prompts):
+        raise ValueError("'${' and '???' are not allowed: LLM Foundry would resolve them. Write it in another way.")
+    return prompts
 
 
 def _read_learning_rate(given: object, card: ModelCard | None) -> float:
     if given is None or given == "":
         return card.learning_rate if card else math.nan
     try:
-        rate = float(cast(Any, given))
+        rate = math.nan if isinstance(given, bool) else float(cast(Any, given))
     except (TypeError, ValueError):
         rate = math.nan
     return rate if 0 < rate < math.inf else _fail(f"found {given!r}; allowed is a number above 0. For example '5e-7'.")

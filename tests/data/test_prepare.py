@@ -296,5 +296,6 @@ def test_the_manifest_is_json_for_people_too(tiny_model: Path, pairs: Source) ->
     """Nobody could tell what decided the bytes of a prepared folder."""
     folder = Path(prepare(pairs, str(tiny_model), CONTEXT).folder)
     content = json.loads((folder / "manifest.json").read_text())
-    assert set(content["versions"]) == {"tokenizers", "mosaicml-streaming"} and content["format_version"] == 1
+    assert set(content["versions"]) == {"tokenizers", "transformers", "mosaicml-streaming"}
+    assert content["format_version"] == 1
     assert content["template_date"] == "26 Jul 2024" and len(content["tokenizer_hash"]) == 64

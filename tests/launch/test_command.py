@@ -24,26 +24,24 @@ def test_the_command_starts_our_entry_on_every_device() -> None:
         assert command[command.index(option) + 1] == "/runs/recorded/logs/train-rank{rank}.log"
 
 
-def test_ranks_go_on_with_the_mlflow_run_that_was_made() -> None:
-    """Composer's logger would open a second run, elsewhere than the TrainingRun says."""
-    environment = train_environment(CPU, "sqlite:////m.db", "7", "abc", 8)
-    assert environment["MLFLOW_TRACKING_URI"] == "sqlite:////m.db"
-    assert (environment["MLFLOW_EXPERIMENT_ID"], environment["MLFLOW_RUN_ID"]) == ("7", "abc")
+def test_only_the_run_s_own_ranks_may_write_its_events() -> None:
+    """Whoever trains a run's file once more would write into its history."""
+    assert train_environment(CPU, PATHS, 8)["TUNDISH_EVENTS"] == "/runs/recorded/events.jsonl"
 
 
 @pytest.mark.parametrize("compute", [CPU, GPU])
 def test_every_rank_shards_by_fsdp2(compute: Compute) -> None:
     """Composer's default, FSDP1, needs CUDA and writes other checkpoints."""
-    assert train_environment(compute, "u", "7", "abc", 8)["FSDP_VERSION"] == "2"
+    assert train_environment(compute, PATHS, 8)["FSDP_VERSION"] == "2"
 
 
 @pytest.mark.parametrize(("cores", "ranks", "threads"), [(8, 2, "4"), (2, 2, "1"), (1, 4, "1"), (2, 1, "2")])
 def test_ranks_on_a_cpu_share_its_cores(cores: int, ranks: int, threads: str) -> None:
     """Ranks would get one thread each on a large machine, fight for the cores, or take a GPU."""
-    environment = train_environment(Compute(device="cpu", devices_per_node=ranks), "u", "7", "abc", cores)
+    environment = train_environment(Compute(device="cpu", devices_per_node=ranks), PATHS, cores)
     assert (environment["OMP_NUM_THREADS"], environment["CUDA_VISIBLE_DEVICES"]) == (threads, "")
 
 
 def test_ranks_on_gpus_keep_the_caller_s_devices() -> None:
     """The GPUs that the caller chose would be hidden or replaced."""
-    assert not {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"} & set(train_environment(GPU, "u", "7", "abc", 8))
+    assert not {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"} & set(train_environment(GPU, PATHS, 8))

@@ -196,6 +196,7 @@ def test_stock_llm_foundry_trains_the_same_file(run_recipe: Callable[[str], Fini
     programs = Path(sys.executable).parent
     command = [programs / "composer", "-n", "2", programs / "llmfoundry", "train", tmp_path / "stock.yaml"]
     environment = {**os.environ, "FSDP_VERSION": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["TUNDISH_EVENTS"] = str(tmp_path / "events.jsonl")
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     stock = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]

@@ -48,7 +48,7 @@ def test_all_problems_of_a_call_are_one_message(arguments: dict[str, Any], home:
         "training_duration: found '3 epochs'; allowed is a positive whole number",
         "context_length: found 100000; ",
         "train_data_path: /no/such/train.jsonl: there is no such file",
-        "overrides: LLM Foundry has no key 'global_train_batchsize'. Did you mean global_train_batch_size",
+        "overrides: a run has no LLM-Foundry key 'global_train_batchsize'. Did you mean global_train_batch_size",
         "run_name: there is a run 'mine' already. Choose another name",
     ]
     for start in expected:
@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_is_told_before_the_run(arguments: dict[str, Any], 
 def test_rows_are_not_read_when_that_is_not_wanted(arguments: dict[str, Any], write_lines: WriteLines) -> None:
     """`validate_inputs=False` would still read a huge file; but a missing one must be told all the same."""
     write_lines(Path(arguments["train_data_path"]), ["{"])
-    spec, _ = creating.check(arguments | {"validate_inputs": False})
+    spec = creating.check(arguments | {"validate_inputs": False})
     assert spec.validate_inputs is False
     with pytest.raises(SpecError, match="there is no such file"):
         creating.check(arguments | {"validate_inputs": False, "train_data_path": "/no/such.jsonl"})
@@ -153,8 +153,8 @@ def test_rows_are_not_read_when_that_is_not_wanted(arguments: dict[str, Any], wr
 
 def test_good_input_passes_and_leaves_nothing_either(arguments: dict[str, Any], home: Path) -> None:
     """The tests above would pass if everything were refused."""
-    spec, card = creating.check(arguments | {"task_type": "", "experiment_path": ""})
-    assert spec.model == card.name and not home.exists()
+    spec = creating.check(arguments | {"task_type": "", "experiment_path": ""})
+    assert spec.model == arguments["model"] and not home.exists()
 
 
 def test_a_failure_while_the_run_is_made_leaves_no_folder(
@@ -187,7 +187,7 @@ def test_rendering_reads_no_data_and_writes_nothing(arguments: dict[str, Any], h
 @pytest.mark.parametrize(
     ("overrides", "found"),
     [
-        ({"optimiser.lr": 1}, "has no key 'optimiser'"),
+        ({"optimiser.lr": 1}, "no LLM-Foundry key 'optimiser'"),
         ({"global_train_batch_size": "many"}, "global_train_batch_size"),
         ({"global_train_batch_size": 0}, "global_train_batch_size"),
         ({1: 2}, "overrides: "),

@@ -72,10 +72,10 @@ def test_data_that_cannot_be_trained_fails_the_run_with_its_line(
 
 def test_a_training_that_crashes_fails_the_run_with_its_cause(real_arguments: dict[str, Any]) -> None:
     """A crash that shows as a running run, or whose cause is left to be found."""
-    run = fm.create(**real_arguments, overrides={"optimizer.no_such_argument": 1}).wait(timeout=300)
+    run = fm.create(**real_arguments, overrides={"optimizer.name": "no_such_optimizer"}).wait(timeout=300)
     assert run.status.display_name == "Failed"
     assert run.details is not None
-    assert "no_such_argument" in run.details
+    assert "no_such_optimizer" in run.details
     assert "train.log" in run.details
     assert len(run.details.splitlines()) == 1
     assert not _family(run)

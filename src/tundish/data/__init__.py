@@ -54,7 +54,7 @@ class Prepared:
     chatml_added: bool
     """Whether the tokenizer had no chat template and got ChatML."""
     refused: int = 0
-    """Samples left out: none, a bad sample is an error."""
+    """Empty .txt files, which hold no sample; a bad sample is an error."""
     template_date: str = TEMPLATE_DATE
     format_version: int = FORMAT_VERSION
     versions: dict[str, str]
@@ -83,7 +83,9 @@ def prepare(source: Source, model: str, context_length: int) -> Prepared:
         "source_hash": source.digest(),
         "tokenizer_hash": tokenizer_digest(tokenizer),
         "context_length": context_length,
-        "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "mosaicml-streaming")},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("tokenizers", "transformers", "mosaicml-streaming")
+        },
     }
     key = json.dumps([facts, source.task_type, TEMPLATE_DATE, FORMAT_VERSION], sort_keys=True)
     folder = prepared_dir() / hashlib.sha256(key.encode()).hexdigest()[:24]
@@ -93,6 +95,8 @@ def prepare(source: Source, model: str, context_length: int) -> Prepared:
     samples, truncated = _encode_source(source, tokenizer, context_length)
     rows = pack([len(sample.tokens) for sample in samples.pieces], context_length)
     facts |= {"chatml_added": tokenizer.chat_template == CHATML}
+    if source.task_type == "CONTINUED_PRETRAIN":
+        facts["refused"] = len(source.files) - samples.count
     prepared = Prepared(
         folder=str(folder), samples=samples.count, rows=len(rows), truncated=truncated, **facts,
         tokens=sum(len(piece.tokens) for piece in samples.pieces),

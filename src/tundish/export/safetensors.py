@@ -4,6 +4,7 @@ No model is built and no process group is started: the metadata says where each 
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tundish.checkpoints import StoredTensor, read_tensors
+from tundish.checkpoints import MODEL_PREFIX, StoredTensor, read_tensors
 from tundish.data.tokenize import load_tokenizer
 from tundish.errors import CheckpointError
 from tundish.paths import write_atomic
@@ -21,7 +22,7 @@ ExportDtype = Literal["bfloat16", "float32"]
 BYTES = {"bfloat16": 2, "float32": 4}
 SHARD_BYTES = 2_000_000_000
 INDEX = "model.safetensors.index.json"
-WEIGHT_PREFIX = "state.model.model."
+WEIGHT_PREFIX = f"{MODEL_PREFIX}model."
 """Composer's name of the Hugging Face model inside its state dict."""
 
 
@@ -73,7 +74,7 @@ def plan(weights: Mapping[str, StoredTensor], bytes_each: int, limit: int) -> li
     groups: list[list[tuple[str, StoredTensor]]] = []
     room = 0
     for name, tensor in weights.items():
-        size = _count(tensor.shape) * bytes_each
+        size = math.prod(tensor.shape) * bytes_each
         if not groups or size > room:
             groups.append([])
             room = limit
@@ -83,13 +84,6 @@ def plan(weights: Mapping[str, StoredTensor], bytes_each: int, limit: int) -> li
         Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(group))
         for number, group in enumerate(groups, 1)
     ]
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _weights(checkpoint: Path) -> dict[str, StoredTensor]:
@@ -171,7 +165,7 @@ def _write_shard(shard: Shard, folder: Path, dtype: ExportDtype) -> None:
 
 def _write_index(shards: Sequence[Shard], folder: Path, bytes_each: int) -> None:
     tensors = [(name, shard.name, tensor) for shard in shards for name, tensor in shard.tensors]
-    total = sum(_count(tensor.shape) * bytes_each for _, _, tensor in tensors)
+    total = sum(math.prod(tensor.shape) * bytes_each for _, _, tensor in tensors)
     weight_map = {name: shard for name, shard, _ in tensors}
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_atomic(folder / INDEX, json.dumps(content, indent=2) + "\n")

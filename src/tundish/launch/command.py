@@ -1,10 +1,9 @@
 """The launcher's command line and environment; pure."""
 
 import sys
-from collections.abc import Mapping
 
 from tundish.compute import Compute
-from tundish.paths import RunPaths
+from tundish.paths import RUN_VARIABLE, RunPaths
 
 
 def train_command(compute: Compute, paths: RunPaths) -> list[str]:
@@ -17,18 +16,9 @@ def train_command(compute: Compute, paths: RunPaths) -> list[str]:
     ]
 
 
-def train_environment(
-    compute: Compute, tracking_uri: str, experiment_id: str, mlflow_run_id: str, cores: int
-) -> Mapping[str, str]:
-    """What every rank needs beside the caller's environment."""
-    environment = {
-        "FSDP_VERSION": "2",
-        "MLFLOW_TRACKING_URI": tracking_uri,
-        "MLFLOW_EXPERIMENT_ID": experiment_id,
-        # Composer's logger goes on with the run that create() has made.
-        "MLFLOW_RUN_ID": mlflow_run_id,
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+def train_environment(compute: Compute, paths: RunPaths, cores: int) -> dict[str, str]:
+    """What every rank needs beside the caller's environment and MLflow's."""
+    environment = {"FSDP_VERSION": "2", "TOKENIZERS_PARALLELISM": "false", RUN_VARIABLE: str(paths.events)}
     if compute.device == "cpu":
         environment["OMP_NUM_THREADS"] = str(max(1, cores // compute.devices_per_node))
         environment["CUDA_VISIBLE_DEVICES"] = ""

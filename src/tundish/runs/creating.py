@@ -9,15 +9,17 @@ from typing import Any, cast, get_args
 
 from tundish import __version__, events
 from tundish.checkpoints import resolve_weights
+from tundish.compute import Compute, count_gpus
 from tundish.data.sources import Source, open_source
 from tundish.errors import CheckpointError, DataError, SpecError
-from tundish.foundry import Destination, check_overrides, render
+from tundish.foundry import Destination, render
 from tundish.models import ModelCard
+from tundish.overrides import check_overrides
 from tundish.paths import REMOTE_SCHEMES, RunPaths, resolve, write_atomic
 from tundish.runs import supervisor
 from tundish.runs.reading import read_run
 from tundish.runs.records import TrainingRun
-from tundish.runs.tracking import open_tracking, planned_save_folder, tracking_uri
+from tundish.runs.tracking import Tracking, end_tracking, open_tracking, planned_save_folder, tracking_uri
 from tundish.spec import RunSpec, TaskType, parse_spec
 
 
@@ -27,7 +29,7 @@ def create(arguments: Mapping[str, Any]) -> TrainingRun:
     Raises:
         SpecError, DataError: with all problems of the call; nothing is left behind.
     """
-    spec, _ = check(arguments)
+    spec = check(arguments)
     paths = RunPaths.of(spec.run_name)
     try:
         paths.folder.mkdir(parents=True)
@@ -36,6 +38,8 @@ def create(arguments: Mapping[str, Any]) -> TrainingRun:
     try:
         _write_run(spec, paths)
     except BaseException:
+        if paths.result("tracking").exists():
+            end_tracking(Tracking.read(paths), "FAILED")
         shutil.rmtree(paths.folder, ignore_errors=True)
         raise
     return read_run(spec.run_name)
@@ -52,48 +56,66 @@ def _write_run(spec: RunSpec, paths: RunPaths) -> None:
     supervisor.spawn(paths)
 
 
-def check(arguments: Mapping[str, Any]) -> tuple[RunSpec, ModelCard]:
+def check(arguments: Mapping[str, Any]) -> RunSpec:
     """The spec that the arguments of `create()` make, after all checks.
 
     Raises:
         SpecError: an argument is wrong; problems of the data are listed with it.
         DataError: only the data is wrong.
     """
-    problems: list[str] = []
+    parsed, problems = _parse(arguments)
+    if parsed is not None:
+        problems.extend(_machine_problems(parsed[0].compute))
+    of_arguments, of_rows = _data_problems(arguments, parsed[1] if parsed else None)
+    problems.extend(of_arguments)
+    if problems:
+        raise SpecError([*problems, *of_rows])
+    if of_rows:
+        raise DataError(of_rows)
+    assert parsed is not None
+    return parsed[0]
+
+
+def _parse(arguments: Mapping[str, Any]) -> tuple[tuple[RunSpec, ModelCard] | None, list[str]]:
+    """Spec and card where the arguments make them, and the problems that need neither data nor a device to be seen."""
+    parsed, problems = None, list[str]()
     try:
-        spec, card = parse_spec(arguments, created_at=datetime.now(UTC).isoformat(timespec="seconds"))
+        parsed = parse_spec(arguments, created_at=datetime.now(UTC).isoformat(timespec="seconds"))
+        problems.extend(_plan_problems(*parsed))
     except SpecError as error:
         problems.extend(error.problems)
-        spec = card = None
     overrides = arguments.get("overrides")
     if isinstance(overrides, Mapping):
-        problems.extend(check_overrides(cast(Mapping[str, Any], overrides)))
-    if spec is not None:
-        problems.extend([*_nodes_problems(spec), *_batch_size_problems(spec)])
-    argument_problems, data_problems = _data_problems(arguments, card)
-    problems.extend(argument_problems)
-    if problems:
-        raise SpecError([*problems, *data_problems])
-    if data_problems:
-        raise DataError(data_problems)
-    assert spec is not None and card is not None
-    return spec, card
+        problems.extend(check_overrides(cast(Mapping[Any, Any], overrides)))
+    return parsed, problems
 
 
-def _nodes_problems(spec: RunSpec) -> list[str]:
-    if spec.compute.nodes == 1:
-        return []
-    return [f"compute: found {spec.compute.nodes} nodes; a run on this machine has one. `tundish render` plans more."]
-
-
-def _batch_size_problems(spec: RunSpec) -> list[str]:
+def _plan_problems(spec: RunSpec, card: ModelCard) -> list[str]:
     problems: list[str] = []
-    batch_size = spec.overrides.get("global_train_batch_size")
-    if batch_size is not None and (type(batch_size) is not int or batch_size < 1 or batch_size % spec.compute.devices):
+    batch_size, devices = spec.overrides.get("global_train_batch_size"), spec.compute.devices
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1 or batch_size % devices):
+        text = f"found global_train_batch_size {batch_size!r}; allowed is a multiple of the {devices} device(s)."
+        problems.append(f"overrides: {text}")
+    if spec.overrides.get("save_num_checkpoints_to_keep") == 0:
         problems.append(
-            f"overrides: found global_train_batch_size {batch_size!r}; allowed is a multiple of the "
-            f"{spec.compute.devices} device(s)."
+            "overrides: found save_num_checkpoints_to_keep 0; the export needs one. Allowed is 1 or more, or -1."
         )
+    attention = spec.overrides.get("model.attn_implementation")
+    if attention == "flex_attention" and card.gpu_attention != attention:
+        text = f"found {attention}, in which samples packed for {card.family} see each other"
+        problems.append(f"overrides: {text}; allowed is {card.gpu_attention}.")
+    return problems
+
+
+def _machine_problems(compute: Compute) -> list[str]:
+    problems: list[str] = []
+    if compute.nodes > 1:
+        problems.append(
+            f"compute: found {compute.nodes} nodes; a run on this machine has one. `tundish render` plans more."
+        )
+    if compute.device == "gpu" and compute.devices_per_node > count_gpus():
+        text = f"found {compute.devices_per_node} GPU(s) asked for; this machine has {count_gpus()} to give."
+        problems.append(f"compute: {text} Ask for fewer, or for device 'cpu'.")
     return problems
 
 
@@ -127,6 +149,8 @@ def _data_problems(arguments: Mapping[str, Any], card: ModelCard | None) -> tupl
         except (SpecError, CheckpointError) as error:
             text = error.message
             of_arguments.append(text if text.startswith("custom_weights_path") else f"custom_weights_path: {text}")
+        except (OSError, ValueError) as error:
+            of_arguments.append(f"custom_weights_path: cannot be read ({error}). Check the path.")
     return of_arguments, of_rows
 
 
@@ -135,18 +159,15 @@ def _read_all(source: Source) -> None:
 
 
 def render_only(arguments: Mapping[str, Any]) -> str:
-    """The YAML that `create()` would train, without reading data or starting anything."""
-    problems: list[str] = []
-    spec = card = None
-    try:
-        spec, card = parse_spec(arguments, created_at=datetime.now(UTC).isoformat(timespec="seconds"))
-        problems.extend(_batch_size_problems(spec))
-    except SpecError as error:
-        problems.extend(error.problems)
-    if isinstance(overrides := arguments.get("overrides"), Mapping):
-        problems.extend(check_overrides(cast(Mapping[str, Any], overrides)))
-    if problems or spec is None or card is None:
+    """The YAML that `create()` would train, without reading data or starting anything.
+
+    Raises:
+        SpecError: an argument is wrong.
+    """
+    parsed, problems = _parse(arguments)
+    if problems or parsed is None:
         raise SpecError(problems)
+    spec, card = parsed
     destination = Destination(
         save_folder=planned_save_folder(spec.run_name, spec.experiment_path),
         tracking_uri=tracking_uri(),

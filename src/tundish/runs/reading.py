@@ -13,6 +13,8 @@ from tundish.runs.records import ObjectList, RunStatus, TrainingEvent, TrainingR
 from tundish.runs.tracking import Tracking
 from tundish.spec import RunSpec
 
+START_SECONDS = 30.0
+"""Between a run's first event and its supervisor's start."""
 STATUS_OF = {
     "CREATED": RunStatus.PENDING,
     "CHECK_PASSED": RunStatus.PENDING,
@@ -58,6 +60,8 @@ def read_run(name: str) -> TrainingRun:
     owner = supervisor(paths)
     alive = owner is not None and owner.process() is not None
     found = events.read(paths.events)
+    if owner is None and found and (datetime.now(UTC) - found[-1].time).total_seconds() < START_SECONDS:
+        alive = True  # create() is just about to start it
     status, details = _status(found, alive)
     times = {event.type: event.time for event in found}
     end, eta = _estimated_end(found, status)

@@ -77,6 +77,8 @@ def _facts(split: str, data: Prepared) -> str:
     )
     if data.truncated:
         text += f" {data.truncated:,} samples were cut at {data.context_length:,} tokens."
+    if data.refused:
+        text += f" {data.refused:,} empty files were left out."
     return text
 
 

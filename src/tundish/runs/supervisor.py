@@ -3,6 +3,7 @@
 Each stage is a process too: what it loads goes with it, and the supervisor stays small while the model trains.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -42,10 +43,13 @@ def main(folder: str) -> None:
     """Run all stages; the last event is COMPLETED, FAILED or CANCELED."""
     paths = RunPaths(Path(folder))
     signal.signal(signal.SIGTERM, _on_terminate)
+    if any(event.type in events.TERMINAL_TYPES for event in events.read(paths.events)):
+        return  # canceled before it began
     try:
         events.append(paths.events, "STARTED", f"Run started on {os.uname().nodename}.")
         for stage in STAGES:
             run_stage(paths, stage)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         result = json.loads(paths.result("register").read_text())
         message = f"Run completed. Registered as version {result['version']} of {result['name']}."
         events.append(paths.events, "COMPLETED", message)
@@ -56,6 +60,7 @@ def main(folder: str) -> None:
         stop_all(psutil.Process().children(recursive=True))
         events.append(paths.events, "CANCELED", "Canceled by user.")
     except Exception as error:
+        end_mlflow_run(paths, "FAILED")
         events.append(paths.events, "FAILED", f"The supervisor failed: {error!r}. Log: {paths.log('supervisor')}")
         raise
 
@@ -82,9 +87,7 @@ def _command(paths: RunPaths, stage: str) -> tuple[Sequence[str], Mapping[str, s
             "TOKENIZERS_PARALLELISM": "true"
         }
     compute = RunSpec.from_json(paths.spec.read_text()).compute
-    environment = train_environment(
-        compute, tracking.tracking_uri, tracking.experiment_id, tracking.run_id, os.cpu_count() or 1
-    )
+    environment = train_environment(compute, paths, os.cpu_count() or 1) | tracking.environment
     return train_command(compute, paths), environment
 
 
@@ -110,7 +113,8 @@ def last_error(text: str) -> str | None:
 def end_mlflow_run(paths: RunPaths, status: str) -> None:
     """Close the MLflow run from a process of its own; a store that cannot be reached must not hide the cause."""
     command = [sys.executable, "-m", "tundish.runs.stage", f"close-{status}", str(paths.folder)]
-    subprocess.run(command, stdin=subprocess.DEVNULL, check=False, timeout=120)
+    with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+        subprocess.run(command, stdin=subprocess.DEVNULL, check=False, timeout=60)
 
 
 class _Terminated(BaseException):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+from tundish.errors import SpecError
 from tundish.paths import RunPaths, default_tracking_uri, home, mlflow_artifacts_dir, write_atomic
 
 
@@ -30,6 +31,15 @@ class Tracking:
         """What was written when the run was created."""
         return cls(**json.loads(paths.result("tracking").read_text()))
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """With this, Composer's logger goes on with the run that `create()` has made."""
+        return {
+            "MLFLOW_TRACKING_URI": self.tracking_uri,
+            "MLFLOW_EXPERIMENT_ID": self.experiment_id,
+            "MLFLOW_RUN_ID": self.run_id,
+        }
+
     def write(self, paths: RunPaths) -> None:
         """Keep it in the run folder."""
         write_atomic(paths.result("tracking"), json.dumps(asdict(self), indent=2) + "\n")
@@ -46,17 +56,28 @@ def planned_save_folder(run_name: str, experiment_name: str) -> str:
 
 
 def open_tracking(run_name: str, experiment_name: str, tags: dict[str, str]) -> Tracking:
-    """Make the experiment, where it does not exist, and the run."""
+    """Make the experiment, where it does not exist, and the run.
+
+    Raises:
+        SpecError: MLflow refuses.
+    """
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
     uri = tracking_uri()
     if uri == default_tracking_uri():
         (home() / "mlflow").mkdir(parents=True, exist_ok=True)
-    with _quiet():
-        client: Any = MlflowClient(uri)
-        experiment = client.get_experiment_by_name(experiment_name)
-        experiment_id = experiment.experiment_id if experiment else _create_experiment(client, experiment_name, uri)
-        run = client.create_run(experiment_id, run_name=run_name, tags=tags)
+    try:
+        with _quiet():
+            client: Any = MlflowClient(uri)
+            experiment = client.get_experiment_by_name(experiment_name)
+            experiment_id = experiment.experiment_id if experiment else _create_experiment(client, experiment_name, uri)
+            run = client.create_run(experiment_id, run_name=run_name, tags=tags)
+    except MlflowException as error:
+        raise SpecError(
+            f"experiment_path: MLflow at {uri} does not take a run in {experiment_name!r} ({error}). "
+            "Check MLFLOW_TRACKING_URI, or name another experiment."
+        ) from error
     return Tracking(
         tracking_uri=uri,
         experiment_id=experiment_id,

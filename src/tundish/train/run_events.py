@@ -1,5 +1,6 @@
 """The training events of a run: written by rank 0 after the deed, from the values used."""
 
+import os
 import time
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from composer import Logger, State, TimeUnit
 from composer.utils import dist
 
 from tundish import events
-from tundish.paths import CHECKPOINT_LINK, write_atomic
+from tundish.paths import CHECKPOINT_LINK, RUN_VARIABLE, write_atomic
 from tundish.train.at_checkpoints import AtCheckpoints
 
 PROGRESS_SECONDS = 2.0
@@ -68,7 +69,8 @@ class RunEvents(AtCheckpoints):
         self._write("TRAIN_FINISHED", f"Training finished after {batches:,} batches and {tokens:,} tokens.")
 
     def _write(self, type: str, message: str, **facts: object) -> None:
-        if dist.get_global_rank() == 0:
+        # Somebody who trains the run's file once more must not write into the run's history.
+        if dist.get_global_rank() == 0 and os.environ.get(RUN_VARIABLE) == str(self.path):
             events.append(self.path, type, message, **facts)
 
 
