@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tundish.checkpoints import list_checkpoints, read_tensors, resolve_weights
+from tundish.checkpoints import check_weights, list_checkpoints, read_tensors, resolve_weights
 from tundish.errors import CheckpointError, SpecError
 
 # Of PyTorch's own, on saving: it saves from a single process, which is wanted here, and uses its own old storage class.
@@ -167,6 +167,18 @@ def test_code_in_a_shard_is_refused_and_not_run(checkpoint: Path, tmp_path: Path
     with pytest.raises(CheckpointError, match=r"not a readable tensor.*damaged or unsafe"):
         read_tensors(checkpoint)["state.model.model.norm"].read()
     assert not marker.exists()
+
+
+def test_an_entry_of_the_model_that_is_no_tensor_is_refused(checkpoint: Path, change: Change) -> None:
+    """PyTorch unpickles such an entry freely when the model's weights are loaded."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    def turn(metadata: Any) -> None:
+        metadata.state_dict_metadata["state.model.model.norm"] = BytesStorageMetadata()
+
+    change(checkpoint, turn)
+    with pytest.raises(CheckpointError, match=r"state\.model\.model\.norm is no tensor; loading it could run code"):
+        check_weights(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["../secret.distcp", "/etc/passwd", "a/../../secret.distcp"])

@@ -300,6 +300,7 @@ def test_the_file_tells_how_to_train_it_without_tundish(plan: Plan) -> None:
         ({"model.name": "hf_causal_lm"}, "only tundish_causal_lm keeps packed samples from seeing each other"),
         ({"load_path": "/x/evil.pt"}, "create() has custom_weights_path for it, which checks what is loaded"),
         ({"loggers.mlflow.tracking_uri": "x"}, "create() has experiment_path for it"),
+        ({"save_num_checkpoints_to_keep": 0}, "the export needs a checkpoint"),
         ({"eval_first": True}, "no LLM-Foundry key 'eval_first'"),
         ({"seed.x": 1}, "'seed.x' goes below a key that holds a single value"),
         ({"seed.x.y": 1}, "'seed.x.y' goes below a key that holds a single value"),

@@ -86,6 +86,8 @@ def _problem(path: str, value: Any, base: Mapping[str, Any], renamed: set[str]) 
     refused = next((key for key in REFUSED if path == key or path.startswith(f"{key}.")), None)
     if refused is not None:
         return f"{path!r} is not allowed: {REFUSED[refused]}."
+    if path == "save_num_checkpoints_to_keep" and value == 0:
+        return f"{path!r} is 0; the export needs a checkpoint. Allowed is 1 or more, or -1 for all."
     if parts[0] not in KEYS:
         return f"a run has no LLM-Foundry key {parts[0]!r}. {_hint(parts[0], KEYS)}"
     for depth in range(1, len(parts)):

@@ -96,10 +96,6 @@ def _plan_problems(spec: RunSpec, card: ModelCard) -> list[str]:
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1 or batch_size % devices):
         text = f"found global_train_batch_size {batch_size!r}; allowed is a multiple of the {devices} device(s)."
         problems.append(f"overrides: {text}")
-    if spec.overrides.get("save_num_checkpoints_to_keep") == 0:
-        problems.append(
-            "overrides: found save_num_checkpoints_to_keep 0; the export needs one. Allowed is 1 or more, or -1."
-        )
     attention = spec.overrides.get("model.attn_implementation")
     if attention == "flex_attention" and card.gpu_attention != attention:
         text = f"found {attention}, in which samples packed for {card.family} see each other"
