@@ -160,7 +160,9 @@ def _user() -> str:
 
 def _read_model(given: object) -> ModelCard:
     return find_card(
-        _required_text(given) if given else _fail("is missing. Give a supported model's name or a folder.")
+        _required_text(given)
+        if given
+        else _fail("is missing. Give a supported model's name or a folder of a Hugging Face model.")
     )
 
 
@@ -169,7 +171,8 @@ def _fail(text: str) -> Any:
 
 
 def _required_text(given: object) -> str:
-    return _optional_text(given) or _fail(f"found {given!r}; needed is a text that is not empty.")
+    missing = "is missing." if given is None else f"found {given!r}; needed is a text that is not empty."
+    return _optional_text(given) or _fail(missing)
 
 
 def _optional_text(given: object) -> str | None:
