@@ -131,7 +131,7 @@ def test_learning_rates_come_as_numbers_or_text(arguments: dict[str, Any], given
         ("model", None, "model: is missing"),
         ("model", 5, "model: found int; allowed is text"),
         ("model", "no/such", "model: 'no/such' is neither a supported model nor a folder"),
-        ("train_data_path", None, "train_data_path: found None; needed is a text that is not empty"),
+        ("train_data_path", None, "train_data_path: is missing"),
         ("train_data_path", "${oc.env:HOME}/x.jsonl", "'${' is not allowed"),
         ("register_to", "", "register_to: found ''; needed is a text"),
         ("register_to", "main", "register_to: found 'main'; allowed is 'catalog.schema' or 'catalog.schema.name'"),

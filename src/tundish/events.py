@@ -46,11 +46,7 @@ def append(path: Path, type: str, message: str, **facts: Any) -> None:
 
 def read(path: Path) -> list[Event]:
     """All events in order, of TRAIN_UPDATED only the latest; a line that was cut off is left out."""
-    events: list[Event] = []
-    for event in _lines(path):
-        if event.type == "TRAIN_UPDATED" and events and events[-1].type == "TRAIN_UPDATED":
-            events.pop()
-        events.append(event)
+    events = list(_lines(path))
     latest = max((i for i, event in enumerate(events) if event.type == "TRAIN_UPDATED"), default=-1)
     return [event for i, event in enumerate(events) if event.type != "TRAIN_UPDATED" or i == latest]
 
