@@ -15,8 +15,8 @@ folder = Path(tempfile.mkdtemp(prefix="tundish-demo-"))
 os.environ.setdefault("TUNDISH_HOME", str(folder / "home"))
 started = time.monotonic()
 
-pairs = tiny.date_pairs(9_100, seed=1)
-train, evaluation, held_out = pairs[:8_900], pairs[8_900:9_000], pairs[9_000:]
+pairs = tiny.date_pairs(7_800, seed=1)
+train, evaluation, held_out = pairs[:7_600], pairs[7_600:7_700], pairs[7_700:]
 base = tiny.make_base_model(folder / "tiny-llama", (text for pair in train for text in pair))
 print(f"Made a base model with random weights and {len(train):,} chats in {folder}.\n")
 
