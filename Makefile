@@ -39,7 +39,7 @@ demo: $(INSTALLED)  ## train a tiny model on this machine and ask it what it has
 
 lock: $(INSTALLED)  ## resolve the dependencies anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-	  --no-annotate --group dev pyproject.toml --output-file requirements.lock
+	  --no-annotate --extra spark --group dev pyproject.toml --output-file requirements.lock
 
 clean:  ## remove .venv and caches
 	rm -rf .venv .pytest_cache .ruff_cache dist build
