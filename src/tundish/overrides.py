@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -51,7 +51,7 @@ SECTIONS: Mapping[str, frozenset[str]] = {
     "optimizer": frozenset("name lr betas weight_decay eps".split()),
     "scheduler": frozenset("name t_warmup t_max alpha_i alpha_f scale_warmup".split()),
     "train_loader": frozenset("dataset num_workers".split()),
-    "train_loader.dataset": frozenset("shuffle shuffle_seed".split()),
+    "train_loader.dataset": frozenset("shuffle shuffle_seed target_responses".split()),
     "eval_loader": frozenset("dataset num_workers".split()),
     "eval_loader.dataset": frozenset("shuffle shuffle_seed".split()),
     "fsdp_config": frozenset(
@@ -60,6 +60,16 @@ SECTIONS: Mapping[str, frozenset[str]] = {
     "tokenizer": frozenset(("kwargs",)),
 }
 """Sections whose keys are all known. Of `optimizer` and `scheduler` only as long as their name stays."""
+
+
+TARGET_RESPONSES = "train_loader.dataset.target_responses"
+"""Which of the assistant's replies are targets, in training and in evaluation: `all` (default) or `last`."""
+
+
+def target_responses(given: Mapping[str, Any]) -> Literal["all", "last"]:
+    """What the overrides say of TARGET_RESPONSES."""
+    values = (value for key, top in given.items() for path, value in _leaves(key, top) if path == TARGET_RESPONSES)
+    return "last" if next(values, "all") == "last" else "all"
 
 
 def check_overrides(given: Mapping[Any, Any]) -> list[str]:
@@ -88,6 +98,8 @@ def _problem(path: str, value: Any, base: Mapping[str, Any], renamed: set[str]) 
         return f"{path!r} is not allowed: {REFUSED[refused]}."
     if path == "save_num_checkpoints_to_keep" and value == 0:
         return f"{path!r} is 0; the export needs a checkpoint. Allowed is 1 or more, or -1 for all."
+    if path == TARGET_RESPONSES and value not in ("all", "last"):
+        return f"{path!r} is {value!r}; allowed is all or last."
     if parts[0] not in KEYS:
         return f"a run has no LLM-Foundry key {parts[0]!r}. {_hint(parts[0], KEYS)}"
     for depth in range(1, len(parts)):

@@ -124,6 +124,11 @@ def prepared_dir() -> Path:
     return home() / "prepared"
 
 
+def downloads_dir() -> Path:
+    """Copies of data from object stores; one folder for each URI."""
+    return home() / "downloads"
+
+
 def mlflow_artifacts_dir() -> Path:
     """Artifact root of the default MLflow store: `<experiment>/<run id>/artifacts` below it."""
     return home() / "mlflow" / "artifacts"

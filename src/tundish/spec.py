@@ -83,6 +83,7 @@ class RunSpec:
     """Tokens in a row."""
     validate_inputs: bool = True
     data_prep_cluster_id: str | None = None
+    """Spark master that prepares the data; None: this machine."""
     compute: Compute
     overrides: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """LLM-Foundry keys, dotted keys allowed; merged last."""
@@ -252,11 +253,13 @@ def _read_context_length(given: object, card: ModelCard | None) -> int:
 
 
 def _read_cluster(given: object) -> str | None:
-    if given:
+    text = _optional_text(given)
+    if text is not None and not re.fullmatch(r"(spark|sc)://.+|local(\[(\d+|\*)\])?", text):
         raise ValueError(
-            "preparing data on a Spark cluster is not built yet. Leave it out: this machine prepares the data."
+            f"found {text!r}; allowed is spark://host:port, sc://host:port, or local[4] for 4 processes. Leave it out, "
+            "and this machine prepares the data."
         )
-    return None
+    return text
 
 
 def _read_overrides(given: object) -> Mapping[str, Any]:

@@ -11,30 +11,30 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from itertools import islice
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
+from filelock import FileLock
 
-from tundish.data.pack import pack
-from tundish.data.records import Problem, ProblemList, Sample
+from tundish.data.chunks import EMPTY
+from tundish.data.encoding import EncodedChunk, Job
+from tundish.data.findings import Finding
+from tundish.data.records import Problem, Sample
+from tundish.data.share import Progress, Share, prepare_share
 from tundish.data.sources import Source
-from tundish.data.tokenize import CHATML, TEMPLATE_DATE, Encoded, encode, load_tokenizer, tokenizer_digest
+from tundish.data.templates import CHATML, TEMPLATE_DATE
+from tundish.data.workers import Workers
 from tundish.errors import DataError
 from tundish.paths import prepared_dir, write_atomic
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-COLUMNS = {"tokens": "ndarray:int32", "loss_mask": "ndarray:uint8", "segments": "ndarray:int32"}
-SHARD_BYTES = 1 << 26
-BATCH_SAMPLES = 1024
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+NO_SAMPLE = "{}: there is no sample in it; all is empty. Give data with samples."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +53,13 @@ class Prepared:
     tokenizer_hash: str
     chatml_added: bool
     """Whether the tokenizer had no chat template and got ChatML."""
+    units: int
+    """Lines, rows or files, blank ones too."""
     refused: int = 0
     """Empty .txt files, which hold no sample; a bad sample is an error."""
+    warnings: list[Finding] = field(default_factory=list[Finding])
+    engine: str = "tokenizers"
+    """The library that turned text into ids; both give the same."""
     template_date: str = TEMPLATE_DATE
     format_version: int = FORMAT_VERSION
     versions: dict[str, str]
@@ -63,8 +68,10 @@ class Prepared:
     @classmethod
     def read(cls, folder: Path) -> "Prepared":
         """The manifest of a complete prepared folder."""
+        content = json.loads((folder / MANIFEST).read_text())
+        content["warnings"] = [Finding(**finding) for finding in content["warnings"]]
         # The folder may have been moved since.
-        return cls(**{**json.loads((folder / MANIFEST).read_text()), "folder": str(folder)})
+        return cls(**{**content, "folder": str(folder)})
 
     @property
     def fill(self) -> float:
@@ -72,146 +79,168 @@ class Prepared:
         return self.tokens / (self.rows * self.context_length)
 
 
-def prepare(source: Source, model: str, context_length: int) -> Prepared:
-    """Tokenize and pack `source` for `model`; reuse what was prepared from identical inputs.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What preparation found: the prepared data, or problems."""
+
+    prepared: Prepared | None
+    """None where there are problems."""
+    total: int
+    """Lines, rows or files that were read."""
+    samples: int
+    problems: list[Finding]
+    warnings: list[Finding]
+
+
+def prepare(
+    source: Source, job: Job, cluster: str | None = None, progress: Progress = lambda done, total: None
+) -> Prepared:
+    """Tokenize and pack `source`; reuse what was prepared from identical inputs.
 
     Raises:
         DataError: with all problems of the data; nothing is left behind.
     """
-    tokenizer = load_tokenizer(model, source.task_type)
-    facts: dict[str, Any] = {
+    outcome = examine(source, job, cluster, progress)
+    if outcome.prepared is None:
+        raise DataError([finding.message for finding in outcome.problems])
+    return outcome.prepared
+
+
+def examine(
+    source: Source, job: Job, cluster: str | None = None, progress: Progress = lambda done, total: None
+) -> Outcome:
+    """Prepare `source`, and say what was found in it.
+
+    Args:
+        source: the samples.
+        job: what is to be made of them.
+        cluster: a Spark master that prepares them; None: this machine does.
+        progress: told how far it is.
+
+    Raises:
+        DataError: there is no sample, or compressed data is damaged.
+    """
+    facts = _facts(source, job)
+    key = json.dumps([facts, job.task_type, job.target_responses, bool(cluster), TEMPLATE_DATE, FORMAT_VERSION])
+    folder = prepared_dir() / hashlib.sha256(key.encode()).hexdigest()[:24]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A second run with the same data waits for the first; the lock of a process that dies is free.
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if (folder / MANIFEST).exists():
+            log.info("Reusing %s: the same data was prepared before.", folder)
+            prepared = Prepared.read(folder)
+            return Outcome(
+                prepared=prepared,
+                total=prepared.units,
+                samples=prepared.samples,
+                problems=[],
+                warnings=prepared.warnings,
+            )
+        with _beside(folder) as beside:
+            share = _share(source, job, cluster, beside, _logged(progress, source.place.unit))
+            problems = share.problems.findings(source.place, share.units)
+            warnings = share.warnings.findings(source.place, share.units)
+            prepared = None
+            if not problems:
+                prepared = _prepared(folder, share, job, facts, warnings)
+                _write_index(beside, share)
+                write_atomic(beside / MANIFEST, json.dumps(asdict(prepared), indent=2) + "\n")
+                beside.rename(folder)
+    return Outcome(prepared=prepared, total=share.units, samples=share.samples, problems=problems, warnings=warnings)
+
+
+def check_structure(source: Source) -> Outcome:
+    """What can be said of a source without a tokenizer: whether its lines or rows are samples.
+
+    Raises:
+        DataError: compressed data is damaged.
+    """
+    share = Share()
+    for chunk in source.chunks():
+        found = EncodedChunk(chunk.size, chunk.units)
+        for number, sample in chunk.samples(source.rules):
+            if isinstance(sample, Problem):
+                found.problems.add(number, sample)
+            else:
+                found.samples += sample != EMPTY
+        share.add(found)
+    if not share.samples and not share.problems:
+        raise DataError(NO_SAMPLE.format(source.place.source))
+    problems = share.problems.findings(source.place, share.units)
+    return Outcome(prepared=None, total=share.units, samples=share.samples, problems=problems, warnings=[])
+
+
+def _facts(source: Source, job: Job) -> dict[str, Any]:
+    return {
         "source_hash": source.digest(),
-        "tokenizer_hash": tokenizer_digest(tokenizer),
-        "context_length": context_length,
+        "tokenizer_hash": job.encoder.digest,
+        "context_length": job.context_length,
         "versions": {
             name: importlib.metadata.version(name) for name in ("tokenizers", "transformers", "mosaicml-streaming")
         },
     }
-    key = json.dumps([facts, source.task_type, TEMPLATE_DATE, FORMAT_VERSION], sort_keys=True)
-    folder = prepared_dir() / hashlib.sha256(key.encode()).hexdigest()[:24]
-    if (folder / MANIFEST).exists():
-        log.info("Reusing %s: the same data was prepared before.", folder)
-        return Prepared.read(folder)
-    samples, truncated = _encode_source(source, tokenizer, context_length)
-    rows = pack([len(sample.tokens) for sample in samples.pieces], context_length)
-    facts |= {"chatml_added": tokenizer.chat_template == CHATML}
-    if source.task_type == "CONTINUED_PRETRAIN":
-        facts["refused"] = len(source.files) - samples.count
-    prepared = Prepared(
-        folder=str(folder), samples=samples.count, rows=len(rows), truncated=truncated, **facts,
-        tokens=sum(len(piece.tokens) for piece in samples.pieces),
-        target_tokens=sum(int(piece.loss_mask.sum()) for piece in samples.pieces),
+
+
+def _share(source: Source, job: Job, cluster: str | None, folder: Path, progress: Progress) -> Share:
+    if cluster is not None:
+        from tundish.data.spark import prepare_on_cluster
+
+        share = prepare_on_cluster(job, source, folder, cluster, progress)
+    else:
+        job.encoder.prove(first_samples(source))
+        # Loaded before the workers are forked, so that they have it.
+        import streaming  # noqa: F401
+
+        with Workers() as workers:
+            share = prepare_share(job, source, folder, workers, progress)
+    if not share.samples and not share.problems:
+        raise DataError(NO_SAMPLE.format(source.place.source))
+    return share
+
+
+def first_samples(source: Source) -> Iterator[Sample]:
+    """The good samples at the beginning of a source."""
+    chunks = islice(source.chunks(), 1)
+    samples = chain.from_iterable(chunk.samples(source.rules) for chunk in chunks)
+    return (sample for _, sample in samples if sample and not isinstance(sample, Problem))
+
+
+def _prepared(folder: Path, share: Share, job: Job, facts: dict[str, Any], warnings: list[Finding]) -> Prepared:
+    return Prepared(
+        folder=str(folder), samples=share.samples, rows=share.rows, tokens=share.tokens, units=share.units,
+        target_tokens=share.target_tokens, truncated=share.truncated, refused=share.empty, warnings=warnings,
+        chatml_added=job.encoder.tokenizer.chat_template == CHATML, engine=job.encoder.engine, **facts,
     )  # fmt: skip
-    _publish(prepared, samples.pieces, rows)
-    return prepared
 
 
-@dataclass(slots=True)
-class _Pieces:
-    """Encoded samples no longer than a row; `count` is the number of samples that they come from."""
-
-    pieces: list[Encoded]
-    count: int = 0
+def _write_index(folder: Path, share: Share) -> None:
+    """The index that makes MDS files a data set (Streaming, `MDSWriter`)."""
+    index = json.dumps({"version": 2, "shards": share.shards}, sort_keys=True)
+    write_atomic(folder / "index.json", index)
 
 
-def _encode_source(source: Source, tokenizer: "PreTrainedTokenizerBase", context_length: int) -> tuple[_Pieces, int]:
-    found, truncated = _Pieces([]), 0
-    unit = "file" if source.task_type == "CONTINUED_PRETRAIN" else "line"
-    problems = ProblemList(source.path.name, unit)
-    last_word = time.monotonic()
-    for number, sample in _encoded(source, tokenizer, problems):
-        found.count += 1
-        if source.task_type == "CONTINUED_PRETRAIN":
-            found.pieces.extend(_split(sample, context_length))
-        else:
-            truncated += len(sample.tokens) > context_length
-            cut = Encoded(sample.tokens[:context_length], sample.loss_mask[:context_length])
-            found.pieces.append(cut)
-            if not cut.loss_mask[1:].any():
-                problems.add(number, _no_target(len(sample.tokens), context_length))
-        if time.monotonic() - last_word > 5:
-            last_word = time.monotonic()
-            log.info("Tokenized %s samples so far.", f"{found.count:,}")
-    if problems:
-        raise DataError(problems.messages(sum(1 for _ in source.samples())))
-    return found, truncated
-
-
-def _no_target(length: int, context_length: int) -> Problem:
-    text = (
-        f"the sample is {length:,} tokens long and nothing of its reply is left in the first {context_length:,}. "
-        "Shorten the prompt, drop the line, or raise context_length."
-    )
-    return Problem("no target", text)
-
-
-def _encoded(
-    source: Source, tokenizer: "PreTrainedTokenizerBase", problems: ProblemList
-) -> Iterator[tuple[int, Encoded]]:
-    for batch in _batches(source):
-        samples = [sample for _, sample in batch]
-        try:
-            encoded = encode(tokenizer, samples, source.task_type)
-        except DataError:
-            encoded = []
-        if encoded:
-            yield from ((number, sample) for (number, _), sample in zip(batch, encoded, strict=True))
-            continue
-        # One sample of the batch cannot be templated: find out which.
-        for number, sample in batch:
-            try:
-                yield number, encode(tokenizer, [sample], source.task_type)[0]
-            except DataError as error:
-                problems.add(number, Problem(error.message, error.message))
-
-
-def _batches(source: Source) -> Iterator[tuple[tuple[int, Sample], ...]]:
-    """The source's samples, BATCH_SAMPLES at a time."""
-    samples = source.samples()
-    while batch := tuple(islice(samples, BATCH_SAMPLES)):
-        yield batch
-
-
-def _split(sample: Encoded, context_length: int) -> Iterator[Encoded]:
-    """Pieces of at most a row: raw text is cut, and its tail is kept."""
-    for start in range(0, len(sample.tokens), context_length):
-        end = start + context_length
-        yield Encoded(sample.tokens[start:end], sample.loss_mask[start:end])
-
-
-def _publish(prepared: Prepared, samples: list[Encoded], rows: list[list[int]]) -> None:
-    """Write beside the folder and rename: it is complete, or not there."""
-    from streaming import MDSWriter
-
-    folder = Path(prepared.folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A folder to write in, to be renamed; gone after this if it was not. Those of killed runs are cleared away."""
+    for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    # Of a run that was killed and had the same process id, as happens in containers.
-    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
     try:
-        with MDSWriter(out=str(beside), columns=COLUMNS, size_limit=SHARD_BYTES, progress_bar=False) as writer:
-            for row in rows:
-                writer.write(pack_row([samples[number] for number in row]))
-        write_atomic(beside / MANIFEST, json.dumps(asdict(prepared), indent=2) + "\n")
-        try:
-            beside.rename(folder)
-        except OSError:
-            # Another run prepared the same data at the same time and was first.
-            if not (folder / MANIFEST).exists():
-                raise
+        yield beside
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def pack_row(samples: list[Encoded]) -> dict[str, Any]:
-    """One row: `tokens` int32 [n], `loss_mask` uint8 [n], `segments` int32 [k] with the k samples' lengths.
+def _logged(progress: Progress, unit: str) -> Progress:
+    """`progress`, with a word in the log every ten seconds."""
+    last_word = time.monotonic()
 
-    Samples of one token come last: positions 0, 0, 1, 2 … never fall, and FlashAttention would take such a row for one
-    sample.
-    """
-    samples = sorted(samples, key=lambda sample: len(sample.tokens) == 1)
-    return {
-        "tokens": np.concatenate([sample.tokens for sample in samples]),
-        "loss_mask": np.concatenate([sample.loss_mask for sample in samples]),
-        "segments": np.array([len(sample.tokens) for sample in samples], dtype=np.int32),
-    }
+    def tell(done: int, total: int | None) -> None:
+        nonlocal last_word
+        progress(done, total)
+        if time.monotonic() - last_word > 10:
+            last_word = time.monotonic()
+            log.info("Prepared %s", f"{done / total:.0%} of the data." if total else f"{done:,} so far.")
+
+    return tell

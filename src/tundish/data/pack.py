@@ -1,15 +1,17 @@
 """Samples → rows: best-fit-decreasing bin packing, deterministic, no sample lost or split.
 
 Method: Johnson, "Near-optimal bin packing algorithms" (1973). Free space is looked up in one big integer with a bit
-for every amount of space that some open row has, so that finding the tightest row costs one shift.
+for every amount of space that some open row has, so that finding the tightest row costs one shift; and a row takes as
+many samples of one length as fit, at once.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def pack(lengths: "Sequence[int] | NDArray[np.int32]", capacity: int) -> list[list[int]]:
     """Rows of sample numbers; each row's lengths add up to at most `capacity` tokens.
 
     Rows come in the order of their first sample, samples in a row in their own order. For example
@@ -19,23 +21,59 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         lengths: tokens of each sample, 1 … capacity.
         capacity: tokens in a row.
     """
-    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
-    rows: list[list[int]] = []
-    open_rows: dict[int, list[int]] = {}
-    spaces = 0
-    for sample in (int(number) for number in order):
-        length = lengths[sample]
-        fitting = spaces >> length
-        if fitting:
-            space = length + (fitting & -fitting).bit_length() - 1
-            row = open_rows[space].pop()
-            if not open_rows[space]:
-                spaces ^= 1 << space
-        else:
-            space, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(sample)
-        if left := space - length:
-            open_rows.setdefault(left, []).append(row)
-            spaces |= 1 << left
-    return sorted(sorted(row) for row in rows)
+    negative_lengths = -np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(negative_lengths, kind="stable")
+    distinct, starts = np.unique(negative_lengths[order], return_index=True)
+    groups = np.split(order, starts[1:]) if len(order) else []
+    rows = _Rows(capacity)
+    for negative, group in zip(distinct.tolist(), groups, strict=True):
+        rows.place(group.tolist(), -negative)
+    for row in rows.rows:
+        row.sort()
+    return sorted(rows.rows)
+
+
+class _Rows:
+    """Rows, those with space left grouped by how much."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.rows: list[list[int]] = []
+        self._open: list[list[int]] = [[] for _ in range(capacity)]
+        """Rows by the space left in them."""
+        self._spaces = 0
+        """Bit s is set where a row with space s is open."""
+
+    def place(self, samples: list[int], length: int) -> None:
+        """Put samples of one length, not longer than any before, into the tightest rows."""
+        start = 0
+        while start < len(samples):
+            space, rows = self._tightest(length, len(samples) - start)
+            count = space // length
+            for row in rows:
+                self.rows[row].extend(samples[start : start + count])
+                start += count
+            # What is left of a row is less than this length; the last one may have taken fewer samples.
+            self._leave(rows[:-1], space - count * length)
+            self._leave(rows[-1:], space - (count - max(0, start - len(samples))) * length)
+
+    def _tightest(self, length: int, wanted: int) -> tuple[int, list[int]]:
+        """Rows with the least space that takes `length`, or new ones; as many as `wanted` samples need."""
+        fitting = self._spaces >> length
+        if not fitting:
+            first, count = len(self.rows), -(-wanted // (self.capacity // length))
+            self.rows.extend([] for _ in range(count))
+            return self.capacity, list(range(first, first + count))
+        space = length + (fitting & -fitting).bit_length() - 1
+        bucket = self._open[space]
+        border = max(0, len(bucket) - -(-wanted // (space // length)))
+        rows = bucket[border:]
+        del bucket[border:]
+        if not bucket:
+            self._spaces ^= 1 << space
+        return space, rows
+
+    def _leave(self, rows: list[int], space: int) -> None:
+        if rows and space:
+            self._open[space].extend(rows)
+            self._spaces |= 1 << space

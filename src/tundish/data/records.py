@@ -1,13 +1,16 @@
-"""What a sample must be: one line of JSONL, or one .txt file, checked before anything is tokenized.
+"""What a sample must be: one line of JSONL, one row of a table, or one .txt file, checked before it is tokenized.
 
-Every rule has a name, so that a thousand lines with the same mistake make one message.
+Every rule has a name, so that a thousand lines with the same mistake make one message. Good lines take a short way
+(orjson and a few comparisons); a line that is not plainly good takes the long one, which explains what is wrong.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NoReturn, cast
+
+import orjson
 
 from tundish.spec import TaskType
 
@@ -16,42 +19,129 @@ PromptResponse = tuple[str, str]
 Sample = Messages | PromptResponse | str
 """Chat messages, prompt and response, or raw text: one shape a task type."""
 
+MAX_LINE_BYTES = 1 << 25
+"""A longer line is refused unread: it could not be held in memory many times over, and no model reads as much."""
 CHAT_HINT = 'Write {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}.'
 PAIR_HINT = 'Write {"prompt": "…", "response": "…"}.'
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong with one line."""
+    """What is wrong with one sample."""
 
     rule: str
-    """Groups lines with the same mistake."""
+    """Groups samples with the same mistake."""
     text: str
     """What was found, what is allowed, what to do."""
 
 
-def parse_sample(line: bytes, task_type: TaskType, *, system_message: bool) -> Sample | Problem:
-    """The sample that a line of JSONL holds, or what is wrong with it.
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What decides whether a record is a sample."""
 
-    `system_message`: whether the model's chat template takes one.
-    """
-    try:
-        record = json.loads(line.decode().rstrip())
-    except UnicodeDecodeError as error:
-        text = f"the byte at offset {error.start} of the line is not UTF-8. Save the file as UTF-8."
-        return Problem("not UTF-8", text)
-    except json.JSONDecodeError as error:
-        return Problem("not JSON", f"not JSON: {error.msg} at column {error.colno}. Each line must be one JSON object.")
-    except ValueError as error:
-        return Problem("not JSON", f"not JSON that can be read: {error}. Each line must be one JSON object.")
-    except RecursionError:
-        return Problem("not JSON", "nested too deeply to be a sample. Each line must be one flat JSON object.")
-    if not isinstance(record, dict):
-        hint = CHAT_HINT if task_type == "CHAT_COMPLETION" else PAIR_HINT
-        return Problem("not an object", f"found a JSON {_json_type(record)}; each line must be one object. {hint}")
-    if task_type == "CHAT_COMPLETION":
-        return _parse_chat(cast(dict[str, Any], record), system_message)
-    return _parse_pair(cast(dict[str, Any], record))
+    task_type: TaskType
+    system_message: bool
+    """Whether the model's chat template takes a system message."""
+
+    def parse(self, line: bytes) -> Sample | Problem:
+        """The sample that a line of JSONL holds, or what is wrong with it."""
+        if len(line) > MAX_LINE_BYTES:
+            found = f"the line is longer than {MAX_LINE_BYTES >> 20} MiB; no sample is. Split it, or drop it."
+            return Problem("line too long", found)
+        quick = self._quick(line)
+        return self._explain(line) if quick is None else quick
+
+    def check(self, record: Mapping[str, Any]) -> Sample | Problem:
+        """The sample that a record of a table holds, or what is wrong with it."""
+        return _parse_chat(record, self.system_message) if self.task_type == "CHAT_COMPLETION" else _parse_pair(record)
+
+    def _quick(self, line: bytes) -> Sample | None:
+        """The sample of a line that is plainly good; None where it takes a closer look."""
+        try:
+            record: Any = orjson.loads(line)
+        except ValueError:
+            return None
+        if type(record) is not dict or (b"\\u00" in line and (b"\\u006" in line or b"\\u007" in line)):
+            return None  # in an escaped spelling, a key could stand twice unseen
+        if self.task_type == "CHAT_COMPLETION":
+            return _quick_chat(line, cast(dict[str, Any], record), self.system_message)
+        return _quick_pair(line, cast(dict[str, Any], record))
+
+    def _explain(self, line: bytes) -> Sample | Problem:
+        try:
+            text = line.decode().rstrip()
+            record = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        except UnicodeDecodeError as error:
+            found = f"the byte at offset {error.start} of the line is not UTF-8. Save the file as UTF-8."
+            return Problem("not UTF-8", found)
+        except _Refused as error:
+            return error.problem
+        except json.JSONDecodeError as error:
+            found = f"not JSON: {error.msg} at column {error.colno}. Each line must be one JSON object."
+            return Problem("not JSON", found)
+        except ValueError as error:
+            return Problem("not JSON", f"not JSON that can be read: {error}. Each line must be one JSON object.")
+        except RecursionError:
+            return Problem("not JSON", "nested too deeply to be a sample. Each line must be one flat JSON object.")
+        if not isinstance(record, dict):
+            hint = CHAT_HINT if self.task_type == "CHAT_COMPLETION" else PAIR_HINT
+            found = f"found a JSON {_json_type(cast(object, record))}; each line must be one object. {hint}"
+            return Problem("not an object", found)
+        return self.check(cast(dict[str, Any], record))
+
+
+class _Refused(ValueError):
+    """What JSON readers let pass and we do not."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.text)
+        self.problem = problem
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        found = f"the key {_names([twice])} stands twice in one object. Keep one of them."
+        raise _Refused(Problem("duplicate key", found))
+    return record
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _Refused(Problem("NaN", f"holds {name}, which is no JSON. Write text in its place, or drop the line."))
+
+
+def _quick_chat(line: bytes, record: dict[str, Any], system_message: bool) -> Messages | None:
+    messages = record.get("messages")
+    if len(record) != 1 or type(messages) is not list or not messages:
+        return None
+    # A quotation mark inside a text is escaped, so each of these is a key, or a text of that one word.
+    count = len(cast(list[Any], messages))
+    if line.count(b'"role"') != count or line.count(b'"content"') != count or line.count(b'"messages"') != 1:
+        return None
+    expected, first = "user", True
+    for message in cast(list[dict[str, Any]], messages):
+        if type(message) is not dict or len(message) != 2:
+            return None
+        role, content = message.get("role"), message.get("content")
+        if type(content) is not str or not content or content.isspace():
+            return None
+        if role == expected:
+            expected = "assistant" if role == "user" else "user"
+        elif not (first and role == "system" and system_message):
+            return None
+        first = False
+    return cast(Messages, messages) if expected == "user" and messages[-1]["role"] == "assistant" else None
+
+
+def _quick_pair(line: bytes, record: dict[str, Any]) -> PromptResponse | None:
+    prompt, key = record.get("prompt"), "response" if "response" in record else "completion"
+    response = record.get(key)
+    if len(record) != 2 or type(prompt) is not str or type(response) is not str or not prompt or not response:
+        return None
+    once = line.count(b'"prompt"') == 1 and line.count(f'"{key}"'.encode()) == 1
+    return (prompt, response) if once else None
 
 
 def _json_type(value: object) -> str:
@@ -66,16 +156,15 @@ def _json_type(value: object) -> str:
 
 
 def _names(keys: Iterable[str]) -> str:
-    return ", ".join(sorted(keys)).encode(errors="backslashreplace").decode() or "none"
+    names = ", ".join(sorted(keys)).encode(errors="backslashreplace").decode() or "none"
+    return names if len(names) <= 200 else f"{names[:200]}…"
 
 
 def _parse_pair(record: Mapping[str, Any]) -> Sample | Problem:
     keys = set(record)
     if keys not in ({"prompt", "response"}, {"prompt", "completion"}):
         found = _names(keys)
-        return Problem(
-            f"keys {found}", f"found the keys {found}; allowed are prompt and response (or completion). {PAIR_HINT}"
-        )
+        return Problem("keys", f"found the keys {found}; allowed are prompt and response (or completion). {PAIR_HINT}")
     response_key = "response" if "response" in keys else "completion"
     for key in ("prompt", response_key):
         if not isinstance(record[key], str):
@@ -89,7 +178,7 @@ def _parse_pair(record: Mapping[str, Any]) -> Sample | Problem:
 def _parse_chat(record: Mapping[str, Any], system_message: bool) -> Sample | Problem:
     if set(record) != {"messages"}:
         found = _names(record)
-        return Problem(f"keys {found}", f"found the keys {found}; allowed is messages alone. {CHAT_HINT}")
+        return Problem("keys", f"found the keys {found}; allowed is messages alone. {CHAT_HINT}")
     messages = record["messages"]
     if not isinstance(messages, list) or not messages:
         found = "an empty list" if messages == [] else f"a JSON {_json_type(cast(object, messages))}"
@@ -106,7 +195,8 @@ def _message_problem(number: int, message: object) -> Problem | None:
         return Problem("message keys", f"message {number} must have role and content, and nothing else. {CHAT_HINT}")
     role, content = cast(dict[str, Any], message)["role"], cast(dict[str, Any], message)["content"]
     if role not in ("system", "user", "assistant"):
-        return Problem("role", f"message {number} has the role {role!r}; allowed are system, user and assistant.")
+        found = _names([repr(role)])
+        return Problem("role", f"message {number} has the role {found}; allowed are system, user and assistant.")
     if not isinstance(content, str):
         return Problem("content", f"the content of message {number} is a JSON {_json_type(content)}; it must be text.")
     if not content.strip():
@@ -114,7 +204,7 @@ def _message_problem(number: int, message: object) -> Problem | None:
     return _utf8_problem(content)
 
 
-def _order_problem(roles: list[str], system_message: bool) -> Problem | None:
+def _order_problem(roles: Sequence[str], system_message: bool) -> Problem | None:
     if roles[0] == "system" and not system_message:
         text = (
             "the first message is from 'system', which this model's chat template does not take. Put it in the user's."
@@ -144,43 +234,3 @@ def _utf8_problem(*texts: str) -> Problem | None:
                 found = f"\\u{ord(text[error.start]):04x}"
                 return Problem("surrogate", f"holds {found}, half of a character. Write the whole character.")
     return None
-
-
-class ProblemList:
-    """Problems by rule, with the lines that have them."""
-
-    def __init__(self, source: str, unit: str = "line") -> None:
-        self.source, self.unit = source, unit
-        self._lines: dict[str, list[int]] = {}
-        self._first: dict[str, str] = {}
-
-    def add(self, line: int, problem: Problem) -> None:
-        """Note that line `line` (from 1) has `problem`."""
-        self._lines.setdefault(problem.rule, []).append(line)
-        self._first.setdefault(problem.rule, problem.text)
-
-    def __bool__(self) -> bool:
-        return bool(self._lines)
-
-    def messages(self, total: int) -> list[str]:
-        """One message a rule: the first line in full, the others by number."""
-        return [self._message(rule, lines, total) for rule, lines in self._lines.items()]
-
-    def _message(self, rule: str, lines: list[int], total: int) -> str:
-        text = f"{self.source}, {self.unit} {lines[0]:,}: {self._first[rule]}"
-        if len(lines) == 1:
-            return text
-        shown = ", ".join(str(line) for line in lines[:20]) + (", …" if len(lines) > 20 else "")
-        return f"{text} {len(lines):,} of {total:,} {self.unit}s are like this ({shown})."
-
-
-def check_lines(
-    lines: Iterator[tuple[int, bytes]], parse: Callable[[bytes], Sample | Problem], problems: ProblemList
-) -> Iterator[tuple[int, Sample]]:
-    """The good samples of numbered lines; the bad ones go to `problems`."""
-    for number, line in lines:
-        result = parse(line)
-        if isinstance(result, Problem):
-            problems.add(number, result)
-        else:
-            yield number, result

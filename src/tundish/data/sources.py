@@ -1,92 +1,195 @@
-"""Where samples come from: a JSONL file, or a folder of .txt files."""
+"""Where samples come from: JSONL, folders of .txt files, Delta tables, Hugging Face datasets.
 
+A source is read as chunks, in a fixed order. It can be cut into parts, which are sources themselves, so that several
+machines read it. Opening a source finds out what it is and refuses what cannot be read; no sample is read by it.
+"""
+
+import gzip
 import hashlib
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO, Literal, Protocol, cast
 
-from tundish.data.records import ProblemList, Sample, check_lines, parse_sample
+from tundish.data.chunks import CHUNK_BYTES, Chunk, TextFiles, line_blocks
+from tundish.data.findings import Place
+from tundish.data.records import Rules
 from tundish.errors import DataError, SpecError
-from tundish.paths import REMOTE_SCHEMES, resolve
+from tundish.paths import REMOTE_SCHEMES, home, inside, resolve
 from tundish.spec import TaskType
+
+LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+TEXT_TASK: TaskType = "CONTINUED_PRETRAIN"
+Compression = Literal["", ".gz", ".zst"]
+
+
+class Source(Protocol):
+    """Samples at a place."""
+
+    @property
+    def rules(self) -> Rules:
+        """What its samples must be."""
+        ...
+
+    @property
+    def place(self) -> Place:
+        """How messages name its samples."""
+        ...
+
+    @property
+    def size(self) -> int | None:
+        """How much there is, in the unit of `Chunk.size`; None where that is known only after reading."""
+        ...
+
+    def digest(self) -> str:
+        """SHA-256 over its content."""
+        ...
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All of it, in order."""
+        ...
+
+    def parts(self, size: int) -> "list[Source]":
+        """Itself in parts of about `size` bytes, in order; at least one."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Samples at a place."""
+class Lines:
+    """A JSONL file, or a range of one."""
 
     path: Path
-    task_type: TaskType
-    system_message: bool
-    """Whether the model's chat template takes a system message."""
+    rules: Rules
+    start: int = 0
+    """Offset in bytes, at the beginning of a line."""
+    end: int | None = None
 
     @property
-    def files(self) -> list[Path]:
-        """The files that hold samples, in a fixed order."""
-        if self.task_type != "CONTINUED_PRETRAIN":
-            return [self.path]
-        # A link out of the folder would read what the caller did not name.
-        root = self.path.resolve()
-        found = (path for path in self.path.rglob("*.txt") if path.is_file() and path.resolve().is_relative_to(root))
-        return sorted(found, key=lambda path: path.relative_to(self.path).as_posix())
+    def place(self) -> Place:
+        """See Source."""
+        return Place(self.path.name, "line")
 
-    def samples(self) -> Iterator[tuple[int, Sample]]:
-        """Every sample with its number: the line, or the place of its file in `files`, from 1.
+    @property
+    def compression(self) -> Compression:
+        """How the file is packed."""
+        return self.path.suffix if self.path.suffix in (".gz", ".zst") else ""
 
-        Raises:
-            DataError: after the last sample, with all problems of all lines; or there is no sample.
-        """
-        if self.task_type == "CONTINUED_PRETRAIN":
-            yield from self._texts()
-            return
-        problems, total = ProblemList(self.path.name), 0
-        parse = partial(parse_sample, task_type=self.task_type, system_message=self.system_message)
-        for number, sample in check_lines(self._lines(), parse, problems):
-            total = number
-            yield number, sample
-        if problems:
-            raise DataError(problems.messages(sum(1 for _ in self._lines())))
-        if not total:
-            raise DataError(
-                f"{self.path}: the file is empty; each line must hold one sample. Give a file with samples."
-            )
-
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield number, line
-
-    def _texts(self) -> Iterator[tuple[int, Sample]]:
-        problems: list[str] = []
-        found = False
-        for number, path in enumerate(self.files, 1):
-            try:
-                text = path.read_bytes().decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                problems.append(f"{path}: the byte at offset {error.start} is not UTF-8. Save the file as UTF-8.")
-                continue
-            if text.strip():
-                found = True
-                yield number, text
-        if problems:
-            raise DataError(problems)
-        if not found:
-            raise DataError(f"{self.path}: all .txt files are empty. Give a folder with text.")
+    @property
+    def size(self) -> int | None:
+        """See Source; bytes."""
+        return None if self.compression else (self.end or self.path.stat().st_size) - self.start
 
     def digest(self) -> str:
-        """SHA-256 over the names and contents of the files."""
+        """See Source."""
+        return _file_digest(self.path)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """See Source."""
+        import zstandard
+
+        limit = None if self.end is None else self.end - self.start
+        try:
+            with _opened(self.path, self.compression) as file:
+                if self.start:
+                    file.seek(self.start)
+                for number, block in enumerate(line_blocks(file, limit)):
+                    bare = block.data.removeprefix(b"\xef\xbb\xbf") if number == self.start == 0 else block.data
+                    yield replace(block, data=bare)
+        except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+            found = f"the compressed data is damaged or cut off ({error}). Compress or copy it again."
+            raise DataError(f"{self.path.name}: {found}") from error
+
+    def parts(self, size: int) -> list[Source]:
+        """See Source; compressed data is one part."""
+        if self.compression:
+            return [self]
+        borders, total = [0], self.path.stat().st_size
+        with open(self.path, "rb") as file:
+            while borders[-1] + size < total:
+                file.seek(borders[-1] + size)
+                while not file.readline(CHUNK_BYTES).endswith(b"\n") and file.tell() < total:
+                    pass  # a line longer than this is read piece by piece
+                borders.append(file.tell())
+        starts = borders if borders[-1] < total or total == 0 else borders[:-1]
+        ends = [*starts[1:], total]
+        return [replace(self, start=start, end=end) for start, end in zip(starts, ends, strict=True)]
+
+
+def _opened(path: Path, compression: Compression) -> BinaryIO:
+    if compression == ".gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if compression == ".zst":
+        import io
+
+        import zstandard
+
+        reader = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True)
+        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), CHUNK_BYTES))
+    return open(path, "rb")
+
+
+@dataclass(frozen=True, slots=True)
+class TextFolder:
+    """The .txt files of a folder, nested ones too, or some of them."""
+
+    path: Path
+    rules: Rules
+    names: tuple[str, ...]
+    """Below `path`, sorted."""
+
+    @classmethod
+    def of(cls, path: Path, rules: Rules) -> "TextFolder":
+        """All .txt files below `path`."""
+        # A link out of the folder would read what the caller did not name.
+        root = path.resolve()
+        found = (file for file in path.rglob("*.txt") if file.is_file() and file.resolve().is_relative_to(root))
+        return cls(path, rules, tuple(sorted(file.relative_to(path).as_posix() for file in found)))
+
+    @property
+    def place(self) -> Place:
+        """See Source."""
+        return Place(self.path.name, "file", lambda number: self.names[number - 1])
+
+    @property
+    def size(self) -> int:
+        """See Source; bytes."""
+        return sum(self._sizes())
+
+    def _sizes(self) -> Iterator[int]:
+        return ((self.path / name).stat().st_size for name in self.names)
+
+    def digest(self) -> str:
+        """See Source."""
         total = hashlib.sha256()
-        for path in self.files:
-            content = hashlib.sha256()
-            with open(path, "rb") as file:
-                while block := file.read(1 << 22):
-                    content.update(block)
-            total.update(f"{path.relative_to(self.path).as_posix()}\0{content.hexdigest()}\n".encode())
+        for name in self.names:
+            total.update(f"{name}\0{_file_digest(self.path / name)}\n".encode())
         return total.hexdigest()
+
+    def chunks(self) -> Iterator[Chunk]:
+        """See Source."""
+        return (TextFiles(self.path, names, size) for names, size in self._groups(CHUNK_BYTES))
+
+    def parts(self, size: int) -> list[Source]:
+        """See Source."""
+        return [replace(self, names=names) for names, _ in self._groups(size)]
+
+    def _groups(self, size: int) -> Iterator[tuple[tuple[str, ...], int]]:
+        names: list[str] = []
+        total = 0
+        for name, bytes_of_file in zip(self.names, self._sizes(), strict=True):
+            names.append(name)
+            total += bytes_of_file
+            if total >= size:
+                yield tuple(names), total
+                names, total = [], 0
+        if names:
+            yield tuple(names), total
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_source(given: str, task_type: TaskType, *, system_message: bool) -> Source:
@@ -95,24 +198,62 @@ def open_source(given: str, task_type: TaskType, *, system_message: bool) -> Sou
     Raises:
         SpecError: there is nothing at the path, or nothing that the task type takes.
     """
+    rules = Rules(task_type, system_message)
     if given.startswith(REMOTE_SCHEMES):
-        raise SpecError(f"{given}: reading from an object store is not built yet. Copy the data to this machine.")
+        return _open_remote(given, rules)
+    if task_type == TEXT_TASK:
+        return _open_folder(Path(resolve(given)), given, rules)
     path = Path(resolve(given))
-    if task_type == "CONTINUED_PRETRAIN":
-        return Source(_text_folder(path, given), task_type, system_message)
-    if path.is_dir():
-        raise SpecError(f"{given}: is a folder; {task_type} takes one .jsonl file. Name the file.")
-    if not path.exists():
-        raise SpecError(f"{given}: there is no such file ({path}). Check the path.")
-    if path.suffix != ".jsonl":
-        raise SpecError(f"{given}: found a {path.suffix or 'nameless'} file; {task_type} takes a .jsonl file.")
-    return Source(path, task_type, system_message)
+    if path.is_file():
+        return _open_file(path, given, rules)
+    if path.is_dir() and (path / "_delta_log").is_dir():
+        return _open_table(str(path), given, rules)
+    if given.endswith(LINE_SUFFIXES) or (given.startswith(("/", ".", "~", "dbfs:")) and not _dataset_folder(path)):
+        found = "is a folder" if path.is_dir() else f"there is no such file ({path})"
+        raise SpecError(f"{given}: {found}; {task_type} takes {_KINDS}. Check the path.")
+    if re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", given):
+        return _open_table(str(inside(home() / "tables", *given.split("."))), given, rules)
+    from tundish.data.tables import open_dataset
+
+    return open_dataset(given, rules)
 
 
-def _text_folder(path: Path, given: str) -> Path:
+_KINDS = "a .jsonl file (.gz and .zst too), a Delta table or a Hugging Face dataset with its split"
+
+
+def _dataset_folder(path: Path) -> bool:
+    """Whether a path may be a local folder of a dataset, with a split's name at its end."""
+    return path.is_dir() or (path.parent.is_dir() and not path.suffix and any(path.parent.iterdir()))
+
+
+def _open_file(path: Path, given: str, rules: Rules) -> Source:
+    if not path.name.endswith(LINE_SUFFIXES):
+        found = path.suffix or "nameless"
+        raise SpecError(f"{given}: found a {found} file; {rules.task_type} takes {_KINDS}.")
+    return Lines(path, rules)
+
+
+def _open_folder(path: Path, given: str, rules: Rules) -> Source:
     if not path.is_dir():
         found = "is a file" if path.exists() else f"there is no such folder ({path})"
         raise SpecError(f"{given}: {found}; CONTINUED_PRETRAIN takes a folder of .txt files. Name the folder.")
-    if not Source(path, "CONTINUED_PRETRAIN", system_message=True).files:
+    source = TextFolder.of(path, rules)
+    if not source.names:
         raise SpecError(f"{given}: the folder holds no .txt file. Folders inside it are searched too.")
-    return path
+    return source
+
+
+def _open_table(uri: str, given: str, rules: Rules) -> Source:
+    from tundish.data.tables import DeltaRows
+
+    return DeltaRows.open(uri, given, rules)
+
+
+def _open_remote(given: str, rules: Rules) -> Source:
+    from tundish.data.remote import fetch_file, fetch_texts
+
+    if rules.task_type == TEXT_TASK:
+        return _open_folder(fetch_texts(given), given, rules)
+    if given.endswith(LINE_SUFFIXES):
+        return Lines(fetch_file(given), rules)
+    return _open_table(given.rstrip("/"), given, rules)

@@ -1,33 +1,34 @@
-"""Samples → tokens and loss mask, equal to LLM Foundry's own tokenization with `target_responses="all"`.
+"""Samples → tokens and loss mask, equal to LLM Foundry's own tokenization.
 
-Two differences on purpose: a chat template that prints the date gets a fixed one, so that the same data gives the
-same tokens tomorrow; and a tokenizer without a template gets ChatML visibly, saved with the tokenizer.
+Three differences on purpose: a chat template that prints the date gets a fixed one, so that the same data gives the
+same tokens tomorrow; a tokenizer without a template gets ChatML visibly, saved with the tokenizer; and in a chat, what
+looks like a control token inside a message stays text, so that nobody's words can end a turn or begin one.
 """
 
+import functools
 import hashlib
-import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tundish.data.bpe import BytePairEncoder, Ids
 from tundish.data.records import Messages, PromptResponse, Sample
+from tundish.data.templates import CHATML, ChatTemplate, Turn
 from tundish.errors import DataError, SpecError
 from tundish.spec import TaskType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEMPLATE_DATE = "26 Jul 2024"
-"""The date that Llama 3.1's own template prints when it is given none."""
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+TargetResponses = Literal["all", "last"]
+NONCHARACTERS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
+"""Code points that no text should hold; one of them stands for a control token while a chat is templated."""
+TRIED_SAMPLES = 64
 
 
 class Encoded(NamedTuple):
@@ -55,101 +56,240 @@ def load_tokenizer(model: str, task_type: TaskType) -> "PreTrainedTokenizerBase"
         ) from error
     if tokenizer.eos_token_id is None:
         raise SpecError(f"model: the tokenizer of {model} has no end-of-sequence token. Set eos_token in its config.")
+    if not tokenizer.is_fast:
+        raise SpecError(f"model: {model} has no tokenizer.json. Save its tokenizer with a fast class of transformers.")
     if task_type == "CHAT_COMPLETION" and tokenizer.chat_template is None:
         tokenizer.chat_template = CHATML
     return tokenizer
 
 
-def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """SHA-256 over all that decides the tokens of a text."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    facts = [content, str(tokenizer.chat_template), str(tokenizer.special_tokens_map), type(tokenizer).__name__]
+def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase", serialized: str) -> str:
+    """SHA-256 over all that decides the tokens of a text; `serialized` is the JSON of its backend."""
+    facts = [serialized, str(tokenizer.chat_template), str(tokenizer.special_tokens_map), type(tokenizer).__name__]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
 
-def encode(tokenizer: "PreTrainedTokenizerBase", samples: Sequence[Sample], task_type: TaskType) -> list[Encoded]:
-    """Tokens and loss mask of every sample, untruncated.
+class Finder:
+    """Finds any of some words in a text, fast where there is none."""
 
-    Raises:
-        DataError: the chat template refuses or rewrites a conversation.
-    """
-    if task_type == "CHAT_COMPLETION":
-        return _encode_chats(tokenizer, cast(Sequence[Messages], samples))
-    if task_type == "INSTRUCTION_FINETUNE":
-        return _encode_pairs(tokenizer, cast(Sequence[PromptResponse], samples))
-    return [
-        _joined([([], _with_eos(ids, tokenizer))])
-        for ids in _ids(tokenizer, cast(Sequence[str], samples), special=True)
-    ]
+    def __init__(self, words: Iterable[str]) -> None:
+        longest_first = sorted(words, key=lambda word: (-len(word), word))
+        self._starts = sorted({word[:2] for word in longest_first})
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-
-def _ids(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, special: bool) -> list[list[int]]:
-    if not texts:
-        return []
-    # verbose: no warning about samples longer than the model; they are cut and counted after this.
-    encoded = tokenizer(list(texts), add_special_tokens=special, padding=False, truncation=False, verbose=False)
-    return cast(list[list[int]], encoded["input_ids"])
+    def find(self, text: str) -> str | None:
+        """The first of the words that stands in the text."""
+        if not any(start in text for start in self._starts):
+            return None
+        found = self.pattern.search(text)
+        return None if found is None else found[0]
 
 
-def _encode_pairs(tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[PromptResponse]) -> list[Encoded]:
-    prompts = _ids(tokenizer, [prompt for prompt, _ in pairs], special=True)
-    responses = _ids(tokenizer, [response for _, response in pairs], special=True)
-    encoded: list[Encoded] = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        # Both texts got a beginning-of-sequence token; the sample needs one.
-        doubled = tokenizer.bos_token_id is not None and prompt[:1] == response[:1] == [tokenizer.bos_token_id]
-        encoded.append(_joined([(prompt, _with_eos(response[1:] if doubled else response, tokenizer))]))
-    return encoded
+class Encoder:
+    """The tokenizer of a model, for the samples of one task."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", task_type: TaskType, targets: TargetResponses) -> None:
+        self.tokenizer, self.task_type, self.targets = tokenizer, task_type, targets
+        self.backend: Any = cast(Any, tokenizer).backend_tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        serialized = self.backend.to_str()
+        self.digest = tokenizer_digest(tokenizer, serialized)
+        self.eos = cast(int, tokenizer.eos_token_id)
+        added = self.backend.get_added_tokens_decoder()
+        self._id_of = {token.content: number for number, token in added.items()}
+        self._control = Finder(token.content for token in added.values() if token.special)
+        self._other = Finder(token.content for token in added.values() if not token.special)
+        self._template = ChatTemplate(tokenizer)
+        self._added_in_fixed: dict[str, frozenset[str]] = {}
+        self._around = self._added_around()
+        self._fast = None if self._around is None else BytePairEncoder.of(self.backend, serialized)
+
+    @property
+    def engine(self) -> str:
+        """The library that turns text into ids."""
+        return "tokenizers" if self._fast is None else "tiktoken"
+
+    def control_token(self, sample: Sample) -> str | None:
+        """A control token of the tokenizer that stands inside the sample's own text."""
+        return next((found for text in texts_of(sample) if (found := self._control.find(text)) is not None), None)
+
+    def prove(self, samples: Iterable[Sample]) -> None:
+        """Compare the fast engine with the tokenizer's own on the first samples; drop it if they differ."""
+        texts = [text for sample in islice(samples, TRIED_SAMPLES) for text in texts_of(sample)]
+        if self._fast is not None and not self._fast.agrees_on(texts, self.backend):
+            self._fast = None
+
+    def encode(self, samples: Sequence[Sample]) -> list[Encoded | DataError]:
+        """Tokens and loss mask of every sample, untruncated; the error where a chat template refuses it."""
+        if self.task_type == "CHAT_COMPLETION":
+            return list(self._encode_chats(cast(Sequence[Messages], samples)))
+        if self.task_type == "INSTRUCTION_FINETUNE":
+            return list(self._encode_pairs(cast(Sequence[PromptResponse], samples)))
+        ids = self._ids(cast(Sequence[str], samples), special=True)
+        return [_joined([(one[:0], self._with_eos(one))], 0) for one in ids]
+
+    def _encode_pairs(self, pairs: Sequence[PromptResponse]) -> Iterator[Encoded]:
+        ids = self._ids([text for pair in pairs for text in pair], special=True)
+        bos = self.tokenizer.bos_token_id
+        for prompt, response in zip(ids[::2], ids[1::2], strict=True):
+            # Both texts got a beginning-of-sequence token; the sample needs one.
+            doubled = bos is not None and len(prompt) and len(response) and prompt[0] == response[0] == bos
+            yield _joined([(prompt, self._with_eos(response[1:] if doubled else response))], 0)
+
+    def _encode_chats(self, chats: Sequence[Messages]) -> Iterator[Encoded | DataError]:
+        masked = [_Masked.of(messages, self._control) for messages in chats]
+        rendered = self._template.render([chat.messages for chat in masked])
+        texts = [
+            (text, found.fixed)
+            for chat, found in zip(masked, rendered, strict=True)
+            if not isinstance(found, DataError) and not chat.words
+            for turn in found.turns
+            for text in turn
+        ]
+        # The template has written the special tokens already.
+        ids = iter(self._ids([text for text, _ in texts], special=False, fixed=[fixed for _, fixed in texts]))
+        for chat, found in zip(masked, rendered, strict=True):
+            if isinstance(found, DataError):
+                yield found
+                continue
+            pairs = self._plain(chat, found.turns) if chat.words else [(next(ids), next(ids)) for _ in found.turns]
+            pairs[-1] = (pairs[-1][0], self._with_eos(pairs[-1][1]))
+            yield _joined(pairs, len(pairs) - 1 if self.targets == "last" else 0)
+
+    def _plain(self, chat: "_Masked", turns: list[Turn]) -> list[tuple[Ids, Ids]]:
+        """Ids of turns in which control tokens of the messages stay text."""
+        return [(self._plain_ids(prompt, chat), self._plain_ids(reply, chat)) for prompt, reply in turns]
+
+    def _plain_ids(self, text: str, chat: "_Masked") -> Ids:
+        found, end = list[Ids](), 0
+        for token in self._control.pattern.finditer(text):
+            found.append(self._ordinary(chat.unmasked(text[end : token.start()])))
+            found.append(np.array([self._id_of[token[0]]], dtype=np.int32))
+            end = token.end()
+        found.append(self._ordinary(chat.unmasked(text[end:])))
+        return np.concatenate(found)
+
+    def _ordinary(self, text: str) -> Ids:
+        self.backend.encode_special_tokens = True
+        try:
+            return np.array(self.backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        finally:
+            self.backend.encode_special_tokens = False
+
+    def _ids(self, texts: Sequence[str], *, special: bool, fixed: Sequence[str | None] | None = None) -> list[Ids]:
+        """Ids of texts; `special`: with the tokens that the tokenizer adds at beginning and end.
+
+        `fixed`: for each text, what of it may hold control tokens, where that is known.
+        """
+        if self._fast is None:
+            return self._slow_ids(texts, special=special)
+        known = fixed or [None] * len(texts)
+        allowed = (self._added_in(text, own) for text, own in zip(texts, known, strict=True))
+        return [self._fast_ids(self._fast, text, some, special) for text, some in zip(texts, allowed, strict=True)]
+
+    def _slow_ids(self, texts: Sequence[str], *, special: bool) -> list[Ids]:
+        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=special)
+        return [np.array(one.ids, dtype=np.int32) for one in encoded]
+
+    def _fast_ids(self, fast: BytePairEncoder, text: str, allowed: frozenset[str], special: bool) -> Ids:
+        try:
+            ids = fast.encode(text, allowed)
+        except ValueError:
+            return self._slow_ids([text], special=special)[0]
+        before, after = cast(tuple[Ids, Ids], self._around)
+        return np.concatenate([before, ids, after]) if special and (len(before) or len(after)) else ids
+
+    def _added_in(self, text: str, fixed: str | None) -> frozenset[str]:
+        """Added tokens of a text: to hand tiktoken all of them costs more than to tokenize a short text."""
+        if self._other.find(text) is not None:
+            return frozenset(self._id_of)
+        if fixed is None:
+            return frozenset(self._control.pattern.findall(text)) if self._control.find(text) is not None else _NONE
+        if fixed not in self._added_in_fixed:
+            self._added_in_fixed[fixed] = frozenset(self._control.pattern.findall(fixed))
+        return self._added_in_fixed[fixed]
+
+    def _added_around(self) -> tuple[Ids, Ids] | None:
+        """The ids that the tokenizer adds before and after a text; None if it does more than that."""
+        bare = self.backend.encode("a", add_special_tokens=False).ids
+        whole = self.backend.encode("a", add_special_tokens=True).ids
+        for start in range(len(whole) - len(bare) + 1):
+            if bare and whole[start : start + len(bare)] == bare:
+                ends = whole[:start], whole[start + len(bare) :]
+                return np.array(ends[0], dtype=np.int32), np.array(ends[1], dtype=np.int32)
+        return None
+
+    def _with_eos(self, ids: Ids) -> Ids:
+        return ids if len(ids) and ids[-1] == self.eos else np.append(ids, np.int32(self.eos))
 
 
-def _encode_chats(tokenizer: "PreTrainedTokenizerBase", chats: Sequence[Messages]) -> list[Encoded]:
-    turns = [_turns(tokenizer, messages) for messages in chats]
-    texts = [text for chat in turns for turn in chat for text in turn]
-    # The template has written the special tokens already.
-    ids = iter(_ids(tokenizer, texts, special=False))
-    encoded: list[Encoded] = []
-    for chat in turns:
-        pairs = [(next(ids), next(ids)) for _ in chat]
-        pairs[-1] = (pairs[-1][0], _with_eos(pairs[-1][1], tokenizer))
-        encoded.append(_joined(pairs))
-    return encoded
+_NONE = frozenset[str]()
 
 
-def _turns(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> list[tuple[str, str]]:
-    """Templated (prompt, reply) texts, one pair for each assistant message."""
-    turns: list[tuple[str, str]] = []
-    before = ""
-    for number, message in enumerate(messages):
-        if message["role"] == "assistant":
-            prompt = _templated(tokenizer, messages[:number], add_generation_prompt=True)
-            whole = _templated(tokenizer, messages[: number + 1], add_generation_prompt=False)
-            if not (prompt.startswith(before) and whole.startswith(prompt)):
-                raise DataError(
-                    "the model's chat template rewrites earlier turns, so a reply cannot be told from its prompt. "
-                    "Use one turn a sample, or a template that only appends."
-                )
-            turns.append((prompt[len(before) :], whole[len(prompt) :]))
-            before = whole
-    return turns
+def load_encoder(model: str, task_type: TaskType, targets: TargetResponses) -> Encoder:
+    """The encoder of a model, loaded once a process; see `load_tokenizer` for the errors."""
+    folder = Path(model)
+    # A folder may change while a notebook is open.
+    files = [(file.name, file.stat()) for file in sorted(folder.iterdir())] if folder.is_dir() else []
+    return _load_encoder(
+        model, task_type, targets, tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in files)
+    )
 
 
-def _templated(tokenizer: "PreTrainedTokenizerBase", messages: Messages, *, add_generation_prompt: bool) -> str:
-    from jinja2 import TemplateError
-
-    arguments: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "date_string": TEMPLATE_DATE}
-    try:
-        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
-    except TemplateError as error:
-        raise DataError(f"the model's chat template refuses the conversation: {error}.") from error
+@functools.lru_cache(maxsize=2)
+def _load_encoder(
+    model: str, task_type: TaskType, targets: TargetResponses, version: tuple[tuple[str, int, int], ...]
+) -> Encoder:
+    return Encoder(load_tokenizer(model, task_type), task_type, targets)
 
 
-def _with_eos(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    eos = cast(int, tokenizer.eos_token_id)
-    return ids if ids and ids[-1] == eos else [*ids, eos]
+class _Masked(NamedTuple):
+    """A chat in whose messages control tokens are written in another way."""
+
+    messages: Messages
+    words: dict[str, str]
+    """What stands for each control token; empty where there is none."""
+
+    @classmethod
+    def of(cls, messages: Messages, control: Finder) -> "_Masked":
+        """`messages` themselves where they hold no control token."""
+        contents = [message["content"] for message in messages]
+        if all(control.find(content) is None for content in contents):
+            return cls(messages, {})
+        mark = next((sign for sign in NONCHARACTERS if not any(sign in content for content in contents)), "\ufdd0")
+        tokens = sorted({token for content in contents for token in control.pattern.findall(content)})
+        words = {token: f"{mark}{number}{mark}" for number, token in enumerate(tokens)}
+        masked = [
+            {**message, "content": control.pattern.sub(lambda found: words[found[0]], message["content"])}
+            for message in messages
+        ]
+        return cls(masked, words)
+
+    def unmasked(self, text: str) -> str:
+        """A templated text with the control tokens as the messages have them."""
+        for token, word in self.words.items():
+            text = text.replace(word, token)
+        return text
 
 
-def _joined(pairs: Sequence[tuple[list[int], list[int]]]) -> Encoded:
-    tokens = [token for prompt, reply in pairs for token in (*prompt, *reply)]
-    mask = [bit for prompt, reply in pairs for bit in (*[0] * len(prompt), *[1] * len(reply))]
-    return Encoded(np.array(tokens, dtype=np.int32), np.array(mask, dtype=np.uint8))
+def texts_of(sample: Sample) -> Iterator[str]:
+    """The texts that a sample is made of."""
+    if isinstance(sample, str):
+        yield sample
+    elif isinstance(sample, tuple):
+        yield from sample
+    else:
+        yield from (message["content"] for message in sample)
+
+
+def _joined(pairs: Sequence[tuple[Ids, Ids]], first_target: int) -> Encoded:
+    """Prompts and replies in one; replies from number `first_target` on are targets."""
+    tokens = np.concatenate([ids for pair in pairs for ids in pair])
+    mask = np.zeros(len(tokens), dtype=np.uint8)
+    end = 0
+    for number, (prompt, reply) in enumerate(pairs):
+        start, end = end + len(prompt), end + len(prompt) + len(reply)
+        if number >= first_target:
+            mask[start:end] = 1
+    return Encoded(tokens, mask)

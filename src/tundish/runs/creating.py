@@ -1,26 +1,27 @@
 """`create()`: check everything, make the run's folder and its MLflow run, start its supervisor."""
 
 import shutil
-from collections import deque
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 from tundish import __version__, events
 from tundish.checkpoints import resolve_weights
 from tundish.compute import Compute, count_gpus
-from tundish.data.sources import Source, open_source
 from tundish.errors import CheckpointError, DataError, SpecError
 from tundish.foundry import Destination, render
 from tundish.models import ModelCard
 from tundish.overrides import check_overrides
-from tundish.paths import REMOTE_SCHEMES, RunPaths, resolve, write_atomic
+from tundish.paths import RunPaths, resolve, write_atomic
 from tundish.runs import supervisor
+from tundish.runs.checking import BarOf, check_data, no_bar
 from tundish.runs.reading import read_run
 from tundish.runs.records import TrainingRun
 from tundish.runs.tracking import Tracking, end_tracking, open_tracking, planned_save_folder, tracking_uri
-from tundish.spec import RunSpec, TaskType, parse_spec
+from tundish.spec import RunSpec, parse_spec
+
+if TYPE_CHECKING:
+    from tundish.data.report import Validation
 
 
 def create(arguments: Mapping[str, Any]) -> TrainingRun:
@@ -66,14 +67,32 @@ def check(arguments: Mapping[str, Any]) -> RunSpec:
     parsed, problems = _parse(arguments)
     if parsed is not None:
         problems.extend(_machine_problems(parsed[0].compute))
-    of_arguments, of_rows = _data_problems(arguments, parsed[1] if parsed else None)
-    problems.extend(of_arguments)
+    problems.extend(_weights_problems(arguments.get("custom_weights_path")))
+    rows = arguments.get("validate_inputs") is not False
+    data = check_data(arguments, parsed if not problems else None, rows=rows)
+    problems.extend(data.problems)
+    of_rows = [message for report in data.reports for message in report.messages]
     if problems:
         raise SpecError([*problems, *of_rows])
     if of_rows:
         raise DataError(of_rows)
     assert parsed is not None
     return parsed[0]
+
+
+def validate(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> "Validation":
+    """What is found in the data that the arguments of `create()` name.
+
+    Raises:
+        SpecError: an argument is wrong; problems of the data are listed with it.
+    """
+    from tundish.data.report import Validation
+
+    parsed, problems = _parse({**arguments, "register_to": arguments.get("register_to") or "main.default"})
+    data = check_data(arguments, parsed if not problems else None, rows=True, progress=progress)
+    if problems or data.problems:
+        raise SpecError([*problems, *data.problems, *(text for report in data.reports for text in report.messages)])
+    return Validation(data.reports)
 
 
 def _parse(arguments: Mapping[str, Any]) -> tuple[tuple[RunSpec, ModelCard] | None, list[str]]:
@@ -115,43 +134,17 @@ def _machine_problems(compute: Compute) -> list[str]:
     return problems
 
 
-def _data_problems(arguments: Mapping[str, Any], card: ModelCard | None) -> tuple[list[str], list[str]]:
-    """Problems of the data's paths, and of its rows."""
-    of_arguments: list[str] = []
-    of_rows: list[str] = []
-    task_type = arguments.get("task_type") or "CHAT_COMPLETION"
-    for name in ("train_data_path", "eval_data_path"):
-        given = arguments.get(name)
-        if not given or not isinstance(given, str | Path):
-            continue  # told by the spec's own check
-        try:
-            if task_type not in get_args(TaskType):
-                # What it should hold cannot be told, but whether it is there.
-                if not str(given).startswith(REMOTE_SCHEMES) and not Path(resolve(str(given))).exists():
-                    of_arguments.append(f"{name}: {given}: there is no such file or folder. Check the path.")
-                continue
-            source = open_source(str(given), task_type, system_message=card is None or card.system_message)
-            if arguments.get("validate_inputs") is not False:
-                _read_all(source)
-        except SpecError as error:
-            of_arguments.extend(f"{name}: {problem}" for problem in error.problems)
-        except DataError as error:
-            of_rows.extend(f"{name}: {problem}" for problem in error.problems)
-        except (OSError, ValueError) as error:
-            of_arguments.append(f"{name}: cannot be read ({error}). Check the path.")
-    if arguments.get("custom_weights_path"):
-        try:
-            resolve_weights(str(arguments["custom_weights_path"]))
-        except (SpecError, CheckpointError) as error:
-            text = error.message
-            of_arguments.append(text if text.startswith("custom_weights_path") else f"custom_weights_path: {text}")
-        except (OSError, ValueError) as error:
-            of_arguments.append(f"custom_weights_path: cannot be read ({error}). Check the path.")
-    return of_arguments, of_rows
-
-
-def _read_all(source: Source) -> None:
-    deque(source.samples(), maxlen=0)
+def _weights_problems(given: object) -> list[str]:
+    if not given:
+        return []
+    try:
+        resolve_weights(str(given))
+    except (SpecError, CheckpointError) as error:
+        text = error.message
+        return [text if text.startswith("custom_weights_path") else f"custom_weights_path: {text}"]
+    except (OSError, ValueError) as error:
+        return [f"custom_weights_path: cannot be read ({error}). Check the path."]
+    return []
 
 
 def render_only(arguments: Mapping[str, Any]) -> str:

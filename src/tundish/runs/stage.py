@@ -13,11 +13,13 @@ from typing import Any
 from tundish import events
 from tundish.checkpoints import check_weights, list_checkpoints, resolve_weights
 from tundish.data import Prepared, prepare
+from tundish.data.report import facts
 from tundish.data.sources import open_source
 from tundish.errors import StageError, TundishError
 from tundish.foundry import Destination, render
 from tundish.models import find_card
 from tundish.paths import RunPaths, write_atomic
+from tundish.runs.checking import job_of
 from tundish.runs.tracking import Tracking, end_tracking
 from tundish.spec import RunSpec
 
@@ -47,7 +49,7 @@ def prepare_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[st
     for split, given in (("train", spec.train_data_path), ("eval", spec.eval_data_path)):
         if given is not None:
             source = open_source(given, spec.task_type, system_message=card.system_message)
-            found[split] = prepare(source, spec.model, spec.context_length)
+            found[split] = prepare(source, job_of(spec), spec.data_prep_cluster_id)
             link = paths.data(split)
             link.parent.mkdir(exist_ok=True)
             link.unlink(missing_ok=True)
@@ -63,23 +65,12 @@ def prepare_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[st
         load_path=None if weights is None else str(weights),
     )
     write_atomic(paths.foundry_yaml, render(spec, card, paths, destination, train.rows))
-    text = " ".join(_facts(split, data) for split, data in found.items())
+    text = " ".join(f"{split.capitalize()} data: {facts(data)}" for split, data in found.items())
+    text += "".join(f" Warning: {finding.message}" for data in found.values() for finding in data.warnings)
     if train.chatml_added:
         text += " The tokenizer has no chat template; ChatML is used, and saved with the export."
     events.append(paths.events, "DATA_VALIDATED", text)
     return {split: data.folder for split, data in found.items()}
-
-
-def _facts(split: str, data: Prepared) -> str:
-    text = (
-        f"{split.capitalize()} data: {data.samples:,} samples with {data.tokens:,} tokens ({data.target_tokens:,} "
-        f"targets) in {data.rows:,} rows of {data.context_length:,}, {data.fill:.1%} full."
-    )
-    if data.truncated:
-        text += f" {data.truncated:,} samples were cut at {data.context_length:,} tokens."
-    if data.refused:
-        text += f" {data.refused:,} empty files were left out."
-    return text
 
 
 def export_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:

@@ -1,0 +1,144 @@
+"""One chunk → tokens and loss masks: what every worker does, on this machine and on a Spark cluster.
+
+Encoded samples do not travel: they are appended to a file of the worker, the spool, and only their lengths go back.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tundish.data.chunks import EMPTY, Chunk
+from tundish.data.findings import Findings
+from tundish.data.records import Problem, Rules, Sample
+from tundish.data.tokenize import Encoded, Encoder, TargetResponses, load_encoder
+from tundish.errors import DataError
+from tundish.spec import TaskType
+
+BATCH_SAMPLES = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What is to be made of samples."""
+
+    model: str
+    """Canonical name, or folder."""
+    task_type: TaskType
+    context_length: int
+    """Tokens in a row."""
+    target_responses: TargetResponses = "all"
+    """Which of the assistant's replies are targets."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """Loaded once a process."""
+        return load_encoder(self.model, self.task_type, self.target_responses)
+
+
+@dataclass(slots=True)
+class EncodedChunk:
+    """What a chunk came to."""
+
+    size: int
+    """In the unit of `Chunk.size`."""
+    units: int
+    """Lines, rows or files."""
+    samples: int = 0
+    target_tokens: int = 0
+    truncated: int = 0
+    """Samples cut at context_length."""
+    empty: int = 0
+    """.txt files that hold no sample."""
+    sample_lengths: "NDArray[np.int32]" = field(default_factory=lambda: np.zeros(0, np.int32))
+    """Tokens of each sample before it is cut."""
+    lengths: "NDArray[np.int32]" = field(default_factory=lambda: np.zeros(0, np.int32))
+    """Tokens of each piece: a sample, or of raw text as much as a row takes."""
+    problems: Findings = field(default_factory=Findings)
+    warnings: Findings = field(default_factory=Findings)
+    spool: str = ""
+    """Name of the file that holds the pieces: all tokens (int32), then all loss masks (uint8)."""
+    offset: int = 0
+    """Where they begin in it, in bytes."""
+
+
+def encode_chunk(job: Job, rules: Rules, chunk: Chunk, spool: Path | None) -> EncodedChunk:
+    """Check, tokenize and cut the samples of a chunk; append them to this process's file in `spool` if one is given."""
+    found = EncodedChunk(chunk.size, chunk.units)
+    pieces: list[Encoded] = []
+    lengths: list[int] = []
+    for number, sample in _encoded(job, rules, chunk, found):
+        lengths.append(len(sample.tokens))
+        cut = list(_cut(sample, job))
+        if job.task_type != "CONTINUED_PRETRAIN":
+            found.truncated += len(sample.tokens) > job.context_length
+            if not cut[0].loss_mask[1:].any():
+                found.problems.add(number, _no_target(len(sample.tokens), job.context_length))
+        pieces.extend(cut)
+    found.samples, found.sample_lengths = len(lengths), np.array(lengths, dtype=np.int32)
+    found.lengths = np.array([len(piece.tokens) for piece in pieces], dtype=np.int32)
+    found.target_tokens = sum(int(piece.loss_mask.sum()) for piece in pieces)
+    if spool is not None and pieces:
+        found.spool, found.offset = _append(spool, pieces)
+    return found
+
+
+def _encoded(job: Job, rules: Rules, chunk: Chunk, found: EncodedChunk) -> Iterator[tuple[int, Encoded]]:
+    encoder = job.encoder
+    good = _good_samples(rules, chunk, found, encoder)
+    while batch := list(islice(good, BATCH_SAMPLES)):
+        results = encoder.encode([sample for _, sample in batch])
+        for (number, _), result in zip(batch, results, strict=True):
+            if isinstance(result, DataError):
+                found.problems.add(number, Problem(" ".join(result.message.split()[:5]), result.message))
+            else:
+                yield number, result
+
+
+def _good_samples(rules: Rules, chunk: Chunk, found: EncodedChunk, encoder: Encoder) -> Iterator[tuple[int, Sample]]:
+    for number, sample in chunk.samples(rules):
+        if isinstance(sample, Problem):
+            found.problems.add(number, sample)
+        elif sample == EMPTY:
+            found.empty += 1
+        else:
+            if (token := encoder.control_token(sample)) is not None:
+                found.warnings.add(number, _control_token(token, job_is_chat=rules.task_type == "CHAT_COMPLETION"))
+            yield number, sample
+
+
+def _control_token(token: str, *, job_is_chat: bool) -> Problem:
+    if job_is_chat:
+        text = f"a message holds {token!r}, a control token of the model. It stays text here, and controls nothing."
+    else:
+        text = f"holds {token!r}, a control token of the model. It is taken for one, as no template is applied."
+    return Problem("control token", f"{text} Take it out if it is not meant.")
+
+
+def _no_target(length: int, context_length: int) -> Problem:
+    text = (
+        f"the sample is {length:,} tokens long and nothing of its reply is left in the first {context_length:,}. "
+        "Shorten the prompt, drop the line, or raise context_length."
+    )
+    return Problem("no target", text)
+
+
+def _cut(sample: Encoded, job: Job) -> Iterator[Encoded]:
+    """What rows take of a sample: its beginning; of raw text all, in pieces of at most a row."""
+    length = len(sample.tokens) if job.task_type == "CONTINUED_PRETRAIN" else 1
+    for start in range(0, length, job.context_length):
+        end = start + job.context_length
+        yield Encoded(sample.tokens[start:end], sample.loss_mask[start:end])
+
+
+def _append(spool: Path, pieces: Sequence[Encoded]) -> tuple[str, int]:
+    name = f"{os.getpid()}.spool"
+    with open(spool / name, "ab") as file:
+        offset = file.tell()
+        file.write(np.concatenate([piece.tokens for piece in pieces]).tobytes())
+        file.write(np.concatenate([piece.loss_mask for piece in pieces]).tobytes())
+    return name, offset

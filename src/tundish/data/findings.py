@@ -1,0 +1,93 @@
+"""What was found in the samples: problems and warnings by rule, with the places that have them."""
+
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from tundish.data.records import Problem
+
+SHOWN = 20
+
+
+@dataclass(slots=True)
+class _Kind:
+    text: str
+    numbers: "array[int]" = field(default_factory=lambda: array("q"))
+
+
+class Findings:
+    """Samples by rule. A sample is known by its number, from 1: the line, the row, or the place of its file."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, _Kind] = {}
+
+    def add(self, number: int, problem: Problem) -> None:
+        """Note that sample `number` has `problem`."""
+        self._kinds.setdefault(problem.rule, _Kind(problem.text)).numbers.append(number)
+
+    def extend(self, other: "Findings", offset: int) -> None:
+        """Take over what was found in a later part, whose numbers start at `offset`."""
+        for rule, kind in other._kinds.items():
+            mine = self._kinds.setdefault(rule, _Kind(kind.text))
+            mine.numbers.extend(number + offset for number in kind.numbers)
+
+    def __bool__(self) -> bool:
+        return bool(self._kinds)
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        """Rules, and how many samples each was found in."""
+        return ((rule, len(kind.numbers)) for rule, kind in self._kinds.items())
+
+    @property
+    def count(self) -> int:
+        """Samples with something found; one with a problem and a warning of one list counts twice."""
+        return sum(len(kind.numbers) for kind in self._kinds.values())
+
+    def findings(self, place: "Place", total: int) -> "list[Finding]":
+        """One a rule, with the names of all its samples."""
+        return [
+            Finding(rule, self._message(kind, place, total), len(kind.numbers), place.names(kind.numbers))
+            for rule, kind in self._kinds.items()
+        ]
+
+    def _message(self, kind: _Kind, place: "Place", total: int) -> str:
+        text = f"{place.of(kind.numbers[0])}: {kind.text}"
+        count = len(kind.numbers)
+        if count == 1:
+            return text
+        shown = ", ".join(str(name) for name in place.names(kind.numbers[:SHOWN]))
+        more = ", …" if count > SHOWN else ""
+        return f"{text} {count:,} of {total:,} {place.unit}s are like this ({shown}{more})."
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one rule found."""
+
+    rule: str
+    message: str
+    """The first sample in full, others by number: where, what was found, what is allowed, what to do."""
+    count: int
+    where: list[int] | list[str]
+    """All samples: numbers of lines or rows from 1, or names of files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How messages name the samples of a source."""
+
+    source: str
+    unit: str
+    """`line`, `row` or `file`."""
+    file_of: Callable[[int], str] | None = None
+    """For a folder: the name of its n-th file."""
+
+    def of(self, number: int) -> str:
+        """Where one sample is."""
+        if self.file_of is not None:
+            return self.file_of(number)
+        return f"{self.source}, {self.unit} {number:,}"
+
+    def names(self, numbers: "array[int]") -> list[int] | list[str]:
+        """Short names of samples: their numbers, or the names of their files."""
+        return [self.file_of(number) for number in numbers] if self.file_of else list(numbers)

@@ -1,0 +1,154 @@
+"""What validation says of the data: problems and warnings, and one sample as the model will see it."""
+
+import html
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tundish.data import Outcome, Prepared, examine, first_samples
+from tundish.data.encoding import Job
+from tundish.data.findings import Finding
+from tundish.data.share import Progress
+from tundish.data.sources import Source
+from tundish.data.tokenize import Encoder
+from tundish.errors import DataError
+from tundish.paths import write_atomic
+
+PREVIEW_TOKENS = 400
+Segment = tuple[str, bool]
+"""A text, and whether its tokens are targets."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What was found in training or in evaluation data."""
+
+    argument: str
+    """`train_data_path` or `eval_data_path`."""
+    source: str
+    unit: str
+    """`line`, `row` or `file`."""
+    total: int
+    """How many of them were read."""
+    samples: int
+    problems: list[Finding]
+    warnings: list[Finding]
+    prepared: Prepared | None
+    """None where there are problems."""
+    preview: list[Segment]
+    """The first good sample, decoded; its beginning if it is long."""
+
+    @property
+    def messages(self) -> list[str]:
+        """The problems, for an error."""
+        return [f"{self.argument}: {finding.message}" for finding in self.problems]
+
+    def lines(self) -> Iterator[str]:
+        """The report as text, without the preview."""
+        counted = f"{self.total:,} {self.unit}{'s' * (self.total != 1)}"
+        yield f"{self.argument}: {self.source}, {counted}, {self.samples:,} good samples"
+        for finding in self.problems:
+            yield f"  problem: {finding.message}"
+        for finding in self.warnings:
+            yield f"  warning: {finding.message}"
+        if self.prepared is not None:
+            yield f"  {facts(self.prepared)}"
+
+
+def facts(data: Prepared) -> str:
+    """Counts of prepared data, as a sentence or two."""
+    text = (
+        f"{data.samples:,} samples with {data.tokens:,} tokens ({data.target_tokens:,} targets) in {data.rows:,} rows "
+        f"of {data.context_length:,}, {data.fill:.1%} full."
+    )
+    if data.truncated:
+        text += f" {data.truncated:,} samples were cut at {data.context_length:,} tokens."
+    if data.refused:
+        text += f" {data.refused:,} empty files were left out."
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What `validate()` returns: printed, it is a report; in a notebook, a page."""
+
+    reports: list[Report]
+
+    @property
+    def ok(self) -> bool:
+        """Whether a run would take the data."""
+        return not any(report.problems for report in self.reports)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, with all line numbers, for JSON."""
+        return {"ok": self.ok, "reports": [asdict(report) for report in self.reports]}
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict()` as JSON."""
+        write_atomic(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+    def __str__(self) -> str:
+        parts: list[str] = []
+        for report in self.reports:
+            parts.extend(report.lines())
+            if report.preview:
+                parts.append("  the first sample as the model sees it, [[trained tokens]] marked:")
+                parts.append("".join(f"[[{text}]]" if trained else text for text, trained in report.preview))
+        return "\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        return "".join(_html(report) for report in self.reports)
+
+
+def _html(report: Report) -> str:
+    head, *rest = report.lines()
+    colour = "#b00020" if report.problems else "#1b5e20"
+    items = "".join(f"<li>{html.escape(line.strip())}</li>" for line in rest)
+    marked = "".join(
+        f'<mark style="background:#c8e6c9">{html.escape(text)}</mark>' if trained else html.escape(text)
+        for text, trained in report.preview
+    )
+    sample = (
+        "<p>The first sample as the model sees it; trained tokens are marked.</p>"
+        f'<pre style="white-space:pre-wrap;border:1px solid #ccc;padding:6px">{marked}</pre>'
+    )
+    title = f'<b style="color:{colour}">{html.escape(head)}</b>'
+    return f"<div>{title}<ul>{items}</ul>{sample if report.preview else ''}</div>"
+
+
+def report_on(argument: str, source: Source, job: Job, cluster: str | None, progress: Progress) -> Report:
+    """Prepare a source, and report on it.
+
+    Raises:
+        DataError: there is no sample in it, or compressed data is damaged.
+    """
+    outcome = examine(source, job, cluster, progress)
+    return report_of(argument, source, outcome, _preview(source, job.encoder))
+
+
+def report_of(argument: str, source: Source, outcome: Outcome, preview: list[Segment]) -> Report:
+    """The report that an outcome makes."""
+    return Report(
+        argument=argument, source=source.place.source, unit=source.place.unit, total=outcome.total,
+        samples=outcome.samples, problems=outcome.problems, warnings=outcome.warnings, prepared=outcome.prepared,
+        preview=preview,
+    )  # fmt: skip
+
+
+def _preview(source: Source, encoder: Encoder) -> list[Segment]:
+    """The first sample that the chat template takes, as runs of trained and untrained text."""
+    for sample in first_samples(source):
+        (encoded,) = encoder.encode([sample])
+        if isinstance(encoded, DataError):
+            continue
+        tokens, mask = encoded.tokens[:PREVIEW_TOKENS], encoded.loss_mask[:PREVIEW_TOKENS]
+        borders = (np.flatnonzero(np.diff(mask)) + 1).tolist()
+        parts = zip(np.split(tokens, borders), np.split(mask, borders), strict=True)
+        more = [(" …", False)] if len(encoded.tokens) > PREVIEW_TOKENS else []
+        decode = encoder.backend.decode
+        return [(decode(some.tolist(), skip_special_tokens=False), bool(bits[0])) for some, bits in parts] + more
+    return []

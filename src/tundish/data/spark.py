@@ -1,0 +1,127 @@
+"""Preparation on a Spark cluster: each task prepares a share with the functions that one machine uses.
+
+Every attempt of a task writes into a folder of its own, and only the folders that finished tasks return are merged;
+what failed or doubled attempts leave behind counts for nothing, and is cleared away. Folders and data must be where
+driver and executors see them under the same path.
+"""
+
+import os
+import pickle
+import re
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tundish.data.encoding import Job
+from tundish.data.share import Progress, Share, prepare_share
+from tundish.data.sources import Source
+from tundish.data.workers import Workers, one_thread_each
+from tundish.errors import StageError
+
+PART_BYTES = 1 << 25
+"""Input of one task; a share's last row is not full, so small shares would waste room."""
+RESULT = "part bigint, folder string, share binary"
+ATTEMPTS = 4
+"""How often a task is tried; Spark's default on a cluster, and here on one machine too."""
+
+
+def prepare_on_cluster(job: Job, source: Source, folder: Path, cluster: str, progress: Progress) -> Share:
+    """Write the shards of a source's samples into `folder`, which exists; none where there are problems.
+
+    Args:
+        job: what is to be made of samples.
+        source: the samples.
+        folder: seen by driver and executors.
+        cluster: `spark://host:port`, `sc://host:port` or `local[n]`.
+        progress: told how far it is.
+
+    Raises:
+        StageError: pyspark is not installed, the cluster cannot be reached, or a task failed for good.
+    """
+    parts = source.parts(PART_BYTES)
+    with _session(cluster) as session:
+        results = _run(session, job, parts, folder)
+    whole = Share()
+    for done, (name, share) in enumerate(results, 1):
+        for entry in share.shards if not whole.problems else ():
+            number = f"shard.{len(whole.shards) + share.shards.index(entry):05}.mds"
+            (folder / name / entry["raw_data"]["basename"]).rename(folder / number)
+            entry["raw_data"]["basename"] = number
+        whole.add(share)
+        progress(done, len(parts))
+    for attempt in folder.glob("part.*"):
+        shutil.rmtree(attempt, ignore_errors=True)
+    return whole
+
+
+def _run(session: Any, job: Job, parts: Sequence[Source], folder: Path) -> list[tuple[str, Share]]:
+    """Folder and share of every part, in order."""
+
+    def prepare_parts(batches: Iterator[Any]) -> Iterator[Any]:
+        import pyarrow as pa
+
+        for batch in batches:
+            for number in batch["id"].to_pylist():
+                name, share = prepare_part(job, parts[number], folder, number)
+                row = {"part": number, "folder": name, "share": pickle.dumps(share)}
+                yield pa.RecordBatch.from_pylist([row])
+
+    # One part a task, so that what is lost with a worker is one part.
+    try:
+        numbers = session.range(0, len(parts), 1, len(parts))
+        rows = numbers.mapInArrow(prepare_parts, RESULT).collect()
+    except Exception as error:  # Py4J's, or Spark Connect's
+        raise StageError(f"the Spark cluster could not prepare the data: {_cause(error)}") from error
+    found = {row["part"]: (row["folder"], pickle.loads(bytes(row["share"]))) for row in rows}
+    return [found[number] for number in range(len(parts))]
+
+
+def prepare_part(job: Job, part: Source, folder: Path, number: int) -> tuple[str, Share]:
+    """What a task does: one part's shards, in a new folder below `folder`; returns that folder's name."""
+    from tundish.data import first_samples
+
+    name = f"part.{number:05}.{uuid.uuid4().hex}"
+    own = folder / name
+    own.mkdir()
+    job.encoder.prove(islice(first_samples(part), 16))
+    with Workers(1) as workers:
+        return name, prepare_share(job, part, own, workers, lambda done, total: None)
+
+
+@contextmanager
+def _session(cluster: str) -> Iterator[Any]:
+    """A Spark session on `cluster`; the caller's own where there is one."""
+    try:
+        from pyspark.sql import SparkSession
+    except ImportError:
+        raise StageError("preparing data on Spark takes pyspark, which is not installed: tundish[spark].") from None
+    # Else the executors take the first python3 that they find.
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    before = SparkSession.getActiveSession()
+    builder: Any = SparkSession.builder.appName("tundish")
+    try:
+        if cluster.startswith("sc://"):
+            session = builder.remote(cluster).getOrCreate()
+        else:
+            quiet = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false"}
+            master = re.sub(r"^local(\[(.*)\])?$", lambda match: f"local[{match[2] or 1},{ATTEMPTS}]", cluster)
+            with one_thread_each():  # Spark forks this process to start its own
+                session = builder.master(master).config(map=quiet).getOrCreate()
+    except Exception as error:
+        raise StageError(f"the Spark cluster {cluster} cannot be reached: {_cause(error)}") from error
+    try:
+        yield session
+    finally:
+        if before is None:
+            session.stop()
+
+
+def _cause(error: Exception) -> str:
+    """The last error that a trace of Python and Java speaks of."""
+    said = re.findall(r"^(?:[\w.]*\.)?(\w+(?:Error|Exception): .+)$", str(error), re.MULTILINE)
+    return (said[-1] if said else (str(error).strip() or repr(error)).splitlines()[0])[:500]

@@ -1,0 +1,159 @@
+"""Chat templates: the texts of a conversation's turns, rendered once a chat whatever its number of turns.
+
+LLM Foundry renders every prefix of a conversation, which is quadratic in its turns. Here the places of the contents are
+found once for each sequence of roles, by rendering marks instead of contents. A chat is then rendered once, as a whole,
+and cut at those places; where the result is not what the places say, its prefixes are rendered after all.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+from tundish.data.records import Messages
+from tundish.errors import DataError
+
+TEMPLATE_DATE = "26 Jul 2024"
+"""The date that Llama 3.1's own template prints when it is given none."""
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARK = "\ue000{}\ue001"
+
+Turn = tuple[str, str]
+"""Templated prompt and reply."""
+
+
+class Rendered(NamedTuple):
+    """A templated chat."""
+
+    turns: list[Turn]
+    """Prompt and reply of each assistant message."""
+    fixed: str | None
+    """What the template wrote itself; None where that cannot be told from the contents."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Hole:
+    """Where the content of a message stands."""
+
+    message: int
+    edit: Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Skeleton:
+    """The texts of every turn, with holes for the contents."""
+
+    turns: Sequence[tuple[Sequence[str | _Hole], Sequence[str | _Hole]]]
+    fixed: str
+    """What stands between the holes, a line break for each hole."""
+
+    def filled(self, messages: Messages) -> list[Turn]:
+        return [(_fill(prompt, messages), _fill(reply, messages)) for prompt, reply in self.turns]
+
+
+def _fill(pieces: Sequence[str | _Hole], messages: Messages) -> str:
+    return "".join(
+        piece if isinstance(piece, str) else piece.edit(messages[piece.message]["content"]) for piece in pieces
+    )
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
+
+    def render(self, chats: Sequence[Messages]) -> list[Rendered | DataError]:
+        """Every chat's turns; the error where the template refuses it."""
+        try:
+            wholes: list[str | None] = list(self._rendered(list(chats), add_generation_prompt=False))
+        except DataError:
+            wholes = [None] * len(chats)  # one of them, but which?
+        return [self._render_one(chat, whole) for chat, whole in zip(chats, wholes, strict=True)]
+
+    def _render_one(self, messages: Messages, whole: str | None) -> Rendered | DataError:
+        try:
+            skeleton = self._skeleton(tuple(message["role"] for message in messages))
+            if skeleton is not None and whole is not None:
+                turns = skeleton.filled(messages)
+                if "".join(text for turn in turns for text in turn) == whole:
+                    return Rendered(turns, skeleton.fixed)
+            return Rendered(self.turns_by_prefix(messages), None)
+        except DataError as error:
+            return error
+
+    def turns_by_prefix(self, messages: Messages) -> list[Turn]:
+        """The turns as LLM Foundry finds them: by rendering the conversation up to each.
+
+        Raises:
+            DataError: the template refuses the conversation, or rewrites earlier turns.
+        """
+        turns: list[Turn] = []
+        before = ""
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt, *_ = self._rendered([messages[:number]], add_generation_prompt=True)
+                whole, *_ = self._rendered([messages[: number + 1]], add_generation_prompt=False)
+                if not (prompt.startswith(before) and whole.startswith(prompt)):
+                    raise DataError(
+                        "the model's chat template rewrites earlier turns, so a reply cannot be told from its prompt. "
+                        "Use one turn a sample, or a template that only appends."
+                    )
+                turns.append((prompt[len(before) :], whole[len(prompt) :]))
+                before = whole
+        return turns
+
+    def _rendered(self, chats: list[Messages], *, add_generation_prompt: bool) -> list[str]:
+        from jinja2 import TemplateError
+
+        settings: dict[str, Any] = {
+            "add_generation_prompt": add_generation_prompt,
+            # Two ways in which templates print today's date: the same data must give the same tokens tomorrow.
+            "date_string": TEMPLATE_DATE,
+            "strftime_now": lambda _: TEMPLATE_DATE,
+        }
+        try:
+            return cast(list[str], self._tokenizer.apply_chat_template(chats, tokenize=False, **settings))
+        except TemplateError as error:
+            text = " ".join(str(error).split())[:300]
+            raise DataError(f"the model's chat template refuses the conversation: {text}.") from error
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            text = f"{type(error).__name__}: {error}"[:300]
+            raise DataError(f"the model's chat template fails on the conversation ({text}).") from error
+
+    def _skeleton(self, roles: tuple[str, ...]) -> _Skeleton | None:
+        if roles not in self._skeletons:
+            self._skeletons[roles] = self._find_skeleton(roles)
+        return self._skeletons[roles]
+
+    def _find_skeleton(self, roles: tuple[str, ...]) -> _Skeleton | None:
+        marked = [{"role": role, "content": f" \n{MARK.format(number)}\n "} for number, role in enumerate(roles)]
+        try:
+            turns = self.turns_by_prefix(marked)
+        except DataError:
+            return None  # told of the chat itself
+        found = [(list(_pieces(prompt)), list(_pieces(reply))) for prompt, reply in turns]
+        pieces = [piece for turn in found for pieces in turn for piece in pieces]
+        holes = [piece.message for piece in pieces if isinstance(piece, _Hole)]
+        fixed = "".join(piece if isinstance(piece, str) else "\n" for piece in pieces)
+        return _Skeleton(found, fixed) if holes == list(range(len(roles))) else None
+
+
+def _pieces(text: str) -> Iterator[str | _Hole]:
+    """Fixed texts and holes; a template that strips contents leaves the marks without the blanks around them."""
+    end = 0
+    for mark in re.finditer(r"( \n)?\ue000(\d+)\ue001(\n )?", text):
+        yield text[end : mark.start()]
+        if (mark[1] is None) != (mark[3] is None):
+            yield mark[0]  # stripped at one end only: no hole that is known here
+        else:
+            yield _Hole(int(mark[2]), str.strip if mark[1] is None else str)
+        end = mark.end()
+    yield text[end:]
