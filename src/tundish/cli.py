@@ -13,7 +13,10 @@ from tundish import __version__
 
 CREATE_OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"help": "supported model's name (see `tundish models`) or folder of a Hugging Face model"},
-    "train-data-path": {"metavar": "PATH", "help": ".jsonl file, or folder of .txt files for CONTINUED_PRETRAIN"},
+    "train-data-path": {
+        "metavar": "PATH",
+        "help": ".jsonl file, catalog.schema.table, org/dataset/split, or folder of .txt files for CONTINUED_PRETRAIN",
+    },
     "register-to": {"metavar": "NAME", "help": "catalog.schema or catalog.schema.name"},
     "task-type": {"metavar": "TYPE", "help": "CHAT_COMPLETION (default), INSTRUCTION_FINETUNE or CONTINUED_PRETRAIN"},
     "eval-data-path": {"metavar": "PATH", "help": "evaluation data in the format of the training data"},
@@ -23,7 +26,10 @@ CREATE_OPTIONS: dict[str, dict[str, Any]] = {
     "context-length": {"type": int, "metavar": "N", "help": "tokens in a row (default 8192 or the model's maximum)"},
     "experiment-path": {"metavar": "NAME", "help": "MLflow experiment (default /Users/<user>/<run name>)"},
     "custom-weights-path": {"metavar": "PATH", "help": "Composer checkpoint to start from"},
-    "data-prep-cluster-id": {"metavar": "ID", "help": "Spark cluster that prepares the data (not built yet)"},
+    "data-prep-cluster-id": {
+        "metavar": "MASTER",
+        "help": "Spark that prepares the data: spark://host:port, sc://host:port, local[4] (default: this machine)",
+    },
     "run-name": {"metavar": "NAME", "help": "default <task>-<model>-<6 random characters>"},
 }
 
@@ -41,6 +47,15 @@ def build_parser() -> argparse.ArgumentParser:
     create.add_argument("--wait", action="store_true", help="show the run's progress until it has ended")
     render = _command(commands, "render", "print the LLM-Foundry YAML of a run without running anything", json=False)
     _add_create_options(render)
+    validate = _command(commands, "validate", "check every row of the data as create does, and show a sample")
+    _add_create_options(validate)
+    validate.add_argument("--report", metavar="FILE", help="write the report with all line numbers as JSON")
+    estimate = _command(commands, "estimate", "tell how many samples, tokens, rows and steps a run would have")
+    _add_create_options(estimate)
+    estimate.add_argument("--plot", metavar="FILE", help="draw the histogram of sample lengths as PNG")
+    prepare = _command(commands, "prepare", "tokenize and pack the data, for a run to reuse")
+    _add_create_options(prepare)
+    prepare.add_argument("--out", metavar="DIR", help="copy the shards there: DIR/train and DIR/eval")
     run = _command(
         commands, "run", "start the run that a YAML file of create() arguments describes, and show its progress"
     )

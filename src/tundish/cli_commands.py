@@ -2,39 +2,33 @@
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
-from datetime import datetime
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from tundish import cli_data
 from tundish import foundation_model as fm
-from tundish.cli import CREATE_OPTIONS
-from tundish.errors import SpecError
-from tundish.progress import watch
+from tundish.cli_arguments import check_names, create_arguments, plain, print_json, read_experiment
+from tundish.progress import bar, watch
 from tundish.runs import creating
 from tundish.runs.records import ObjectList, TrainingRun
-
-PATH_ARGUMENTS = ("train_data_path", "eval_data_path", "custom_weights_path")
-CREATE_ARGUMENTS = [option.replace("-", "_") for option in CREATE_OPTIONS]
 
 
 def create(arguments: argparse.Namespace) -> int:
     """`tundish create`."""
     values = create_arguments(arguments)
     values["validate_inputs"] = not arguments.no_validate_inputs
-    return _started(creating.create(values), arguments.json, wait=arguments.wait)
+    return _started(creating.create(values, bar), arguments.json, wait=arguments.wait)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """`tundish run FILE key=value …`."""
     values = read_experiment(Path(arguments.file))
     for assignment in arguments.arguments:
-        given = _assignment(assignment)
-        _check_names("the command line", given)
+        given = assignment(assignment)
+        check_names("the command line", given)
         values.update(given)
-    return _started(creating.create(values), arguments.json, wait=True)
+    return _started(creating.create(values, bar), arguments.json, wait=True)
 
 
 def render(arguments: argparse.Namespace) -> int:
@@ -47,7 +41,7 @@ def get(arguments: argparse.Namespace) -> int:
     """`tundish get`."""
     run = fm.get(arguments.run)
     if arguments.json:
-        return _print_json(_record(run))
+        return print_json(_record(run))
     shown = {name: value for name, value in _record(run).items() if value not in (None, [], "") and name != "events"}
     width = max(len(name) for name in shown)
     for name, value in shown.items():
@@ -59,7 +53,7 @@ def list_runs(arguments: argparse.Namespace) -> int:
     """`tundish list`."""
     runs = fm.list(statuses=arguments.status, limit=arguments.limit)
     if arguments.json:
-        return _print_json([_record(run) for run in runs])
+        return print_json([_record(run) for run in runs])
     _print_table(runs, {"name": "NAME", "run_progress": "STATUS", "model": "MODEL", "training_duration": "DURATION"})
     return 0
 
@@ -70,7 +64,7 @@ def cancel(arguments: argparse.Namespace) -> int:
 
     canceled, asked = control.cancel(arguments.runs, arguments.experiment_id)
     if arguments.json:
-        return _print_json({"canceled": canceled, "asked": asked})
+        return print_json({"canceled": canceled, "asked": asked})
     print(control.cancel_message(canceled, asked))
     return 0
 
@@ -81,7 +75,7 @@ def events(arguments: argparse.Namespace) -> int:
         return 1 if watch(arguments.run).status.value == "FAILED" else 0
     found = fm.get_events(arguments.run)
     if arguments.json:
-        return _print_json([dataclasses.asdict(event) for event in found])
+        return print_json([dataclasses.asdict(event) for event in found])
     for event in found:
         print(event)
     return 0
@@ -93,7 +87,7 @@ def checkpoints(arguments: argparse.Namespace) -> int:
 
     paths = find(arguments.run)
     if arguments.json:
-        return _print_json(paths)
+        return print_json(paths)
     print("\n".join(paths) or "No checkpoints created yet for this run. Please try again later.")
     return 0
 
@@ -102,7 +96,7 @@ def models(arguments: argparse.Namespace) -> int:
     """`tundish models`."""
     found = fm.get_models()
     if arguments.json:
-        return _print_json([dataclasses.asdict(model) for model in found])
+        return print_json([dataclasses.asdict(model) for model in found])
     _print_table(found, {"name": "NAME", "display_name": "MODEL", "max_context_length": "MAX CONTEXT"})
     return 0
 
@@ -111,6 +105,9 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "create": create,
     "run": run,
     "render": render,
+    "validate": cli_data.validate,
+    "estimate": cli_data.estimate,
+    "prepare": cli_data.prepare,
     "get": get,
     "list": list_runs,
     "cancel": cancel,
@@ -120,70 +117,13 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
 }
 
 
-def create_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `create()` that the options mean."""
-    values = {name: getattr(arguments, name) for name in CREATE_ARGUMENTS}
-    compute = {"devices_per_node": arguments.devices, "nodes": arguments.nodes, "device": arguments.device}
-    values["compute"] = {name: value for name, value in compute.items() if value is not None}
-    values["overrides"] = {key: value for text in arguments.set or () for key, value in _assignment(text).items()}
-    return values
-
-
-def read_experiment(file: Path) -> dict[str, Any]:
-    """The arguments of `create()` in a YAML file; relative data paths are taken from the file's own folder.
-
-    Raises:
-        SpecError: the file cannot be read or is no mapping, or names an argument that `create()` does not have.
-    """
-    import yaml
-
-    try:
-        content = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SpecError(
-            f"{file}: cannot be read ({error}). Give a YAML file with the arguments of create()."
-        ) from error
-    if not isinstance(content, dict):
-        raise SpecError(f"{file}: found no mapping. Write one argument of create() a line, like 'model: …'.")
-    _check_names(str(file), content)
-    return content | {name: _beside(file, content[name]) for name in PATH_ARGUMENTS if content.get(name)}
-
-
-def _check_names(where: str, arguments: Mapping[Any, Any]) -> None:
-    import inspect
-
-    known = inspect.signature(fm.create).parameters
-    if unknown := sorted(str(key) for key in arguments if key not in known):
-        raise SpecError(f"{where}: create() has no argument {', '.join(unknown)}; it has {', '.join(known)}.")
-
-
-def _beside(file: Path, given: Any) -> Any:
-    """A relative path is taken from the file's folder."""
-    text = str(given)
-    if ":" in text.split("/")[0] or text.startswith(("/", "~")):
-        return given
-    return str(file.parent / text)
-
-
-def _assignment(text: str) -> dict[str, Any]:
-    import yaml
-
-    key, sign, value = text.partition("=")
-    if not sign or not key:
-        raise SpecError(f"found {text!r}; needed is key=value.")
-    try:
-        return {key: yaml.safe_load(value) if value else None}
-    except yaml.YAMLError as error:
-        raise SpecError(f"found {text!r}; the value is not YAML. Quote it.") from error
-
-
 def _started(run: TrainingRun, as_json: bool, *, wait: bool) -> int:
     if not as_json:
         print(f"Run {run.name} was created.")
     if wait:
         run = run.wait() if as_json else watch(run.name)
     if as_json:
-        _print_json(_record(run))
+        print_json(_record(run))
     elif not wait:
         print(f"Follow it with:  tundish events {run.name} --follow")
     return 1 if run.status.value in ("FAILED", "STOPPED") else 0
@@ -195,20 +135,7 @@ def _record(run: TrainingRun) -> dict[str, Any]:
     }
     record["events"] = [dataclasses.asdict(event) for event in run.events or ()]
     record["export_dir"] = run.export_dir
-    return {name: _plain(value) for name, value in record.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return str(value) if isinstance(value, Path) else value
-
-
-def _print_json(content: Any) -> int:
-    print(json.dumps(content, indent=2, default=_plain, ensure_ascii=False))
-    return 0
+    return {name: plain(value) for name, value in record.items()}
 
 
 def _print_table(items: ObjectList[Any], columns: Mapping[str, str]) -> None:

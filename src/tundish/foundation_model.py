@@ -5,9 +5,10 @@ import line. Each verb is a few calls into the parts that do the work.
 """
 
 import builtins
+import inspect
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tundish import progress
 from tundish.compute import Compute
@@ -15,7 +16,21 @@ from tundish.models import model_cards
 from tundish.runs import control, creating, reading, selecting
 from tundish.runs.records import ObjectList, RunStatus, TrainingEvent, TrainingModelConstants, TrainingRun
 
-__all__ = ["cancel", "create", "get", "get_checkpoints", "get_events", "get_models", "list"]
+if TYPE_CHECKING:
+    from tundish.data.estimate import Estimate
+    from tundish.data.report import Validation
+
+__all__ = [
+    "cancel",
+    "create",
+    "estimate",
+    "get",
+    "get_checkpoints",
+    "get_events",
+    "get_models",
+    "list",
+    "validate",
+]
 
 
 def create(
@@ -41,7 +56,9 @@ def create(
 
     Args:
         model: a supported model's name (see `get_models`), or the path of a Hugging Face folder.
-        train_data_path: a .jsonl file for chats and instructions, a folder of .txt files for continued pretraining.
+        train_data_path: for chats and instructions a .jsonl file (.gz and .zst too), a Delta table
+            (`catalog.schema.table` or its folder) or a Hugging Face dataset with its split (`org/dataset/split`); for
+            continued pretraining a folder of .txt files. Files and tables may be on `s3://` and other object stores.
         register_to: `catalog.schema` or `catalog.schema.name`; an existing name gets a new version.
         experiment_path: MLflow experiment; default `/Users/<user>/<run_name>`.
         task_type: `CHAT_COMPLETION`, `INSTRUCTION_FINETUNE` or `CONTINUED_PRETRAIN`.
@@ -51,8 +68,8 @@ def create(
         training_duration: `3ep`, `100ba` or `1_000_000tok`; default `1ep`.
         learning_rate: peak; default 5e-7 (1e-5 for Llama 3.1 405B).
         context_length: tokens in a row; longer samples are cut. Default: 8192, or the model's maximum if less.
-        validate_inputs: read and check every row before the run is accepted; otherwise it is done by the run.
-        data_prep_cluster_id: not built yet.
+        validate_inputs: prepare the data, and so check every row, before the run is accepted; else the run does it.
+        data_prep_cluster_id: a Spark master that prepares the data: `spark://host:port`, `sc://host:port`, `local[4]`.
         run_name: default `<task>-<model>-<6 random characters>`.
         compute: `device` ("gpu" or "cpu"), `devices_per_node`; default: all GPUs of this machine, else its CPU.
         overrides: LLM-Foundry keys, dotted keys allowed, merged last.
@@ -61,7 +78,48 @@ def create(
         SpecError: an argument is wrong; all problems of the call are listed, those of the data too.
         DataError: only the data is wrong.
     """
-    return creating.create(dict(locals()))
+    return creating.create(dict(locals()), progress.bar)
+
+
+def validate(model: str, train_data_path: str, register_to: str | None = None, **others: Any) -> "Validation":
+    """Check every row as `create()` does, without creating a run; what is prepared on the way, a run will reuse.
+
+    Args:
+        model: as in `create()`.
+        train_data_path: as in `create()`.
+        register_to: not needed here.
+        others: as in `create()`.
+
+    Returns:
+        A report: `.ok`, `.reports` with problems and warnings, `.save(path)` for all of it as JSON.
+
+    Raises:
+        SpecError: an argument is wrong.
+    """
+    return creating.validate(_bound(model, train_data_path, register_to, others), progress.bar)
+
+
+def estimate(model: str, train_data_path: str, register_to: str | None = None, **others: Any) -> "Estimate":
+    """What a run would train on: samples, tokens, rows, steps, lengths; of large data from a sample, with its margin.
+
+    Args:
+        model: as in `create()`.
+        train_data_path: as in `create()`.
+        register_to: not needed here.
+        others: as in `create()`.
+
+    Raises:
+        SpecError: an argument is wrong.
+        DataError: there is no good sample in the data.
+    """
+    return creating.estimate(_bound(model, train_data_path, register_to, others), progress.bar)
+
+
+def _bound(model: str, train_data_path: str, register_to: str | None, others: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `create()`, defaults included; a TypeError for those that it does not have."""
+    bound = inspect.signature(create).bind(model, train_data_path, register_to or "main.default", **others)
+    bound.apply_defaults()
+    return dict(bound.arguments)
 
 
 def get(training_run: str | TrainingRun) -> TrainingRun:

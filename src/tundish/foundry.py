@@ -50,6 +50,15 @@ def choose_batch_size(rows: int, devices: int, epochs: int) -> int:
     return per_device * devices
 
 
+def planned_steps(spec: RunSpec, rows: int, tokens: int) -> tuple[int, int]:
+    """Rows in an optimizer step and steps of a run, for an epoch of so many rows and tokens."""
+    batch_size, _ = _batch_size(spec, rows)
+    if spec.training_duration.unit == "tok":
+        tokens_in_batch = tokens / math.ceil(rows / batch_size)
+        return batch_size, math.ceil(spec.training_duration.value / tokens_in_batch)
+    return batch_size, _steps(spec, rows, batch_size) or 0
+
+
 def render(spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destination, rows: int | None) -> str:
     """The run's LLM-Foundry YAML, with comments.
 

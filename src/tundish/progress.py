@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.live import Live
@@ -25,6 +27,23 @@ DOING = {
     "TRAIN_FINISHED": "exporting and registering",
 }
 STYLES = {"COMPLETED": "bold green", "FAILED": "bold red", "CANCELED": "bold yellow"}
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on standard error, where people see it, that is told how much is done, and of how much."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True)
+    visible = console.is_terminal or in_notebook()
+    with Progress(*columns, console=console, transient=True, disable=not visible) as shown:
+        task = shown.add_task(title, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 def watch(name: str) -> TrainingRun:

@@ -50,7 +50,7 @@ class Report:
     def lines(self) -> Iterator[str]:
         """The report as text, without the preview."""
         counted = f"{self.total:,} {self.unit}{'s' * (self.total != 1)}"
-        yield f"{self.argument}: {self.source}, {counted}, {self.samples:,} good samples"
+        yield f"{self.argument}: {self.source}, {counted}, {self.samples:,} samples"
         for finding in self.problems:
             yield f"  problem: {finding.message}"
         for finding in self.warnings:

@@ -3,34 +3,37 @@
 import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from tundish import __version__, events
 from tundish.checkpoints import resolve_weights
 from tundish.compute import Compute, count_gpus
+from tundish.data.sources import open_source
 from tundish.errors import CheckpointError, DataError, SpecError
-from tundish.foundry import Destination, render
+from tundish.foundry import Destination, planned_steps, render
 from tundish.models import ModelCard
 from tundish.overrides import check_overrides
 from tundish.paths import RunPaths, resolve, write_atomic
 from tundish.runs import supervisor
-from tundish.runs.checking import BarOf, check_data, no_bar
+from tundish.runs.checking import BarOf, check_data, job_of, no_bar
 from tundish.runs.reading import read_run
 from tundish.runs.records import TrainingRun
 from tundish.runs.tracking import Tracking, end_tracking, open_tracking, planned_save_folder, tracking_uri
 from tundish.spec import RunSpec, parse_spec
 
 if TYPE_CHECKING:
+    from tundish.data.estimate import Estimate
     from tundish.data.report import Validation
 
 
-def create(arguments: Mapping[str, Any]) -> TrainingRun:
+def create(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> TrainingRun:
     """Accept a run.
 
     Raises:
         SpecError, DataError: with all problems of the call; nothing is left behind.
     """
-    spec = check(arguments)
+    spec = check(arguments, progress)
     paths = RunPaths.of(spec.run_name)
     try:
         paths.folder.mkdir(parents=True)
@@ -57,7 +60,7 @@ def _write_run(spec: RunSpec, paths: RunPaths) -> None:
     supervisor.spawn(paths)
 
 
-def check(arguments: Mapping[str, Any]) -> RunSpec:
+def check(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> RunSpec:
     """The spec that the arguments of `create()` make, after all checks.
 
     Raises:
@@ -69,7 +72,7 @@ def check(arguments: Mapping[str, Any]) -> RunSpec:
         problems.extend(_machine_problems(parsed[0].compute))
     problems.extend(_weights_problems(arguments.get("custom_weights_path")))
     rows = arguments.get("validate_inputs") is not False
-    data = check_data(arguments, parsed if not problems else None, rows=rows)
+    data = check_data(arguments, parsed if not problems else None, rows=rows, progress=progress)
     problems.extend(data.problems)
     of_rows = [message for report in data.reports for message in report.messages]
     if problems:
@@ -88,11 +91,30 @@ def validate(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> "Validat
     """
     from tundish.data.report import Validation
 
-    parsed, problems = _parse({**arguments, "register_to": arguments.get("register_to") or "main.default"})
+    parsed, problems = _parse(arguments)
     data = check_data(arguments, parsed if not problems else None, rows=True, progress=progress)
     if problems or data.problems:
         raise SpecError([*problems, *data.problems, *(text for report in data.reports for text in report.messages)])
     return Validation(data.reports)
+
+
+def estimate(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> "Estimate":
+    """What the run that the arguments of `create()` describe would train on.
+
+    Raises:
+        SpecError: an argument is wrong.
+        DataError: there is no good sample in the data.
+    """
+    from tundish.data.estimate import estimate as estimate_data
+
+    parsed, problems = _parse(arguments)
+    problems.extend(check_data(arguments, parsed, rows=False).problems)
+    if problems or parsed is None:
+        raise SpecError(problems)
+    spec, card = parsed
+    source = open_source(spec.train_data_path, spec.task_type, system_message=card.system_message)
+    with progress("Estimating") as tell:
+        return estimate_data(source, job_of(spec), partial(planned_steps, spec), str(spec.training_duration), tell)
 
 
 def _parse(arguments: Mapping[str, Any]) -> tuple[tuple[RunSpec, ModelCard] | None, list[str]]:

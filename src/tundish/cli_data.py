@@ -1,0 +1,111 @@
+"""The commands that look at data: validate, estimate, prepare."""
+
+import argparse
+import dataclasses
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from tundish.cli_arguments import create_arguments, print_json
+from tundish.errors import DataError, SpecError
+from tundish.progress import bar
+from tundish.runs import creating
+
+if TYPE_CHECKING:
+    from tundish.data.report import Report, Validation
+
+
+def validate(arguments: argparse.Namespace) -> int:
+    """`tundish validate`."""
+    found = creating.validate(_data_arguments(arguments), bar)
+    if arguments.report:
+        found.save(arguments.report)
+    if arguments.json:
+        print_json(found.to_dict())
+    else:
+        _show(found, arguments.report)
+    return 0 if found.ok else 1
+
+
+def estimate(arguments: argparse.Namespace) -> int:
+    """`tundish estimate`."""
+    found = creating.estimate(_data_arguments(arguments), bar)
+    if arguments.plot:
+        found.plot(arguments.plot)
+    if arguments.json:
+        return print_json(dataclasses.asdict(found))
+    print(found)
+    if arguments.plot:
+        print(f"\nHistogram drawn: {arguments.plot}")
+    return 0
+
+
+def prepare(arguments: argparse.Namespace) -> int:
+    """`tundish prepare`."""
+    out = Path(arguments.out) if arguments.out else None
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SpecError(f"--out: {out} exists already. Name a new folder.")
+    found = creating.validate(_data_arguments(arguments), bar)
+    if not found.ok:
+        raise DataError([message for report in found.reports for message in report.messages])
+    folders = {_split(report): _published(report, out) for report in found.reports}
+    if arguments.json:
+        return print_json({split: str(folder) for split, folder in folders.items()})
+    for report in found.reports:
+        print("\n".join(report.lines()))
+        print(f"  {folders[_split(report)]}")
+    return 0
+
+
+def _data_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `create()`; `--register-to` is not needed to look at data."""
+    values = create_arguments(arguments)
+    return {**values, "register_to": values["register_to"] or "main.default"}
+
+
+def _split(report: "Report") -> str:
+    return report.argument.removesuffix("_data_path")
+
+
+def _published(report: "Report", out: Path | None) -> Path:
+    """The prepared folder, or its copy below `out`: complete, or not there."""
+    assert report.prepared is not None
+    folder = Path(report.prepared.folder)
+    if out is None:
+        return folder
+    target = out / _split(report)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder, beside)
+    beside.rename(target)
+    return target
+
+
+def _show(found: "Validation", report_file: str | None) -> None:
+    if not sys.stdout.isatty():
+        print(found)
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        for report in found.reports:
+            _show_report(console, report)
+    print("\nThe data is good." if found.ok else "\nThe data has problems; create() would refuse it.")
+    if report_file:
+        print(f"All of it: {report_file}")
+    elif not found.ok:
+        print("All line numbers: --report FILE")
+
+
+def _show_report(console: Console, report: "Report") -> None:
+    head, *rest = report.lines()
+    console.print(Text(head, style="bold"))
+    for line in rest:
+        kind = line.split(":")[0].strip()
+        console.print(Text(line, style={"problem": "red", "warning": "yellow"}.get(kind, "")))
+    if report.preview:
+        console.print(Text("  The first sample as the model sees it; trained tokens in green.", style="dim"))
+        console.print(Text.assemble(*((text, "green" if trained else "dim") for text, trained in report.preview)))

@@ -1,0 +1,230 @@
+"""What a run would train on: samples, tokens, rows and steps; of large data, from a random sample of its chunks.
+
+Totals of sampled data are ratio estimates with cluster sampling (Cochran, "Sampling Techniques", chapters 6 and 9):
+chunks are drawn, not single samples, so the margin comes from how much chunks differ from each other.
+"""
+
+import base64
+import html
+import io
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tundish.data import first_samples
+from tundish.data.chunks import Chunk
+from tundish.data.encoding import EncodedChunk, Job, encode_chunk
+from tundish.data.pack import pack
+from tundish.data.share import Progress
+from tundish.data.sources import Source
+from tundish.data.workers import Workers
+from tundish.errors import DataError
+
+SAMPLED_CHUNKS = 96
+"""Chunks, of about a megabyte each, that are tokenized; data with fewer is tokenized as a whole."""
+Z_95 = 1.96
+"""Standard errors in a 95 % margin."""
+BAR = 40
+
+
+class Steps(Protocol):
+    """Batch size in rows and optimizer steps, from rows and tokens."""
+
+    def __call__(self, rows: int, tokens: int) -> tuple[int, int]:
+        """For an epoch of so many."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """What a run would train on. Printed, it is a report; in a notebook, a page."""
+
+    source: str
+    context_length: int
+    samples: int
+    tokens: int
+    """Of one epoch, after samples are cut."""
+    target_tokens: int
+    truncated_share: float
+    """Of the samples, 0 … 1."""
+    rows: int
+    """After packing."""
+    fill: float
+    """Share of the rows' tokens that are used, 0 … 1."""
+    batch_size: int
+    """Rows in an optimizer step."""
+    steps: int
+    """Of the whole run."""
+    duration: str
+    refused: int
+    """Samples with problems among those that were read."""
+    sampled_share: float
+    """How much of the data was tokenized, 0 … 1."""
+    margin: float
+    """Of samples, tokens, rows and steps: relative, at 95 % confidence; 0 where all was tokenized."""
+    edges: list[int]
+    """Of the histogram of sample lengths, in tokens."""
+    counts: list[int]
+    """Tokenized samples between two edges."""
+
+    def lines(self) -> Iterator[str]:
+        """The estimate as text, without the histogram."""
+        about = f" ± {self.margin:.1%}" if self.sampled_share < 1 else ""
+        yield f"{self.source}"
+        yield f"  samples        {self.samples:,}{about}"
+        yield f"  tokens         {self.tokens:,}{about} an epoch, {self.target_tokens:,} of them targets"
+        yield f"  truncated      {self.truncated_share:.2%} of the samples, longer than {self.context_length:,} tokens"
+        yield f"  rows           {self.rows:,}{about} of {self.context_length:,} tokens, {self.fill:.1%} full"
+        yield f"  batch size     {self.batch_size:,} rows"
+        yield f"  steps          {self.steps:,}{about} for {self.duration}"
+        if self.sampled_share < 1:
+            yield f"  from           {self.sampled_share:.1%} of the data, drawn at random; margins at 95 % confidence"
+        if self.refused:
+            yield f"  problems       {self.refused:,} samples would be refused; `tundish validate` says why"
+
+    def histogram(self) -> Iterator[str]:
+        """Sample lengths as bars of text."""
+        most = max([*self.counts, 1])
+        width = len(f"{self.edges[-1]:,}")
+        yield "  tokens a sample"
+        for low, high, count in zip(self.edges, self.edges[1:], self.counts, strict=False):
+            bar = "█" * round(BAR * count / most) or ("▏" if count else "")
+            yield f"  {low:>{width},} – {high - 1:<{width},} {bar} {count:,}"
+
+    def __str__(self) -> str:
+        return "\n".join([*self.lines(), "", *self.histogram()])
+
+    def plot(self, path: str | Path) -> None:
+        """Write the histogram as PNG."""
+        Path(path).write_bytes(self._png())
+
+    def _png(self) -> bytes:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 3.5), layout="constrained")
+        axes: Any = figure.add_subplot()
+        places = np.arange(len(self.counts))
+        axes.bar(places, self.counts, width=0.95, color="#2f6f8f")
+        axes.set_xticks(np.arange(len(self.edges)) - 0.5, [f"{edge:,}" for edge in self.edges], rotation=45)
+        for place, count in zip(places, self.counts, strict=True):
+            if count:
+                axes.annotate(f"{count:,}", (place, count), ha="center", va="bottom", fontsize=7)
+        if self.truncated_share:
+            place = math.log2(self.context_length / self.edges[0]) - 0.5
+            axes.axvline(place, color="#b00020", linestyle="--", label=f"context_length {self.context_length:,}")
+            axes.legend()
+        axes.set_xlabel("tokens a sample")
+        axes.set_ylabel("samples")
+        axes.set_title(self.source, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        sink = io.BytesIO()
+        figure.savefig(sink, dpi=120)
+        return sink.getvalue()
+
+    def _repr_html_(self) -> str:
+        text = html.escape("\n".join(self.lines()))
+        image = base64.b64encode(self._png()).decode()
+        return f'<pre>{text}</pre><img alt="tokens a sample" src="data:image/png;base64,{image}">'
+
+
+@dataclass(slots=True)
+class _Drawn:
+    """What the drawn chunks came to: one number a chunk."""
+
+    size: list[int]
+    samples: list[int]
+    tokens: list[int]
+    target_tokens: int = 0
+    truncated: int = 0
+    refused: int = 0
+    whole: int = 0
+    """Size of all chunks, drawn or not."""
+
+    def add(self, chunk: EncodedChunk) -> None:
+        self.size.append(chunk.size)
+        self.samples.append(chunk.samples)
+        self.tokens.append(int(chunk.lengths.sum()))
+        self.target_tokens += chunk.target_tokens
+        self.truncated += chunk.truncated
+        self.refused += chunk.problems.count
+
+    @property
+    def factor(self) -> float:
+        """Of everything to what was drawn."""
+        return self.whole / sum(self.size)
+
+    def margin(self) -> float:
+        """Relative margin of the total of tokens."""
+        count, share = len(self.size), 1 / self.factor
+        if share >= 1 or not sum(self.tokens):
+            return 0.0
+        if count < 2:
+            return math.inf
+        size, tokens = np.array(self.size, float), np.array(self.tokens, float)
+        residuals = tokens - tokens.sum() / size.sum() * size
+        deviation = math.sqrt((1 - share) * residuals.var(ddof=1) / count)
+        return float(Z_95 * deviation / tokens.mean())
+
+
+def estimate(source: Source, job: Job, steps: Steps, duration: str, progress: Progress) -> Estimate:
+    """Estimate what a run trains on.
+
+    Args:
+        source: the training data.
+        job: what is made of its samples.
+        steps: batch size and steps of the run.
+        duration: of the run, for the report.
+        progress: told how far it is.
+
+    Raises:
+        DataError: there is no good sample in what was read, or compressed data is damaged.
+    """
+    drawn, lengths, pieces = _Drawn([], [], []), list[NDArray[np.int32]](), list[NDArray[np.int32]]()
+    job.encoder.prove(first_samples(source))
+    chunks = _draw(source, drawn)
+    tasks = ((job, source.rules, chunk, None) for chunk in chunks)
+    with Workers() as workers:
+        for done, chunk in enumerate(workers.map(encode_chunk, tasks), 1):
+            drawn.add(chunk)
+            lengths.append(chunk.sample_lengths)
+            pieces.append(chunk.lengths)
+            progress(done, len(chunks))
+    if not sum(drawn.samples):
+        raise DataError(f"{source.place.source}: found no good sample in it. `tundish validate` says why.")
+    tokens = round(sum(drawn.tokens) * drawn.factor)
+    packed = pack(np.concatenate(pieces), job.context_length)
+    fill = sum(drawn.tokens) / (len(packed) * job.context_length)
+    rows = max(1, round(len(packed) * drawn.factor))
+    batch_size, count = steps(rows, tokens)
+    edges, counts = _histogram(np.concatenate(lengths))
+    return Estimate(
+        source=source.place.source, context_length=job.context_length, tokens=tokens, rows=rows, fill=fill,
+        samples=round(sum(drawn.samples) * drawn.factor), target_tokens=round(drawn.target_tokens * drawn.factor),
+        truncated_share=drawn.truncated / sum(drawn.samples), batch_size=batch_size, steps=count, duration=duration,
+        refused=drawn.refused, sampled_share=1 / drawn.factor, margin=drawn.margin(), edges=edges, counts=counts,
+    )  # fmt: skip
+
+
+def _draw(source: Source, drawn: _Drawn) -> list[Chunk]:
+    """Some chunks of a source, each with the same chance; all where there are few (Vitter's algorithm R)."""
+    kept, chance = list[Chunk](), random.Random(17)
+    for number, chunk in enumerate(source.chunks()):
+        drawn.whole += chunk.size
+        place = number if number < SAMPLED_CHUNKS else chance.randrange(number + 1)
+        if place < SAMPLED_CHUNKS:
+            kept[place : place + 1] = [chunk]
+    return kept
+
+
+def _histogram(lengths: NDArray[np.int32]) -> tuple[list[int], list[int]]:
+    """Edges at powers of two, and how many samples lie between each two."""
+    first, last = int(math.log2(lengths.min())), int(math.log2(lengths.max())) + 1
+    edges = [2**power for power in range(first, last + 1)]
+    counts, _ = np.histogram(lengths, bins=[*edges[:-1], edges[-1] + 0.5])
+    return edges, counts.tolist()
