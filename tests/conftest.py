@@ -80,11 +80,11 @@ def write_lines() -> WriteLines:
 
 
 @pytest.fixture
-def arguments(config_folder: Path, tmp_path: Path, write_lines: WriteLines) -> dict[str, Any]:
+def arguments(tiny_model: Path, tmp_path: Path, write_lines: WriteLines) -> dict[str, Any]:
     """Arguments of `create()` in which nothing is wrong."""
     chat = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
     data = write_lines(tmp_path / "train.jsonl", [chat] * 3)
-    return {"model": str(config_folder), "train_data_path": str(data), "register_to": "main.lab"}
+    return {"model": str(tiny_model), "train_data_path": str(data), "register_to": "main.lab"}
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ def test_all_problems_of_a_line_are_told_at_once_without_traceback(arguments: di
             [{"messages": [USER]}],
             "train.jsonl, line 1: the last message is from 'user'; a chat must end with 'assistant'.",
         ),
-        ([], "the file is empty"),
+        ([], "there is no sample in it"),
     ],
     ids=["JSON error on line 7", "chat ends with user", "empty file"],
 )
@@ -145,7 +145,7 @@ def test_wrong_data_alone_is_exit_code_1(
     assert main(["create", *_options(arguments)]) == 1
     output = capsys.readouterr()
     assert output.out == "" and output.err.startswith("tundish: train_data_path: ") and found in output.err
-    assert not home.exists()
+    assert not (home / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_wrong_call_is_exit_code_2_with_one_message(
     assert main(line) == code
     output = capsys.readouterr()
     assert output.out == "" and output.err.startswith("tundish: ") and found in output.err
-    assert not home.exists()
+    assert not (home / "runs").exists()
 
 
 def test_render_prints_the_yaml_and_nothing_else(arguments: dict[str, Any], home: Path, capsys: Capture) -> None:
@@ -179,7 +179,7 @@ def test_render_prints_the_yaml_and_nothing_else(arguments: dict[str, Any], home
     assert main(line) == 0
     content = yaml.safe_load(capsys.readouterr().out)
     assert content["seed"] == 3 and content["global_train_batch_size"] % 32 == 0
-    assert not home.exists()
+    assert not (home / "runs").exists()
     assert main(["render", *_options(arguments), "--set", "global_train_batch_size=many"]) == 2
 
 

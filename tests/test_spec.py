@@ -64,7 +64,7 @@ def test_malformed_durations_are_refused_with_examples(given: object) -> None:
         Duration.parse(given)
 
 
-def test_what_is_not_given_is_what_the_service_did(arguments: dict[str, Any], config_folder: Path) -> None:
+def test_what_is_not_given_is_what_the_service_did(arguments: dict[str, Any], tiny_model: Path) -> None:
     """A notebook that relies on the defaults would get another run."""
     spec = _parse(arguments)
     assert spec.task_type == "CHAT_COMPLETION"
@@ -79,7 +79,7 @@ def test_what_is_not_given_is_what_the_service_did(arguments: dict[str, Any], co
         None,
     )
     assert (spec.compute.device, spec.compute.devices, spec.compute.launcher) == ("cpu", 1, "local")
-    assert spec.model == str(config_folder.resolve())
+    assert spec.model == str(tiny_model.resolve())
     assert (spec.created_at, bool(spec.created_by)) == (NOW, True)
     assert _parse(arguments, model="meta-llama/Llama-3.1-8B").context_length == 8192
     assert _parse(arguments, model="meta-llama/Meta-Llama-3.1-405B-Instruct").learning_rate == 1e-5
@@ -88,7 +88,7 @@ def test_what_is_not_given_is_what_the_service_did(arguments: dict[str, Any], co
 @pytest.mark.parametrize(
     ("task_type", "model", "pattern"),
     [
-        ("CHAT_COMPLETION", None, r"chat-tiny-[a-z0-9]{6}"),
+        ("CHAT_COMPLETION", None, r"chat-tiny-llama-[a-z0-9]{6}"),
         ("INSTRUCTION_FINETUNE", "meta-llama/Llama-3.1-70B-Instruct", r"ift-meta-llama-3-1-70b-instruct-[a-z0-9]{6}"),
         ("CONTINUED_PRETRAIN", "mistralai/Mistral-7B-v0.1", r"cpt-mistral-7b-v0-1-[a-z0-9]{6}"),
     ],
@@ -158,7 +158,7 @@ def test_learning_rates_come_as_numbers_or_text(arguments: dict[str, Any], given
         ("eval_prompts", ["???"], "'${' and '???' are not allowed"),
         ("eval_prompts", 5, "eval_prompts: allowed is a list of texts"),
         ("learning_rate", True, "learning_rate: found True; allowed is a number above 0"),
-        ("data_prep_cluster_id", "0123-456", "data_prep_cluster_id: preparing data on a Spark cluster is not built"),
+        ("data_prep_cluster_id", "0123-456", "data_prep_cluster_id: found '0123-456'; allowed is spark://"),
         ("run_name", "../x", "run_name: found '../x'; allowed are up to 100 letters"),
         ("run_name", "-x", "run_name: found '-x'"),
         ("run_name", "a b", "run_name: found 'a b'"),

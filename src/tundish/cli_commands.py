@@ -8,7 +8,7 @@ from typing import Any
 
 from tundish import cli_data
 from tundish import foundation_model as fm
-from tundish.cli_arguments import check_names, create_arguments, plain, print_json, read_experiment
+from tundish.cli_arguments import assignment, check_names, create_arguments, plain, print_json, read_experiment
 from tundish.progress import bar, watch
 from tundish.runs import creating
 from tundish.runs.records import ObjectList, TrainingRun
@@ -24,8 +24,8 @@ def create(arguments: argparse.Namespace) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """`tundish run FILE key=value …`."""
     values = read_experiment(Path(arguments.file))
-    for assignment in arguments.arguments:
-        given = assignment(assignment)
+    for text in arguments.arguments:
+        given = assignment(text)
         check_names("the command line", given)
         values.update(given)
     return _started(creating.create(values, bar), arguments.json, wait=True)

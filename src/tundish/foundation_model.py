@@ -95,6 +95,7 @@ def validate(model: str, train_data_path: str, register_to: str | None = None, *
 
     Raises:
         SpecError: an argument is wrong.
+        DataError: there is no sample in the data, or compressed data is damaged.
     """
     return creating.validate(_bound(model, train_data_path, register_to, others), progress.bar)
 

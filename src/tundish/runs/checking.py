@@ -1,12 +1,12 @@
 """The data that a call names: what is wrong with its paths, and with its rows."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from tundish.errors import DataError, SpecError
+from tundish.errors import DataError, InputError, SpecError
 from tundish.models import ModelCard
 from tundish.overrides import target_responses
 from tundish.paths import REMOTE_SCHEMES, resolve
@@ -35,6 +35,13 @@ class CheckedData:
     """Of the paths, and of the tokenizer."""
     reports: "list[Report]" = field(default_factory=list)
     """Of the rows."""
+    unreadable: list[str] = field(default_factory=list[str])
+    """Data that gives no report: nothing but blank lines, or damaged."""
+
+    @property
+    def row_problems(self) -> list[str]:
+        """What is wrong with the data itself."""
+        return [*self.unreadable, *(message for report in self.reports for message in report.messages)]
 
 
 def job_of(spec: RunSpec) -> "Job":
@@ -54,26 +61,39 @@ def check_data(
 ) -> CheckedData:
     """Open the sources that the arguments of `create()` name, and with `rows` prepare them.
 
-    Where other arguments are wrong (`parsed` is None), only the structure of the rows is checked: nothing can be
-    tokenized then.
+    Where other arguments are wrong (`parsed` is None), a source cannot be opened or the tokenizer not be loaded, only
+    the structure of the rows is checked.
     """
     found = CheckedData()
+    sources = dict[str, "Source"]()
     for name, given in _named_paths(arguments):
-        try:
-            source = _open(given, arguments.get("task_type") or "CHAT_COMPLETION", parsed)
-            if rows and source is not None:
-                with progress(f"Checking {name}") as tell:
-                    found.reports.append(_report(name, source, parsed, tell))
-        except SpecError as error:
-            found.problems.extend(
-                problem if problem.startswith("model:") else f"{name}: {problem}" for problem in error.problems
-            )
-        except DataError as error:
-            found.problems.extend(f"{name}: {problem}" for problem in error.problems)
-        except (OSError, ValueError) as error:
-            found.problems.append(f"{name}: cannot be read ({error}). Check the path.")
-    found.problems = list(dict.fromkeys(found.problems))  # the tokenizer's would be there twice
+        with _collected(found, name):
+            if (source := _open(given, arguments.get("task_type") or "CHAT_COMPLETION", parsed)) is not None:
+                sources[name] = source
+    if not rows:
+        return found
+    job = None
+    if parsed is not None and not found.problems:
+        with _collected(found, "model"):
+            job = job_of(parsed[0])
+            job.encoder  # noqa: B018  loaded once a process
+    for name, source in sources.items():
+        with _collected(found, name):
+            found.reports.append(_report(name, source, None if found.problems else job, parsed, progress))
     return found
+
+
+@contextmanager
+def _collected(found: CheckedData, name: str) -> Iterator[None]:
+    """Errors become problems of an argument."""
+    try:
+        yield
+    except InputError as error:
+        prefix = f"{name}: "
+        kind = found.unreadable if isinstance(error, DataError) else found.problems
+        kind.extend(prefix + problem.removeprefix(prefix) for problem in error.problems)
+    except (OSError, ValueError) as error:
+        found.problems.append(f"{name}: cannot be read ({error}). Check the path.")
 
 
 def _named_paths(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -95,10 +115,13 @@ def _open(given: str, task_type: str, parsed: tuple[RunSpec, ModelCard] | None) 
     return open_source(given, cast(TaskType, task_type), system_message=parsed is None or parsed[1].system_message)
 
 
-def _report(name: str, source: "Source", parsed: tuple[RunSpec, ModelCard] | None, tell: Tell) -> "Report":
+def _report(
+    name: str, source: "Source", job: "Job | None", parsed: tuple[RunSpec, ModelCard] | None, progress: BarOf
+) -> "Report":
     from tundish.data import check_structure
     from tundish.data.report import report_of, report_on
 
-    if parsed is None:
+    if job is None or parsed is None:
         return report_of(name, source, check_structure(source), [])
-    return report_on(name, source, job_of(parsed[0]), parsed[0].data_prep_cluster_id, tell)
+    with progress(f"Preparing {name}") as tell:
+        return report_on(name, source, job, parsed[0].data_prep_cluster_id, tell)

@@ -74,11 +74,10 @@ def check(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> RunSpec:
     rows = arguments.get("validate_inputs") is not False
     data = check_data(arguments, parsed if not problems else None, rows=rows, progress=progress)
     problems.extend(data.problems)
-    of_rows = [message for report in data.reports for message in report.messages]
     if problems:
-        raise SpecError([*problems, *of_rows])
-    if of_rows:
-        raise DataError(of_rows)
+        raise SpecError([*problems, *data.row_problems])
+    if data.row_problems:
+        raise DataError(data.row_problems)
     assert parsed is not None
     return parsed[0]
 
@@ -88,13 +87,16 @@ def validate(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> "Validat
 
     Raises:
         SpecError: an argument is wrong; problems of the data are listed with it.
+        DataError: there is no sample in the data, or compressed data is damaged.
     """
     from tundish.data.report import Validation
 
     parsed, problems = _parse(arguments)
     data = check_data(arguments, parsed if not problems else None, rows=True, progress=progress)
     if problems or data.problems:
-        raise SpecError([*problems, *data.problems, *(text for report in data.reports for text in report.messages)])
+        raise SpecError([*problems, *data.problems, *data.row_problems])
+    if data.unreadable:
+        raise DataError(data.unreadable)
     return Validation(data.reports)
 
 
