@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = [path for path in sorted(FOLDER.glob("*.py")) if path.stem != "check_data"]
+"""Those that train."""
 BEFORE_TRAINING = ["CREATED", "STARTED", "DATA_VALIDATED", "MODEL_INITIALIZED", "TRAIN_STARTED"]
 AT_THE_END = ["CHECKPOINT_SAVED", "TRAIN_FINISHED", "COMPLETED"]
 
@@ -55,6 +57,16 @@ def run_recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Fini
 def at_home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Finished], None]]:
     """Points `$TUNDISH_HOME` at what a recipe left."""
     yield lambda finished: monkeypatch.setenv("TUNDISH_HOME", str(finished.home))
+
+
+def test_the_recipe_that_checks_data_finds_the_mistake(tmp_path: Path) -> None:
+    """Who copies it would learn nothing of bad data."""
+    environment = {**os.environ, "TUNDISH_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, str(FOLDER / "check_data.py")]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "train.jsonl, line 42: the last message is from 'user'" in result.stdout
+    assert re.search(r"steps +\d+ for 3ep", result.stdout) and not (tmp_path / "home" / "runs").exists()
 
 
 @pytest.mark.parametrize("recipe", [path.stem for path in RECIPES])

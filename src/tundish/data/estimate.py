@@ -28,6 +28,8 @@ from tundish.errors import DataError
 
 SAMPLED_CHUNKS = 96
 """Chunks, of about a megabyte each, that are tokenized; data with fewer is tokenized as a whole."""
+SEED = 17
+"""Of the draw: the same data gives the same estimate."""
 Z_95 = 1.96
 """Standard errors in a 95 % margin."""
 BAR = 40
@@ -213,7 +215,7 @@ def estimate(source: Source, job: Job, steps: Steps, duration: str, progress: Pr
 
 def _draw(source: Source, drawn: _Drawn) -> list[Chunk]:
     """Some chunks of a source, each with the same chance; all where there are few (Vitter's algorithm R)."""
-    kept, chance = list[Chunk](), random.Random(17)
+    kept, chance = list[Chunk](), random.Random(SEED)
     for number, chunk in enumerate(source.chunks()):
         drawn.whole += chunk.size
         place = number if number < SAMPLED_CHUNKS else chance.randrange(number + 1)
