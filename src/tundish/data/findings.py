@@ -7,6 +7,12 @@ from dataclasses import dataclass, field
 from tundish.data.records import Problem
 
 SHOWN = 20
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """`text` of the data, for a terminal: what would command it is written out."""
+    return text.translate(_CONTROLS)
 
 
 @dataclass(slots=True)
@@ -51,7 +57,7 @@ class Findings:
         ]
 
     def _message(self, kind: _Kind, place: "Place", total: int) -> str:
-        text = f"{place.of(kind.numbers[0])}: {kind.text}"
+        text = printable(f"{place.of(kind.numbers[0])}: {kind.text}")
         count = len(kind.numbers)
         if count == 1:
             return text

@@ -11,7 +11,7 @@ import numpy as np
 
 from tundish.data import Outcome, Prepared, examine, first_samples
 from tundish.data.encoding import Job
-from tundish.data.findings import Finding
+from tundish.data.findings import Finding, printable
 from tundish.data.share import Progress
 from tundish.data.sources import Source
 from tundish.data.tokenize import Encoder
@@ -150,5 +150,6 @@ def _preview(source: Source, encoder: Encoder) -> list[Segment]:
         parts = zip(np.split(tokens, borders), np.split(mask, borders), strict=True)
         more = [(" …", False)] if len(encoded.tokens) > PREVIEW_TOKENS else []
         decode = encoder.backend.decode
-        return [(decode(some.tolist(), skip_special_tokens=False), bool(bits[0])) for some, bits in parts] + more
+        texts = [(decode(some.tolist(), skip_special_tokens=False), bool(bits[0])) for some, bits in parts]
+        return [(printable(text), trained) for text, trained in texts] + more
     return []
