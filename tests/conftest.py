@@ -2,11 +2,18 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import configuration, settings
+
+# The same examples in every run, and nothing kept in the checkout; the machine may be busy with other things.
+configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis-of-tundish")
+settings.register_profile("tundish", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("tundish")
 
 # Read by huggingface_hub and torch when they are imported, which may be before the first test.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,6 +35,45 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}"
     "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+CHAT_TEMPLATES = {
+    "simple": CHAT_TEMPLATE,
+    "chatml": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "llama 3.1": (
+        "{{- bos_token }}{%- if not date_string is defined %}{%- set date_string = '1 Jan 2000' %}{%- endif %}"
+        "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] | trim %}"
+        "{%- set messages = messages[1:] %}{%- else %}{%- set system_message = '' %}{%- endif %}"
+        "{{- '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n' }}"
+        "{{- 'Today Date: ' + date_string + '\n\n' + system_message + '<|eot_id|>' }}"
+        "{%- for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+        " + message['content'] | trim + '<|eot_id|>' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+    ),
+    "mistral": (
+        "{{- bos_token }}{%- for message in messages %}"
+        "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{- raise_exception('Conversation roles must alternate user/assistant') }}{%- endif %}"
+        "{%- if message['role'] == 'user' %}{{- '[INST] ' + message['content'] + '[/INST]' }}"
+        "{%- else %}{{- ' ' + message['content'] | trim + eos_token }}{%- endif %}{%- endfor %}"
+    ),
+    "trim": (
+        "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] | trim }}\n\n{% endfor %}"
+        "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+    ),
+    # As reasoning models have it: what was thought is left out of all turns but the last.
+    "think": (
+        "{% for m in messages %}{% set text = m['content'] %}"
+        "{% if m['role'] == 'assistant' and not loop.last and '</think>' in text %}"
+        "{% set text = text.split('</think>')[-1] %}{% endif %}"
+        "<|{{ m['role'] }}|>{{ text }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
+    "refuses bad": (
+        "{% for m in messages %}{% if 'bad' in m['content'] %}{{ raise_exception('no bad words') }}{% endif %}"
+        "<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
+}
 
 MakeRun = Callable[..., Any]
 WriteLines = Callable[[Path, Iterable[object]], Path]
@@ -182,3 +228,68 @@ def tiny_weights(tiny_model: Path) -> Path:
     torch.manual_seed(17)
     LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_model)).save_pretrained(tiny_model)
     return tiny_model
+
+
+@pytest.fixture(scope="session")
+def chat_templates() -> dict[str, str]:
+    """Chat templates by name: those of the model families, and some that are odd."""
+    return CHAT_TEMPLATES
+
+
+def _shipped(package: str, file: str) -> Path:
+    """A file that a package ships, without importing the package."""
+    import importlib.util
+
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations, f"{package} is not installed"
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tokenizer of Llama 3, and a template that differs from Llama 3.1's own in tools alone."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+    names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
+    names += ["finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"]
+    names += [f"reserved_special_token_{number}" for number in range(2, 247)]
+    special = [f"<|{name}|>" for name in names]
+    model = _shipped("llama_models", "llama3/tokenizer.model")
+    backend: Any = TikTokenConverter(str(model), pattern, additional_special_tokens=special).converted()
+    backend.model.ignore_merges = True
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{special[0]} $A", special_tokens=[(special[0], backend.token_to_id(special[0]))]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=special[0], eos_token="<|eot_id|>", pad_token="<|finetune_right_pad_id|>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATES["llama 3.1"]
+    folder = tmp_path_factory.mktemp("models") / "llama-3"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mistral_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tokenizer of Mistral v3, made of SentencePiece's file, and an [INST] template."""
+    import shutil
+    import warnings
+
+    from transformers import LlamaTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "mistral-v3"
+    folder.mkdir()
+    vocabulary = folder / "tokenizer.model"
+    shutil.copy(_shipped("mistral_common", "data/mistral_instruct_tokenizer_240323.model.v3"), vocabulary)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SentencePiece's types, made by SWIG
+        tokenizer = LlamaTokenizerFast(vocab_file=str(vocabulary), legacy=False)
+    tokenizer.chat_template = CHAT_TEMPLATES["mistral"]
+    tokenizer.save_pretrained(folder)
+    return folder

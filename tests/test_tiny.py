@@ -23,7 +23,8 @@ def test_dates_are_written_and_iso_forms_of_one_day() -> None:
 def test_chats_are_samples_as_they_stand(tmp_path: Path) -> None:
     """The demo's own data would be refused."""
     path = tiny.write_chats(tmp_path / "train.jsonl", [("a", "b"), ("c", "d")])
-    samples = list(open_source(str(path), "CHAT_COMPLETION", system_message=False).samples())
+    source = open_source(str(path), "CHAT_COMPLETION", system_message=False)
+    samples = [sample for chunk in source.chunks() for sample in chunk.samples(source.rules)]
     assert [number for number, _ in samples] == [1, 2]
     assert samples[1][1] == [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
 

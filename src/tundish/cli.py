@@ -100,12 +100,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     # Imported after parsing: `--help` answers at once.
     from tundish.cli_commands import COMMANDS
+    from tundish.data.findings import printable
     from tundish.errors import DataError, InputError, RequestError, RunNotFoundError, TundishError
 
     try:
         return COMMANDS[arguments.command](arguments)
     except TundishError as error:
-        print(f"tundish: {error.message}", file=sys.stderr)
+        print(f"tundish: {printable(error.message)}", file=sys.stderr)
         wrong_arguments = isinstance(error, InputError | RequestError | RunNotFoundError)
         return 2 if wrong_arguments and not isinstance(error, DataError) else 1
     except BrokenPipeError:
@@ -118,5 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print("\ntundish: stopped watching; a run that was started goes on.", file=sys.stderr)
+        watching = arguments.command in ("create", "run", "events")
+        goes_on = " watching; a run that was started goes on" if watching else ""
+        print(f"\ntundish: stopped{goes_on}.", file=sys.stderr)
         return 130

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 def validate(arguments: argparse.Namespace) -> int:
     """`tundish validate`."""
+    _check_folder("--report", arguments.report)
     found = creating.validate(_data_arguments(arguments), bar)
     if arguments.report:
         found.save(arguments.report)
@@ -34,6 +36,7 @@ def validate(arguments: argparse.Namespace) -> int:
 
 def estimate(arguments: argparse.Namespace) -> int:
     """`tundish estimate`."""
+    _check_folder("--plot", arguments.plot)
     found = creating.estimate(_data_arguments(arguments), bar)
     if arguments.plot:
         found.plot(arguments.plot)
@@ -53,7 +56,9 @@ def prepare(arguments: argparse.Namespace) -> int:
     found = creating.validate(_data_arguments(arguments), bar)
     if not found.ok:
         raise DataError([message for report in found.reports for message in report.messages])
-    folders = {_split(report): _published(report, out) for report in found.reports}
+    folders = {_split(report): _folder(report) for report in found.reports}
+    if out is not None:
+        folders = _published(folders, out)
     if arguments.json:
         return print_json({split: str(folder) for split, folder in folders.items()})
     for report in found.reports:
@@ -72,18 +77,28 @@ def _split(report: "Report") -> str:
     return report.argument.removesuffix("_data_path")
 
 
-def _published(report: "Report", out: Path | None) -> Path:
-    """The prepared folder, or its copy below `out`: complete, or not there."""
+def _check_folder(option: str, file: str | None) -> None:
+    if file and not Path(file).parent.is_dir():
+        raise SpecError(f"{option}: there is no folder {Path(file).parent}. Make it, or name another one.")
+
+
+def _folder(report: "Report") -> Path:
     assert report.prepared is not None
-    folder = Path(report.prepared.folder)
-    if out is None:
-        return folder
-    target = out / _split(report)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(folder, beside)
-    beside.rename(target)
-    return target
+    return Path(report.prepared.folder)
+
+
+def _published(folders: Mapping[str, Path], out: Path) -> dict[str, Path]:
+    """Copies of prepared folders below `out`: all of them complete, or nothing."""
+    beside = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        for split, folder in folders.items():
+            shutil.copytree(folder, beside / split)
+        beside.rename(out)
+    except shutil.Error as error:
+        raise OSError(error.args[0][0][2]) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return {split: out / split for split in folders}
 
 
 def _show(found: "Validation", report_file: str | None) -> None:

@@ -1,27 +1,23 @@
 """data/tokenize.py: tokens and targets of every sample are those that LLM Foundry's own path gives it."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from tundish.data.tokenize import CHATML, TEMPLATE_DATE, encode, load_tokenizer
+from tundish.data.records import Messages
+from tundish.data.templates import TEMPLATE_DATE
+from tundish.data.tokenize import Encoded, Encoder, load_tokenizer
+from tundish.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LLAMA_3 = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}"
-    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
-    "<|start_header_id|>system<|end_header_id|>\n\nToday Date: {{ date_string }}\n\n{{ system }}<|eot_id|>"
-    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
-    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-"""What of Llama 3.1's own template decides tokens: begin of text, headers, the date, stripped contents."""
 SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
 
 TEXTS = {
@@ -33,12 +29,15 @@ TEXTS = {
     "chinese": ("二加二?", "四。\u3000"),
     "whitespace": ("  \t two \r\n\r\n and\u00a0two ", "\n\n  four\t \n"),
     "code": ("fix:\n```py\ndef f(x):\n\treturn  x ** 2\n```", "```py\ndef f(x: int) -> int:\n    return x**2\n```\n"),
-    "ends in eos": ("two?", "four</s>"),
-    "begins with bos": ("<s>two?", "<s>four"),
-    "special tokens inside": ("say <|eot_id|></s> or <|im_end|>", "no: <|start_header_id|>user<|end_header_id|> </s>"),
     "zero": ("nul \x00 \u200b \ufeff", "\u2028 ok"),
     "long": ("the quick brown fox jumps over the lazy dog; " * 40, "four " * 200),
 }
+CONTROL_TEXTS = {
+    "ends in eos": ("two?", "four</s>"),
+    "begins with bos": ("<s>two?", "<s>four"),
+    "control tokens inside": ("say <|eot_id|></s> or <|im_end|>", "no: <|start_header_id|>user<|end_header_id|> </s>"),
+}
+"""Parsed in prompts and responses; in chats LLM Foundry parses them, and tundish leaves them text."""
 TOKENIZERS: dict[str, tuple[str, str]] = {
     "nothing added": ("$A", "</s>"),
     "bos": ("<s> $A", "</s>"),
@@ -49,7 +48,7 @@ TOKENIZERS: dict[str, tuple[str, str]] = {
 """What the tokenizer adds to a text by itself, and its end of sequence."""
 
 MakeTokenizer = Callable[..., "PreTrainedTokenizerBase"]
-Reference = Callable[["PreTrainedTokenizerBase", dict[str, Any]], tuple[list[int], list[int]]]
+Reference = Callable[..., tuple[list[int], list[int]]]
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +59,13 @@ def reference() -> Reference:
         from llmfoundry.data.finetuning.collator import stitch_turns_decoder_only
         from llmfoundry.data.finetuning.tasks import tokenize_formatted_example
 
-    def make(tokenizer: "PreTrainedTokenizerBase", example: dict[str, Any]) -> tuple[list[int], list[int]]:
+    def make(
+        tokenizer: "PreTrainedTokenizerBase", example: dict[str, Any], targets: str = "all"
+    ) -> tuple[list[int], list[int]]:
         return stitch_turns_decoder_only(
             tokenize_formatted_example(example, tokenizer)["turns"],
             target_prompts="none",
-            target_responses="all",
+            target_responses=targets,
             eos_token_id=tokenizer.eos_token_id,
             validate=True,
         )
@@ -101,8 +102,9 @@ def make_tokenizer(tmp_path: Path, save_tokenizer: Any) -> MakeTokenizer:
     return make
 
 
-def _assert_equal(encoded: Any, expected: tuple[list[int], list[int]]) -> None:
+def _assert_equal(encoded: Encoded | DataError, expected: tuple[list[int], list[int]]) -> None:
     ids, labels = expected
+    assert isinstance(encoded, Encoded)
     assert encoded.tokens.tolist() == ids and len(ids) > 1
     # Compared as labels: a target's value is its own token.
     assert [token if bit else -100 for token, bit in zip(ids, encoded.loss_mask.tolist(), strict=True)] == labels
@@ -119,38 +121,72 @@ def _chats() -> dict[str, list[dict[str, str]]]:
     return chats | {f"{name}, with system": [system, *chats[name]] for name in ("plain", "whitespace", "many turns")}
 
 
-def _simple_template(model: Path) -> str:
-    from transformers import AutoTokenizer
-
-    template = AutoTokenizer.from_pretrained(model).chat_template
-    assert isinstance(template, str)
-    return template
+ENGINES = pytest.mark.parametrize("engine", ["tiktoken", "tokenizers"])
 
 
+def _encoder(tokenizer: "PreTrainedTokenizerBase", task: Any, engine: str, targets: Any = "all") -> Encoder:
+    encoder = Encoder(tokenizer, task, targets)
+    if engine == "tokenizers":
+        encoder._fast = None
+    assert encoder.engine == engine
+    return encoder
+
+
+@ENGINES
 @pytest.mark.parametrize("adds", TOKENIZERS)
-@pytest.mark.parametrize("template", ["simple", "llama 3", "chatml"])
+@pytest.mark.parametrize("template", ["simple", "llama 3.1", "chatml"])
 def test_chats_are_tokenized_as_by_llm_foundry(
-    make_tokenizer: MakeTokenizer, reference: Reference, tiny_model: Path, template: str, adds: str
+    make_tokenizer: MakeTokenizer,
+    reference: Reference,
+    chat_templates: dict[str, str],
+    template: str,
+    adds: str,
+    engine: str,
 ) -> None:
     """A fine-tune that moves to tundish would train other tokens or other targets of the same file."""
-    text = {"simple": _simple_template(tiny_model), "llama 3": LLAMA_3, "chatml": CHATML}[template]
-    tokenizer = make_tokenizer(adds, "CHAT_COMPLETION", text)
+    tokenizer = make_tokenizer(adds, "CHAT_COMPLETION", chat_templates[template])
     chats = _chats()
     assert len(chats) == len(TEXTS) + 4
-    for encoded, messages in zip(encode(tokenizer, [*chats.values()], "CHAT_COMPLETION"), chats.values(), strict=True):
-        _assert_equal(encoded, reference(tokenizer, {"messages": messages}))
+    for targets in ("all", "last"):
+        results = _encoder(tokenizer, "CHAT_COMPLETION", engine, targets).encode([*chats.values()])
+        for encoded, messages in zip(results, chats.values(), strict=True):
+            _assert_equal(encoded, reference(tokenizer, {"messages": messages}, targets))
 
 
-def test_the_llama_3_template_is_really_used(make_tokenizer: MakeTokenizer, reference: Reference) -> None:
+def test_the_llama_3_template_is_really_used(
+    make_tokenizer: MakeTokenizer, reference: Reference, chat_templates: dict[str, str]
+) -> None:
     """Both sides could agree on a text that no Llama ever saw."""
-    tokenizer = make_tokenizer("bos, another eos", "CHAT_COMPLETION", LLAMA_3)
+    tokenizer = make_tokenizer("bos, another eos", "CHAT_COMPLETION", chat_templates["llama 3.1"])
     ids, labels = reference(tokenizer, {"messages": _chats()["many turns, with system"]})
     text = tokenizer.decode(ids)
-    assert text.startswith("<s><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\nbe short")
-    assert ids.count(tokenizer.bos_token_id) == 3, "the template's own, and two of the texts"
+    assert text.startswith(
+        "<s><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\nbe short"
+    )
+    assert ids.count(tokenizer.bos_token_id) == 1
     assert labels[-1] == tokenizer.eos_token_id
     turns = sum(before == -100 != label for before, label in pairwise(labels))
     assert turns == len(TEXTS), "every reply is a target"
+
+
+@pytest.mark.parametrize("name", CONTROL_TEXTS)
+@pytest.mark.parametrize("template", ["simple", "llama 3.1", "chatml"])
+def test_control_tokens_in_chats_are_the_difference(
+    make_tokenizer: MakeTokenizer, reference: Reference, chat_templates: dict[str, str], template: str, name: str
+) -> None:
+    """The difference that is wanted would be there no longer, or another one with it."""
+    tokenizer = make_tokenizer("bos", "CHAT_COMPLETION", chat_templates[template])
+    prompt, reply = CONTROL_TEXTS[name]
+    chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+    (encoded,) = Encoder(tokenizer, "CHAT_COMPLETION", "all").encode([chat])
+    ids, _ = reference(tokenizer, {"messages": chat})
+    control = set(tokenizer.all_special_ids)
+    assert isinstance(encoded, Encoded)
+    ours, theirs = ([token for token in one if token in control] for one in (encoded.tokens.tolist(), ids))
+    assert len(ours) < len(theirs)
+    # The end of a sequence that a message holds is no end: ours may have one more.
+    assert tokenizer.decode(encoded.tokens) in (tokenizer.decode(ids), tokenizer.decode(ids) + "</s>")
 
 
 def test_a_tokenizer_without_template_gets_llm_foundrys_own(
@@ -161,18 +197,105 @@ def test_a_tokenizer_without_template_gets_llm_foundrys_own(
 
     untouched = AutoTokenizer.from_pretrained(bare_model)
     assert untouched.chat_template is None
-    ours = load_tokenizer(str(bare_model), "CHAT_COMPLETION")
+    ours = Encoder(load_tokenizer(str(bare_model), "CHAT_COMPLETION"), "CHAT_COMPLETION", "all")
     chats = _chats()
-    for encoded, messages in zip(encode(ours, [*chats.values()], "CHAT_COMPLETION"), chats.values(), strict=True):
+    for encoded, messages in zip(ours.encode([*chats.values()]), chats.values(), strict=True):
         _assert_equal(encoded, reference(untouched, {"messages": messages}))
 
 
+# Conversations that nobody thought of, with the tokenizers of Llama 3 and Mistral.
+
+PIECES = [
+    *(
+        "two",
+        "Fox",
+        "don't",
+        "I'LL",
+        "12",
+        "345 678",
+        "3.14",
+        "x**2",
+        "def f(x):\n\treturn {x: [1]}",
+        "```py\n",
+        "{{ x }}",
+    ),
+    *(" ", "  ", "\t", "\n", "\n\n", "\r\n", " \n ", "\u00a0", "\u3000", "\u200b", "\ufeff", "\x00", "\x85", "\u2028"),
+    *("<b>", "</think>", "<|x|>", "[INST", "_", "--", "…", "「二」", "四。", "ไทย", "हिन्दी", "▁", "▁▁", "<0x41>"),
+    *("שלום", "ما هذا؟", "\u202e", "\u200f", "\u0301", "é", "e\u0301", "ﬁ", "İ", "ſ", "\ufdd0", "\U0010ffff"),
+    *("👩\u200d👩\u200d👧", "🏳️\u200d🌈", "👍🏽"),
+]
+MESSAGES = (
+    st.lists(st.sampled_from(PIECES) | st.text(max_size=3), min_size=1, max_size=8).map("".join).filter(str.strip)
+)
+
+
+@st.composite
+def _conversations(draw: st.DrawFn, *, system: bool) -> Messages:
+    turns = draw(st.sampled_from([1, 1, 2, 3]))
+    contents = draw(st.lists(MESSAGES, min_size=2 * turns, max_size=2 * turns))
+    chat = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+    first = draw(st.none() | MESSAGES | st.sampled_from([".", "\u200b", "\ufeff"])) if system else None
+    return chat if first is None else [{"role": "system", "content": first}, *chat]
+
+
+@pytest.fixture(scope="module")
+def models(llama3_tokenizer: Path, mistral_tokenizer: Path, bare_model: Path) -> dict[str, Path]:
+    """Folders of tokenizers by name."""
+    return {"llama 3": llama3_tokenizer, "mistral": mistral_tokenizer, "chatml": bare_model}
+
+
+@pytest.mark.parametrize("targets", ["all", "last"])
+@pytest.mark.parametrize("name", ["llama 3", "mistral", "chatml"])
+def test_any_conversation_is_tokenized_as_by_llm_foundry(
+    models: dict[str, Path], reference: Reference, name: str, targets: Any
+) -> None:
+    """The models that are trained in earnest would get other tokens or targets than by LLM Foundry."""
+    tokenizer = load_tokenizer(str(models[name]), "CHAT_COMPLETION")
+    encoder = Encoder(tokenizer, "CHAT_COMPLETION", targets)
+    assert encoder.engine == ("tokenizers" if name == "mistral" else "tiktoken")
+    compared: list[int] = []
+
+    @settings(max_examples=60)
+    @given(st.lists(_conversations(system=name != "mistral"), min_size=1, max_size=4))
+    @example([[{"role": "user", "content": " a "}, {"role": "assistant", "content": "\u3000b\n"}]])
+    def check(chats: Sequence[Messages]) -> None:
+        for encoded, chat in zip(encoder.encode(chats), chats, strict=True):
+            assert encoder.control_token(chat) is None
+            _assert_equal(encoded, reference(tokenizer, {"messages": chat}, targets))
+            compared.append(len(chat))
+
+    check()
+    assert len(compared) > 60 and max(compared) >= 6
+
+
+@pytest.mark.parametrize("name", ["llama 3", "mistral"])
+def test_any_pair_is_tokenized_as_by_llm_foundry(models: dict[str, Path], reference: Reference, name: str) -> None:
+    """As above, for prompts and responses, in which control tokens are what they are for LLM Foundry."""
+    tokenizer = load_tokenizer(str(models[name]), "INSTRUCTION_FINETUNE")
+    encoder = Encoder(tokenizer, "INSTRUCTION_FINETUNE", "all")
+    control = ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "</s>", "<s>", "[INST]", "[/INST]"]
+    texts = st.lists(st.sampled_from([*PIECES, *control]), min_size=1, max_size=8).map("".join)
+
+    @given(texts, texts)
+    @example("<|begin_of_text|>", "<|begin_of_text|><|begin_of_text|>")
+    @example("<s>x", "<s>")
+    def check(prompt: str, response: str) -> None:
+        (encoded,) = encoder.encode([(prompt, response)])
+        _assert_equal(encoded, reference(tokenizer, {"prompt": prompt, "response": response}))
+
+    check()
+
+
+@ENGINES
 @pytest.mark.parametrize("adds", TOKENIZERS)
-def test_pairs_are_tokenized_as_by_llm_foundry(make_tokenizer: MakeTokenizer, reference: Reference, adds: str) -> None:
+def test_pairs_are_tokenized_as_by_llm_foundry(
+    make_tokenizer: MakeTokenizer, reference: Reference, adds: str, engine: str
+) -> None:
     """A second begin of sequence, or a missing end, would stand in every sample."""
     tokenizer = make_tokenizer(adds, "INSTRUCTION_FINETUNE")
-    pairs = [*TEXTS.values(), (" ", "\n")]
-    for encoded, (prompt, response) in zip(encode(tokenizer, pairs, "INSTRUCTION_FINETUNE"), pairs, strict=True):
+    pairs = [*TEXTS.values(), *CONTROL_TEXTS.values(), (" ", "\n")]
+    results = _encoder(tokenizer, "INSTRUCTION_FINETUNE", engine).encode(pairs)
+    for encoded, (prompt, response) in zip(results, pairs, strict=True):
         _assert_equal(encoded, reference(tokenizer, {"prompt": prompt, "response": response}))
 
 

@@ -3,7 +3,10 @@
 import math
 import random
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tundish.data.pack import pack
 
@@ -70,3 +73,50 @@ def test_the_tightest_row_is_taken() -> None:
     """First fit instead of best fit: the 2 would go to the row with 3 left, and the 3 need a row of its own."""
     assert pack([7, 6, 2, 3], 9) == [[0, 2], [1, 3]]
     assert pack([6, 7, 3, 2], 9) == [[0, 2], [1, 3]]
+
+
+def _checked(lengths: "np.ndarray", capacity: int) -> list[list[int]]:
+    """The rows, in which every sample is once, and which hold what they have."""
+    rows = pack(lengths, capacity)
+    samples = np.concatenate(rows)
+    assert np.array_equal(np.sort(samples), np.arange(len(lengths)))
+    starts = np.cumsum([0, *map(len, rows[:-1])])
+    assert np.add.reduceat(lengths[samples], starts, dtype=np.int64).max() <= capacity
+    return rows
+
+
+def test_rows_of_a_hundred_thousand_samples_are_full() -> None:
+    """A twentieth of every batch would be padding: sizes of real samples leave next to no room."""
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 1.2, 100_000), 1, 8192).astype(np.int32)
+    rows = _checked(lengths, 8192)
+    assert lengths.sum() / (len(rows) * 8192) >= 0.995
+
+
+def test_a_million_samples_are_planned() -> None:
+    """Large data would not be prepared at all: the plan must not grow with the square of the samples."""
+    lengths = np.clip(np.random.default_rng(1).lognormal(5.5, 1.2, 1_000_000), 1, 8192).astype(np.int32)
+    rows = _checked(lengths, 8192)
+    assert lengths.sum() / (len(rows) * 8192) >= 0.995
+
+
+def test_many_samples_of_one_length_are_planned() -> None:
+    """Many rows with the same space left must not be searched one by one."""
+    for length, in_a_row in ((1, 8192), (3000, 2), (8192, 1)):
+        rows = _checked(np.full(300_000, length, np.int32), 8192)
+        assert len(rows) == -(-300_000 // in_a_row)
+
+
+@given(st.lists(st.integers(1, 24), max_size=40), st.integers(24, 40))
+def test_rows_are_those_of_best_fit_decreasing(lengths: list[int], capacity: int) -> None:
+    """As the method is written down: longest first, each into the fullest row that takes it, else into a new one."""
+    spaces: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [row for row, space in enumerate(spaces) if space >= length]
+        if not fitting:
+            spaces.append(capacity)
+            fitting = [len(spaces) - 1]
+        spaces[min(fitting, key=lambda row: spaces[row])] -= length
+    rows = pack(lengths, capacity)
+    assert sorted(capacity - sum(lengths[sample] for sample in row) for row in rows) == sorted(spaces)
+    assert sorted(sample for row in rows for sample in row) == list(range(len(lengths)))
+    assert rows == sorted(sorted(row) for row in rows)

@@ -296,11 +296,13 @@ def test_an_attention_that_cannot_isolate_is_refused() -> None:
 def prepared(tiny_model: Path, tmp_path: Path, write_lines: Any) -> str:
     """A prepared folder of 40 pairs in some ten rows."""
     from tundish.data import prepare
+    from tundish.data.encoding import Job
     from tundish.data.sources import open_source
 
     pairs = [{"prompt": f"{n}: two? ", "response": "fox " * (n % 7) + f"four {n}"} for n in range(40)]
     path = write_lines(tmp_path / "train.jsonl", pairs)
-    return prepare(open_source(str(path), "INSTRUCTION_FINETUNE", system_message=True), str(tiny_model), 64).folder
+    source = open_source(str(path), "INSTRUCTION_FINETUNE", system_message=True)
+    return prepare(source, Job(model=str(tiny_model), task_type="INSTRUCTION_FINETUNE", context_length=64)).folder
 
 
 # Streaming leaves its index.json open.

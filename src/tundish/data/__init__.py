@@ -11,28 +11,29 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from tundish.data.chunks import EMPTY
 from tundish.data.encoding import EncodedChunk, Job
-from tundish.data.findings import Finding
+from tundish.data.findings import Finding, Findings
 from tundish.data.records import Problem, Sample
 from tundish.data.share import Progress, Share, prepare_share
 from tundish.data.sources import Source
-from tundish.data.templates import CHATML, TEMPLATE_DATE
+from tundish.data.templates import TEMPLATE_DATE
+from tundish.data.tokenize import CHATML_ADDED
 from tundish.data.workers import Workers
-from tundish.errors import DataError
+from tundish.errors import DataError, StageError
 from tundish.paths import prepared_dir, write_atomic
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 NO_SAMPLE = "{}: there is no sample in it; all is empty. Give data with samples."
 
@@ -57,7 +58,8 @@ class Prepared:
     """Lines, rows or files, blank ones too."""
     refused: int = 0
     """Empty .txt files, which hold no sample; a bad sample is an error."""
-    warnings: list[Finding] = field(default_factory=list[Finding])
+    warnings: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """What was found that is no problem: rule, text and the numbers of the samples."""
     engine: str = "tokenizers"
     """The library that turned text into ids; both give the same."""
     template_date: str = TEMPLATE_DATE
@@ -69,7 +71,6 @@ class Prepared:
     def read(cls, folder: Path) -> "Prepared":
         """The manifest of a complete prepared folder."""
         content = json.loads((folder / MANIFEST).read_text())
-        content["warnings"] = [Finding(**finding) for finding in content["warnings"]]
         # The folder may have been moved since.
         return cls(**{**content, "folder": str(folder)})
 
@@ -118,35 +119,81 @@ def examine(
         progress: told how far it is.
 
     Raises:
-        DataError: there is no sample, or compressed data is damaged.
+        DataError: there is no sample, data is damaged, or was changed while it was read.
+        StageError: there is no room or right to write, or a worker was killed.
     """
+    state = source.state()
     facts = _facts(source, job)
-    key = json.dumps([facts, job.task_type, job.target_responses, bool(cluster), TEMPLATE_DATE, FORMAT_VERSION])
+    key = json.dumps([facts, asdict(source.rules), job.target_responses, bool(cluster), TEMPLATE_DATE, FORMAT_VERSION])
     folder = prepared_dir() / hashlib.sha256(key.encode()).hexdigest()[:24]
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _clear_stale(folder.parent)
     # A second run with the same data waits for the first; the lock of a process that dies is free.
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    with _locked(folder):
         if (folder / MANIFEST).exists():
             log.info("Reusing %s: the same data was prepared before.", folder)
-            prepared = Prepared.read(folder)
-            return Outcome(
-                prepared=prepared,
-                total=prepared.units,
-                samples=prepared.samples,
-                problems=[],
-                warnings=prepared.warnings,
-            )
-        with _beside(folder) as beside:
-            share = _share(source, job, cluster, beside, _logged(progress, source.place.unit))
-            problems = share.problems.findings(source.place, share.units)
-            warnings = share.warnings.findings(source.place, share.units)
-            prepared = None
-            if not problems:
-                prepared = _prepared(folder, share, job, facts, warnings)
-                _write_index(beside, share)
-                write_atomic(beside / MANIFEST, json.dumps(asdict(prepared), indent=2) + "\n")
-                beside.rename(folder)
-    return Outcome(prepared=prepared, total=share.units, samples=share.samples, problems=problems, warnings=warnings)
+            return _outcome(source, Prepared.read(folder))
+        try:
+            return _prepare_new(source, job, cluster, folder, facts, state, progress)
+        except OSError as error:
+            raise StageError(
+                f"preparing the data in {folder.parent} failed: {error}. Check its room and rights."
+            ) from error
+
+
+def _outcome(source: Source, prepared: Prepared) -> Outcome:
+    """What there is to say of data that was prepared before."""
+    warnings = Findings.of(prepared.warnings).findings(source.place, prepared.units)
+    return Outcome(prepared=prepared, total=prepared.units, samples=prepared.samples, problems=[], warnings=warnings)
+
+
+def _prepare_new(
+    source: Source,
+    job: Job,
+    cluster: str | None,
+    folder: Path,
+    facts: dict[str, Any],
+    state: object,
+    progress: Progress,
+) -> Outcome:
+    with _beside(folder) as beside:
+        share = _share(source, job, cluster, beside, _logged(progress))
+        if source.state() != state:
+            raise DataError(f"{source.place.source}: changed while it was read. Try again when it is complete.")
+        if not share.problems:
+            prepared = _prepared(folder, share, job, facts)
+            _write_index(beside, share)
+            write_atomic(beside / MANIFEST, json.dumps(asdict(prepared), indent=2) + "\n")
+            beside.rename(folder)
+            return _outcome(source, prepared)
+    problems, warnings = (found.findings(source.place, share.units) for found in (share.problems, share.warnings))
+    return Outcome(prepared=None, total=share.units, samples=share.samples, problems=problems, warnings=warnings)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = _lock(folder)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("Another process prepares the same data; waiting for it.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _lock(folder: Path) -> FileLock:
+    return FileLock(folder.with_name(f".{folder.name}.lock"))
+
+
+def _clear_stale(parent: Path) -> None:
+    """Remove what killed processes left half written: its lock is free."""
+    for stale in parent.glob(".*.tmp"):
+        lock = _lock(parent / stale.name.split(".")[1])
+        with suppress(Timeout), lock.acquire(timeout=0):
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def check_structure(source: Source) -> Outcome:
@@ -171,13 +218,12 @@ def check_structure(source: Source) -> Outcome:
 
 
 def _facts(source: Source, job: Job) -> dict[str, Any]:
+    packages = ("jinja2", "mosaicml-streaming", "tiktoken", "tokenizers", "transformers")
     return {
         "source_hash": source.digest(),
         "tokenizer_hash": job.encoder.digest,
         "context_length": job.context_length,
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("tokenizers", "transformers", "mosaicml-streaming")
-        },
+        "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
 
@@ -205,11 +251,12 @@ def first_samples(source: Source) -> Iterator[Sample]:
     return (sample for _, sample in samples if sample and not isinstance(sample, Problem))
 
 
-def _prepared(folder: Path, share: Share, job: Job, facts: dict[str, Any], warnings: list[Finding]) -> Prepared:
+def _prepared(folder: Path, share: Share, job: Job, facts: dict[str, Any]) -> Prepared:
     return Prepared(
         folder=str(folder), samples=share.samples, rows=share.rows, tokens=share.tokens, units=share.units,
-        target_tokens=share.target_tokens, truncated=share.truncated, refused=share.empty, warnings=warnings,
-        chatml_added=job.encoder.tokenizer.chat_template == CHATML, engine=job.encoder.engine, **facts,
+        target_tokens=share.target_tokens, truncated=share.truncated, refused=share.empty,
+        warnings=share.warnings.to_records(),
+        chatml_added=hasattr(job.encoder.tokenizer, CHATML_ADDED), engine=job.encoder.engine, **facts,
     )  # fmt: skip
 
 
@@ -221,9 +268,7 @@ def _write_index(folder: Path, share: Share) -> None:
 
 @contextmanager
 def _beside(folder: Path) -> Iterator[Path]:
-    """A folder to write in, to be renamed; gone after this if it was not. Those of killed runs are cleared away."""
-    for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
+    """A folder to write in, to be renamed; gone after this if it was not."""
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     beside.mkdir()
     try:
@@ -232,7 +277,7 @@ def _beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _logged(progress: Progress, unit: str) -> Progress:
+def _logged(progress: Progress) -> Progress:
     """`progress`, with a word in the log every ten seconds."""
     last_word = time.monotonic()
 

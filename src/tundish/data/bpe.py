@@ -4,7 +4,7 @@ Ranks and pattern are taken from the tokenizer itself. Whether both give the sam
 texts made to tell them apart; a tokenizer that fails, or that tiktoken cannot express, stays with `tokenizers`.
 """
 
-import unicodedata
+import re
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -18,6 +18,9 @@ Ids = NDArray[np.int32]
 
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 """What the `ByteLevel` pre-tokenizer splits by where it names no pattern."""
+
+TRIED_WORDS = 1 << 14
+"""Of the vocabulary, about."""
 
 TRIALS = (
     "",
@@ -35,6 +38,9 @@ TRIALS = (
     "Donaudampfschifffahrtsgesellschaftskapitän pneumonoultramicroscopicsilicovolcanoconiosis",
     "https://example.org/a?b=c&d=%20#e user@example.org $1.00 €5 C++ O'Brien's 'tis",
 )
+
+
+_NONE = frozenset[str]()
 
 
 def _byte_letters() -> dict[str, int]:
@@ -57,19 +63,31 @@ class BytePairEncoder:
         Raises:
             ValueError: tiktoken cannot split the text (a million blanks in a row, say).
         """
-        if self._normalize is not None and not text.isascii():
-            text = self._normalize(text)
+        if self._normalize is None or text.isascii():
+            return self._encode(text, special)
+        # Added tokens are found before the text is normalized: what becomes one only then is text.
+        parts = re.split(f"({'|'.join(map(re.escape, sorted(special)))})", text) if special else [text]
+        plain, tokens = parts[::2], [*parts[1::2], ""]
+        pairs = ((self._encode(self._normalize(one), _NONE), token) for one, token in zip(plain, tokens, strict=True))
+        return np.concatenate([ids for one, token in pairs for ids in (one, self._encode(token, special))])
+
+    def _encode(self, text: str, special: frozenset[str]) -> Ids:
         return self._ids[self._core.encode_to_numpy(text, allowed_special=special, disallowed_special=())]
 
     @classmethod
     def of(cls, backend: Any, serialized: str) -> "BytePairEncoder | None":
         """For a `tokenizers.Tokenizer` and its JSON; None if tiktoken does not do the same."""
         parts = orjson.loads(serialized)
-        found = cls._translate(parts)
-        return found if found is not None and found._agrees(backend, parts["model"]["vocab"]) else None
+        try:
+            found = cls._translate(parts, backend)
+            return found if found is not None and found._agrees(backend, parts["model"]) else None
+        except BaseException as error:  # its core panics, which is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            return None
 
     @classmethod
-    def _translate(cls, parts: Mapping[str, Any]) -> "BytePairEncoder | None":
+    def _translate(cls, parts: Mapping[str, Any], backend: Any) -> "BytePairEncoder | None":
         pattern, model = _pattern(parts.get("pre_tokenizer")), parts["model"]
         normalizer = parts.get("normalizer")
         wrong_model = model["type"] != "BPE" or model.get("dropout") or model.get("byte_fallback")
@@ -79,29 +97,38 @@ class BytePairEncoder:
         ranks, ids = _ranks(model)
         added = sorted(token["content"] for token in parts["added_tokens"])
         plain = all(not (token["single_word"] or token["lstrip"] or token["rstrip"]) for token in parts["added_tokens"])
+        # Those that are looked for in the normalized text are looked for after the others.
+        plain = plain and len({token["normalized"] for token in parts["added_tokens"]}) <= 1
         # Of two that begin alike, tokenizers takes the longer one; tiktoken, either.
         if ids is None or not plain or any(longer.startswith(token) for token, longer in pairwise(added)):
             return None
         id_of = {token["content"]: token["id"] for token in parts["added_tokens"]}
         special = {content: len(ranks) + place for place, content in enumerate(added)}
         core = tiktoken.Encoding("tundish", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        normalize = None if normalizer is None else lambda text: unicodedata.normalize("NFC", text)
+        # Not Python's: the two may be of different versions of Unicode.
+        normalize = None if normalizer is None else backend.normalizer.normalize_str
         return cls(core, np.array(ids + [id_of[content] for content in added], dtype=np.int32), normalize)
 
-    def _agrees(self, backend: Any, ids: Mapping[str, int]) -> bool:
-        # Every two-hundredth word of the vocabulary, whole and glued to the next: also what no merge leads to.
-        vocabulary = sorted(ids.values())[::200]
-        words = [backend.decode([token], skip_special_tokens=False) for token in vocabulary]
+    def _agrees(self, backend: Any, model: Mapping[str, Any]) -> bool:
+        ids = sorted(model["vocab"].values())
+        if not set(ids) <= set(self._ids.tolist()):
+            return False  # a token that no merge leads to
+        words = [
+            backend.decode([token], skip_special_tokens=False) for token in ids[:: max(1, len(ids) // TRIED_WORDS)]
+        ]
+        if model.get("ignore_merges"):
+            words = [word * 2 for word in words]  # a word that is a token is taken whole by both; what of its inside?
         specials = sorted(self.special)[:8]
-        trials = [*TRIALS, *words, "".join(words), "x ".join(specials), "".join(specials), "".join(TRIALS)]
-        return self.agrees_on(trials, backend)
+        trials = [*TRIALS, "".join(words), "x ".join(specials), "".join(specials), "".join(TRIALS)]
+        return self.agrees_on(trials, backend) and self.agrees_on(words, backend, _NONE)
 
-    def agrees_on(self, texts: list[str], backend: Any) -> bool:
-        """Whether both give the same ids for these texts."""
+    def agrees_on(self, texts: list[str], backend: Any, special: frozenset[str] | None = None) -> bool:
+        """Whether both give the same ids for these texts, in which only the added tokens of `special` stand (all)."""
+        allowed = self.special if special is None else special
         expected = backend.encode_batch_fast(texts, add_special_tokens=False)
         try:
             return all(
-                self.encode(text, self.special).tolist() == one.ids for text, one in zip(texts, expected, strict=True)
+                self.encode(text, allowed).tolist() == one.ids for text, one in zip(texts, expected, strict=True)
             )
         except ValueError:
             return False
@@ -133,7 +160,7 @@ def _ranks(model: Mapping[str, Any]) -> tuple[dict[bytes, int], list[int] | None
     ids = [vocabulary.get(letter_of[byte]) for byte in range(256)]
     for merge in model["merges"]:
         token = "".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1)
-        content = token.translate(to_bytes).encode("latin-1")
+        content = token.translate(to_bytes).encode("latin-1")  # fails where it is not byte-level
         if content not in ranks:
             ranks[content] = len(ranks)
             ids.append(vocabulary.get(token))

@@ -8,13 +8,14 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, Literal, Protocol, cast
 
 from tundish.data.records import MAX_LINE_BYTES, Problem, Rules, Sample
 
 CHUNK_BYTES = 1 << 20
-MAX_TEXT_BYTES = 1 << 30
-"""A larger .txt file is refused: it is tokenized as a whole, in memory."""
+MAX_TEXT_BYTES = 1 << 28
+"""A larger .txt file is refused: it is held in memory."""
+Compression = Literal["", ".gz", ".zst"]
 EMPTY = ""
 """The sample of a .txt file that has none."""
 
@@ -75,6 +76,17 @@ def line_blocks(file: BinaryIO, limit: int | None = None) -> Iterator[LineBlock]
         yield LineBlock(block, size)
 
 
+def open_lines(path: Path, compression: Compression) -> BinaryIO:
+    """A JSONL file as it was before it was compressed."""
+    if not compression:
+        return open(path, "rb")
+    import pyarrow as pa
+
+    # Unlike Python's own readers of these formats, it tells a stream that is cut off from one that has ended.
+    stream = pa.input_stream(str(path), compression={".gz": "gzip", ".zst": "zstd"}[compression])
+    return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, stream), CHUNK_BYTES))
+
+
 @dataclass(frozen=True, slots=True)
 class TextFiles:
     """Some .txt files of a folder."""
@@ -97,7 +109,9 @@ class TextFiles:
 
 def _read_text(path: Path) -> str | Problem:
     if path.stat().st_size > MAX_TEXT_BYTES:
-        return Problem("too large", f"larger than {MAX_TEXT_BYTES >> 30} GiB. Cut it into several files.")
+        return Problem(
+            "too large", f"larger than {MAX_TEXT_BYTES >> 20} MiB. Cut it into several files (split -C 200M)."
+        )
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -123,9 +137,15 @@ class TableRows:
         """See Chunk."""
         import pyarrow as pa
 
-        rows = pa.ipc.open_stream(self.data).read_all().to_pylist()
-        for number, row in enumerate(rows, 1):
-            yield number, rules.check(_without_nulls(row))
+        table = pa.ipc.open_stream(self.data).read_all()
+        for number in range(table.num_rows):
+            try:
+                (row,) = table.slice(number, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                found = f"the byte at offset {error.start} of a text is not UTF-8. Write the text anew."
+                yield number + 1, Problem("not UTF-8", found)
+            else:
+                yield number + 1, rules.check(_without_nulls(row))
 
     @classmethod
     def of(cls, table: Any) -> "TableRows":

@@ -107,12 +107,12 @@ def _good_samples(rules: Rules, chunk: Chunk, found: EncodedChunk, encoder: Enco
             found.empty += 1
         else:
             if (token := encoder.control_token(sample)) is not None:
-                found.warnings.add(number, _control_token(token, job_is_chat=rules.task_type == "CHAT_COMPLETION"))
+                found.warnings.add(number, _control_token(token, rules.task_type))
             yield number, sample
 
 
-def _control_token(token: str, *, job_is_chat: bool) -> Problem:
-    if job_is_chat:
+def _control_token(token: str, task_type: TaskType) -> Problem:
+    if task_type == "CHAT_COMPLETION":
         text = f"a message holds {token!r}, a control token of the model. It stays text here, and controls nothing."
     else:
         text = f"holds {token!r}, a control token of the model. It is taken for one, as no template is applied."

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tundish.data import first_samples
 from tundish.data.chunks import Chunk
 from tundish.data.encoding import EncodedChunk, Job, encode_chunk
+from tundish.data.findings import printable
 from tundish.data.pack import pack
 from tundish.data.share import Progress
 from tundish.data.sources import Source
@@ -84,7 +85,7 @@ class Estimate:
         yield f"  truncated      {self.truncated_share:.2%} of the samples, longer than {self.context_length:,} tokens"
         yield f"  rows           {self.rows:,}{about} of {self.context_length:,} tokens, {self.fill:.1%} full"
         yield f"  batch size     {self.batch_size:,} rows"
-        yield f"  steps          {self.steps:,}{about} for {self.duration}"
+        yield f"  steps          {self.steps:,}{'' if self.duration.endswith('ba') else about} for {self.duration}"
         if self.sampled_share < 1:
             yield f"  from           {self.sampled_share:.1%} of the data, drawn at random; margins at 95 % confidence"
         if self.refused:
@@ -123,7 +124,7 @@ class Estimate:
             axes.legend()
         axes.set_xlabel("tokens a sample")
         axes.set_ylabel("samples")
-        axes.set_title(self.source, fontsize=10)
+        axes.set_title(printable(self.source), fontsize=10, parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
         sink = io.BytesIO()
         figure.savefig(sink, dpi=120)
@@ -164,10 +165,8 @@ class _Drawn:
     def margin(self) -> float:
         """Relative margin of the total of tokens."""
         count, share = len(self.size), 1 / self.factor
-        if share >= 1 or not sum(self.tokens):
+        if share >= 1:
             return 0.0
-        if count < 2:
-            return math.inf
         size, tokens = np.array(self.size, float), np.array(self.tokens, float)
         residuals = tokens - tokens.sum() / size.sum() * size
         deviation = math.sqrt((1 - share) * residuals.var(ddof=1) / count)
@@ -228,5 +227,5 @@ def _histogram(lengths: NDArray[np.int32]) -> tuple[list[int], list[int]]:
     """Edges at powers of two, and how many samples lie between each two."""
     first, last = int(math.log2(lengths.min())), int(math.log2(lengths.max())) + 1
     edges = [2**power for power in range(first, last + 1)]
-    counts, _ = np.histogram(lengths, bins=[*edges[:-1], edges[-1] + 0.5])
+    counts, _ = np.histogram(lengths, bins=edges)
     return edges, counts.tolist()

@@ -1,8 +1,9 @@
 """What was found in the samples: problems and warnings by rule, with the places that have them."""
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from tundish.data.records import Problem
 
@@ -12,7 +13,7 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) i
 
 def printable(text: str) -> str:
     """`text` of the data, for a terminal: what would command it is written out."""
-    return text.translate(_CONTROLS)
+    return text.translate(_CONTROLS).encode(errors="backslashreplace").decode()
 
 
 @dataclass(slots=True)
@@ -40,13 +41,9 @@ class Findings:
     def __bool__(self) -> bool:
         return bool(self._kinds)
 
-    def __iter__(self) -> Iterator[tuple[str, int]]:
-        """Rules, and how many samples each was found in."""
-        return ((rule, len(kind.numbers)) for rule, kind in self._kinds.items())
-
     @property
     def count(self) -> int:
-        """Samples with something found; one with a problem and a warning of one list counts twice."""
+        """Findings in all; a sample with two counts twice."""
         return sum(len(kind.numbers) for kind in self._kinds.values())
 
     def findings(self, place: "Place", total: int) -> "list[Finding]":
@@ -56,14 +53,26 @@ class Findings:
             for rule, kind in self._kinds.items()
         ]
 
+    def to_records(self) -> list[dict[str, Any]]:
+        """Everything, for JSON."""
+        return [{"rule": rule, "text": kind.text, "where": list(kind.numbers)} for rule, kind in self._kinds.items()]
+
+    @classmethod
+    def of(cls, records: list[dict[str, Any]]) -> "Findings":
+        """What `to_records` gave."""
+        found = cls()
+        for record in records:
+            found._kinds[record["rule"]] = _Kind(record["text"], array("q", record["where"]))
+        return found
+
     def _message(self, kind: _Kind, place: "Place", total: int) -> str:
-        text = printable(f"{place.of(kind.numbers[0])}: {kind.text}")
+        text = f"{place.of(kind.numbers[0])}: {kind.text}"
         count = len(kind.numbers)
-        if count == 1:
-            return text
-        shown = ", ".join(str(name) for name in place.names(kind.numbers[:SHOWN]))
-        more = ", …" if count > SHOWN else ""
-        return f"{text} {count:,} of {total:,} {place.unit}s are like this ({shown}{more})."
+        if count > 1:
+            shown = ", ".join(str(name) for name in place.names(kind.numbers[:SHOWN]))
+            more = ", …" if count > SHOWN else ""
+            text += f" {count:,} of {total:,} {place.unit}s are like this ({shown}{more})."
+        return printable(text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ PromptResponse = tuple[str, str]
 Sample = Messages | PromptResponse | str
 """Chat messages, prompt and response, or raw text: one shape a task type."""
 
-MAX_LINE_BYTES = 1 << 25
+MAX_LINE_BYTES = 1 << 23
 """A longer line is refused unread: it could not be held in memory many times over, and no model reads as much."""
 CHAT_HINT = 'Write {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}.'
 PAIR_HINT = 'Write {"prompt": "…", "response": "…"}.'
@@ -90,6 +90,10 @@ class Rules:
         return self.check(cast(dict[str, Any], record))
 
 
+_TURNS = ["user", "assistant"] * 64
+"""Roles as they follow each other; a chat with more takes the long way."""
+
+
 class _Refused(ValueError):
     """What JSON readers let pass and we do not."""
 
@@ -113,26 +117,26 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _quick_chat(line: bytes, record: dict[str, Any], system_message: bool) -> Messages | None:
-    messages = record.get("messages")
-    if len(record) != 1 or type(messages) is not list or not messages:
+    found = record.get("messages")
+    if len(record) != 1 or type(found) is not list or not found:
         return None
+    messages = cast(list[dict[str, Any]], found)
     # A quotation mark inside a text is escaped, so each of these is a key, or a text of that one word.
-    count = len(cast(list[Any], messages))
+    count = len(messages)
     if line.count(b'"role"') != count or line.count(b'"content"') != count or line.count(b'"messages"') != 1:
         return None
-    expected, first = "user", True
-    for message in cast(list[dict[str, Any]], messages):
-        if type(message) is not dict or len(message) != 2:
-            return None
-        role, content = message.get("role"), message.get("content")
-        if type(content) is not str or not content or content.isspace():
-            return None
-        if role == expected:
-            expected = "assistant" if role == "user" else "user"
-        elif not (first and role == "system" and system_message):
-            return None
-        first = False
-    return cast(Messages, messages) if expected == "user" and messages[-1]["role"] == "assistant" else None
+    try:
+        roles: list[Any] = [message["role"] for message in messages]
+        contents: list[Any] = [message["content"] for message in messages]
+    except (KeyError, TypeError):
+        return None
+    if any(len(message) != 2 for message in messages):
+        return None
+    if any(type(content) is not str or not content or content.isspace() for content in contents):
+        return None
+    turns = roles[1:] if system_message and roles[0] == "system" else roles
+    good = turns and turns[-1] == "assistant" and turns == _TURNS[: len(turns)]
+    return messages if good else None
 
 
 def _quick_pair(line: bytes, record: dict[str, Any]) -> PromptResponse | None:

@@ -1,17 +1,19 @@
 """Data of object stores, copied to this machine by Streaming's clients (`s3://`, `gs://`, `oci://`, `azure://` …)."""
 
 import hashlib
+import json
 import os
 import shutil
+import tempfile
 import urllib.parse
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
 from tundish.errors import SpecError
-from tundish.paths import downloads_dir, inside, write_atomic
+from tundish.paths import downloads_dir, inside
 
 T = TypeVar("T")
 TIMEOUT = 3600.0
@@ -24,43 +26,41 @@ def fetch_file(uri: str) -> Path:
     Raises:
         SpecError: there is no such object, or it may not be read.
     """
-    name = PurePosixPath(urllib.parse.urlparse(uri).path).name
-    folder = _folder(uri)
-    with FileLock(f"{folder}.lock"):
-        version = _try(uri, lambda: _version(uri))
-        mark, copy = folder / "version", inside(folder, name)
-        if version is None or not mark.exists() or mark.read_text() != version:
-            mark.unlink(missing_ok=True)
-            _try(uri, lambda: _download(uri, copy))
-            write_atomic(mark, version or "")
-        return copy
+    parent, _, name = uri.rpartition("/")
+    return _copy(f"{parent}/", {name: _try(uri, lambda: _version(uri))}) / name
 
 
 def fetch_texts(uri: str) -> Path:
-    """A local copy of all .txt objects below a prefix.
+    """A local copy of all .txt objects below a prefix; S3 objects that have not changed are not read again.
 
     Raises:
         SpecError: there is none, or they may not be read.
     """
     root = uri.rstrip("/") + "/"
-    folder = _folder(root) / "texts"
+    return _copy(root, _try(uri, lambda: _versions(root)))
+
+
+def _copy(root: str, versions: dict[str, str | None]) -> Path:
+    """A folder with the objects of these names below `root`, complete; another one if one of them has changed."""
+    if odd := [name for name in versions if set("#?") & set(root + name)]:
+        raise SpecError(f"{root}{odd[0]}: '#' and '?' are not allowed in names. Rename the object.")
+    facts = json.dumps([root, sorted(versions.items())])
+    folder = downloads_dir() / hashlib.sha256(facts.encode()).hexdigest()[:24]
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
+        if folder.exists() and None not in versions.values():
+            return folder
+        beside = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
+        beside.mkdir()
+        for name in versions:
+            copy = inside(beside, name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            _try(root + name, lambda name=name, copy=copy: _download(root + name, copy))
+        # Stores other than S3 do not tell versions: what is there may be old.
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        prefix = urllib.parse.urlparse(root).path.lstrip("/")
-        for key in _try(uri, lambda: _list(root)):
-            if key.startswith(prefix) and key.endswith(".txt"):
-                name = key.removeprefix(prefix)
-                copy = inside(folder, name)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                _try(root + name, lambda name=name, copy=copy: _download(root + name, copy))
-    return folder
-
-
-def _folder(uri: str) -> Path:
-    folder = downloads_dir() / hashlib.sha256(uri.encode()).hexdigest()[:24]
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+        beside.rename(folder)
+        return folder
 
 
 def _try(uri: str, action: Callable[[], T]) -> T:
@@ -77,12 +77,13 @@ def _try(uri: str, action: Callable[[], T]) -> T:
 def _download(uri: str, copy: Path) -> None:
     from streaming.base.storage.download import CloudDownloader
 
-    partial = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
-    try:
-        CloudDownloader.direct_download(uri, str(partial), timeout=TIMEOUT)
-        partial.replace(copy)
-    finally:
-        partial.unlink(missing_ok=True)
+    CloudDownloader.direct_download(uri, str(copy), timeout=TIMEOUT)
+
+
+def _s3() -> Any:
+    import boto3
+
+    return boto3.client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL"))
 
 
 def _version(uri: str) -> str | None:
@@ -90,16 +91,22 @@ def _version(uri: str) -> str | None:
     parsed = urllib.parse.urlparse(uri)
     if parsed.scheme != "s3":
         return None
-    import boto3
+    return _s3().head_object(Bucket=parsed.netloc, Key=parsed.path.lstrip("/"))["ETag"]
 
-    client = boto3.client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL"))
-    found = client.head_object(Bucket=parsed.netloc, Key=parsed.path.lstrip("/"))
-    return f"{found['ETag']} {found['ContentLength']}"
+
+def _versions(root: str) -> dict[str, str | None]:
+    """Names of the .txt objects below `root`, each with its version."""
+    parsed = urllib.parse.urlparse(root)
+    prefix = parsed.path.lstrip("/")
+    if parsed.scheme == "s3":
+        pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=parsed.netloc, Prefix=prefix)
+        found = {entry["Key"]: entry["ETag"] for page in pages for entry in page.get("Contents", ())}
+    else:
+        found = dict.fromkeys(_list(root))
+    return {key.removeprefix(prefix): version for key, version in found.items() if key.endswith(".txt")}
 
 
 def _list(root: str) -> list[str]:
-    import tempfile
-
     from streaming.base.storage.upload import CloudUploader
 
     # The listing is a method of the uploader, which wants a folder to upload from.

@@ -19,6 +19,7 @@ from tundish.errors import DataError
 from tundish.paths import write_atomic
 
 PREVIEW_TOKENS = 400
+PREVIEW_CHARACTERS = 1 << 14
 Segment = tuple[str, bool]
 """A text, and whether its tokens are targets."""
 
@@ -50,7 +51,7 @@ class Report:
     def lines(self) -> Iterator[str]:
         """The report as text, without the preview."""
         counted = f"{self.total:,} {self.unit}{'s' * (self.total != 1)}"
-        yield f"{self.argument}: {self.source}, {counted}, {self.samples:,} samples"
+        yield f"{self.argument}: {printable(self.source)}, {counted}, {self.samples:,} samples"
         for finding in self.problems:
             yield f"  problem: {finding.message}"
         for finding in self.warnings:
@@ -142,7 +143,7 @@ def report_of(argument: str, source: Source, outcome: Outcome, preview: list[Seg
 def _preview(source: Source, encoder: Encoder) -> list[Segment]:
     """The first sample that the chat template takes, as runs of trained and untrained text."""
     for sample in first_samples(source):
-        (encoded,) = encoder.encode([sample])
+        (encoded,) = encoder.encode([sample[:PREVIEW_CHARACTERS] if isinstance(sample, str) else sample])
         if isinstance(encoded, DataError):
             continue
         tokens, mask = encoded.tokens[:PREVIEW_TOKENS], encoded.loss_mask[:PREVIEW_TOKENS]

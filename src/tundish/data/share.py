@@ -65,7 +65,8 @@ def prepare_share(job: Job, source: Source, folder: Path, workers: Workers, prog
     spool = folder / SPOOL
     spool.mkdir()
     done, total = 0, source.size
-    tasks = ((job, source.rules, chunk, spool) for chunk in source.chunks())
+    # After a problem nothing will be written; the rest is only looked at.
+    tasks = ((job, source.rules, chunk, None if share.problems else spool) for chunk in source.chunks())
     for chunk in workers.map(encode_chunk, tasks):
         share.add(chunk)
         if not share.problems and len(chunk.lengths):

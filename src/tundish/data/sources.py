@@ -4,16 +4,16 @@ A source is read as chunks, in a fixed order. It can be cut into parts, which ar
 machines read it. Opening a source finds out what it is and refuses what cannot be read; no sample is read by it.
 """
 
-import gzip
 import hashlib
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol, cast
+from typing import Protocol
 
-from tundish.data.chunks import CHUNK_BYTES, Chunk, TextFiles, line_blocks
-from tundish.data.findings import Place
+from tundish.data.chunks import CHUNK_BYTES, Chunk, Compression, TextFiles, line_blocks, open_lines
+from tundish.data.findings import Place, printable
 from tundish.data.records import Rules
 from tundish.errors import DataError, SpecError
 from tundish.paths import REMOTE_SCHEMES, home, inside, resolve
@@ -21,7 +21,6 @@ from tundish.spec import TaskType
 
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 TEXT_TASK: TaskType = "CONTINUED_PRETRAIN"
-Compression = Literal["", ".gz", ".zst"]
 
 
 class Source(Protocol):
@@ -44,6 +43,10 @@ class Source(Protocol):
 
     def digest(self) -> str:
         """SHA-256 over its content."""
+        ...
+
+    def state(self) -> object:
+        """What is another one when somebody has written to it."""
         ...
 
     def chunks(self) -> Iterator[Chunk]:
@@ -84,19 +87,23 @@ class Lines:
         """See Source."""
         return _file_digest(self.path)
 
+    def state(self) -> object:
+        """See Source."""
+        return _file_version(self.path)
+
     def chunks(self) -> Iterator[Chunk]:
         """See Source."""
-        import zstandard
-
         limit = None if self.end is None else self.end - self.start
         try:
-            with _opened(self.path, self.compression) as file:
+            with open_lines(self.path, self.compression) as file:
                 if self.start:
                     file.seek(self.start)
                 for number, block in enumerate(line_blocks(file, limit)):
                     bare = block.data.removeprefix(b"\xef\xbb\xbf") if number == self.start == 0 else block.data
                     yield replace(block, data=bare)
-        except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        except (OSError, ValueError) as error:
+            if not self.compression:
+                raise
             found = f"the compressed data is damaged or cut off ({error}). Compress or copy it again."
             raise DataError(f"{self.path.name}: {found}") from error
 
@@ -116,19 +123,6 @@ class Lines:
         return [replace(self, start=start, end=end) for start, end in zip(starts, ends, strict=True)]
 
 
-def _opened(path: Path, compression: Compression) -> BinaryIO:
-    if compression == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    if compression == ".zst":
-        import io
-
-        import zstandard
-
-        reader = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True)
-        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), CHUNK_BYTES))
-    return open(path, "rb")
-
-
 @dataclass(frozen=True, slots=True)
 class TextFolder:
     """The .txt files of a folder, nested ones too, or some of them."""
@@ -140,51 +134,81 @@ class TextFolder:
 
     @classmethod
     def of(cls, path: Path, rules: Rules) -> "TextFolder":
-        """All .txt files below `path`."""
-        # A link out of the folder would read what the caller did not name.
-        root = path.resolve()
-        found = (file for file in path.rglob("*.txt") if file.is_file() and file.resolve().is_relative_to(root))
-        return cls(path, rules, tuple(sorted(file.relative_to(path).as_posix() for file in found)))
+        """All .txt files below `path`.
+
+        Raises:
+            SpecError: there is what cannot be read as a file of the folder: a link out of it, a pipe.
+            OSError: a folder cannot be read.
+        """
+        found, refused, root = list[str](), list[str](), path.resolve()
+        for folder, folders, files in os.walk(path, onerror=_raise):
+            texts = [name for name in files if name.endswith(".txt")]
+            for name in (*texts, *(name for name in folders if Path(folder, name).is_symlink())):
+                file = Path(folder, name)
+                good = file.is_file() and file.resolve().is_relative_to(root)
+                (found if good else refused).append(file.relative_to(path).as_posix())
+        if refused:
+            names = printable(", ".join(sorted(refused)[:20]))
+            text = f"{len(refused)} links out of the folder, links to folders, or other things that are no files"
+            raise SpecError(f"{path}: found {text} ({names}). Copy the files that are meant, remove the others.")
+        return cls(path, rules, tuple(sorted(found)))
 
     @property
     def place(self) -> Place:
         """See Source."""
-        return Place(self.path.name, "file", lambda number: self.names[number - 1])
+        return Place(self.path.name, "file", lambda number: printable(self.names[number - 1]))
 
     @property
     def size(self) -> int:
         """See Source; bytes."""
-        return sum(self._sizes())
+        return sum(size for _, size in self._sized())
 
-    def _sizes(self) -> Iterator[int]:
-        return ((self.path / name).stat().st_size for name in self.names)
+    def _sized(self) -> Iterator[tuple[str, int]]:
+        return ((name, (self.path / name).stat().st_size) for name in self.names)
 
     def digest(self) -> str:
         """See Source."""
         total = hashlib.sha256()
         for name in self.names:
-            total.update(f"{name}\0{_file_digest(self.path / name)}\n".encode())
+            total.update(os.fsencode(name) + f"\0{_file_digest(self.path / name)}\n".encode())
         return total.hexdigest()
+
+    def state(self) -> object:
+        """See Source."""
+        return [_file_version(self.path / name) for name in self.names]
 
     def chunks(self) -> Iterator[Chunk]:
         """See Source."""
-        return (TextFiles(self.path, names, size) for names, size in self._groups(CHUNK_BYTES))
+        return (
+            TextFiles(self.path, tuple(name for name, _ in files), sum(size for _, size in files))
+            for files in groups(self._sized(), CHUNK_BYTES)
+        )
 
     def parts(self, size: int) -> list[Source]:
         """See Source."""
-        return [replace(self, names=names) for names, _ in self._groups(size)]
+        return [replace(self, names=tuple(name for name, _ in files)) for files in groups(self._sized(), size)]
 
-    def _groups(self, size: int) -> Iterator[tuple[tuple[str, ...], int]]:
-        names: list[str] = []
-        total = 0
-        for name, bytes_of_file in zip(self.names, self._sizes(), strict=True):
-            names.append(name)
-            total += bytes_of_file
-            if total >= size:
-                yield tuple(names), total
-                names, total = [], 0
-        if names:
-            yield tuple(names), total
+
+def groups(files: Iterable[tuple[str, int]], size: int) -> Iterator[tuple[tuple[str, int], ...]]:
+    """Files and their sizes in bytes, together in order until they reach `size`."""
+    group, total = list[tuple[str, int]](), 0
+    for name, bytes_of_file in files:
+        group.append((name, bytes_of_file))
+        total += bytes_of_file
+        if total >= size:
+            yield tuple(group)
+            group, total = [], 0
+    if group:
+        yield tuple(group)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _file_version(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _file_digest(path: Path) -> str:
@@ -209,7 +233,8 @@ def open_source(given: str, task_type: TaskType, *, system_message: bool) -> Sou
     if path.is_dir() and (path / "_delta_log").is_dir():
         return _open_table(str(path), given, rules)
     if given.endswith(LINE_SUFFIXES) or (given.startswith(("/", ".", "~", "dbfs:")) and not _dataset_folder(path)):
-        found = "is a folder" if path.is_dir() else f"there is no such file ({path})"
+        missing = f"there is no such file ({path})"
+        found = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else missing
         raise SpecError(f"{given}: {found}; {task_type} takes {_KINDS}. Check the path.")
     if re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", given):
         return _open_table(str(inside(home() / "tables", *given.split("."))), given, rules)
@@ -223,7 +248,10 @@ _KINDS = "a .jsonl file (.gz and .zst too), a Delta table or a Hugging Face data
 
 def _dataset_folder(path: Path) -> bool:
     """Whether a path may be a local folder of a dataset, with a split's name at its end."""
-    return path.is_dir() or (path.parent.is_dir() and not path.suffix and any(path.parent.iterdir()))
+    if path.is_dir() or not path.parent.is_dir():
+        return (path / "state.json").exists()
+    split = {"validation": "val"}.get(path.name, path.name)
+    return path.name == "train" or any(split in file.name for file in path.parent.iterdir())
 
 
 def _open_file(path: Path, given: str, rules: Rules) -> Source:

@@ -48,10 +48,10 @@ def prepare_on_cluster(job: Job, source: Source, folder: Path, cluster: str, pro
         results = _run(session, job, parts, folder)
     whole = Share()
     for done, (name, share) in enumerate(results, 1):
-        for entry in share.shards if not whole.problems else ():
-            number = f"shard.{len(whole.shards) + share.shards.index(entry):05}.mds"
-            (folder / name / entry["raw_data"]["basename"]).rename(folder / number)
-            entry["raw_data"]["basename"] = number
+        for number, entry in enumerate(share.shards, len(whole.shards)):
+            shard = f"shard.{number:05}.mds"
+            (folder / name / entry["raw_data"]["basename"]).rename(folder / shard)
+            entry["raw_data"]["basename"] = shard
         whole.add(share)
         progress(done, len(parts))
     for attempt in folder.glob("part.*"):

@@ -15,9 +15,9 @@ from urllib.parse import unquote
 from tundish.data.chunks import Chunk, TableRows
 from tundish.data.findings import Place
 from tundish.data.records import Rules
-from tundish.data.sources import Source
+from tundish.data.sources import Source, groups
 from tundish.errors import DataError, SpecError
-from tundish.paths import resolve
+from tundish.paths import inside, resolve
 
 BATCH_ROWS = 256
 READABLE = {"deletionVectors", "timestampNtz", "v2Checkpoint", "vacuumProtocolCheck", "domainMetadata"}
@@ -34,7 +34,7 @@ def sample_columns(columns: Sequence[str], rules: Rules, given: str) -> list[str
         needed, found = "messages", ["messages"]
     else:
         responses = [name for name in ("response", "completion") if name in columns]
-        needed, found = "prompt and response (or completion)", ["prompt", *responses]
+        needed, found = "prompt and response (or completion, not both)", ["prompt", *responses]
         if len(responses) != 1:
             found = []
     if not found or not set(found) <= set(columns):
@@ -53,10 +53,10 @@ class DeltaRows:
     """As the caller gave it."""
     rules: Rules
     columns: tuple[str, ...]
-    files: tuple[str, ...]
-    """Below `uri`, sorted."""
-    size: int
-    """Rows; before deletion vectors."""
+    files: tuple[tuple[str, int], ...]
+    """Names below `uri`, sorted, and their sizes in bytes."""
+    size: int | None
+    """Rows, before deletion vectors; None where the table does not count them."""
     snapshot: str
     """SHA-256 over the table's id and the files of the version, which never change."""
 
@@ -79,11 +79,15 @@ class DeltaRows:
         except (DeltaError, OSError) as error:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise SpecError(f"{given}: there is no Delta table to read at {uri} ({reason}). Check the name.") from error
-        names = tuple(_checked_name(path, given) for path, _, _ in files)
+        if partitioned := set(columns) & set(table.metadata().partition_columns):
+            found = f"the table is partitioned by {', '.join(sorted(partitioned))}, which is part of a sample"
+            raise SpecError(f"{given}: {found}. Copy the rows into a table without partitions.")
+        named = tuple((_checked_name(uri, path, given), size) for path, size, _ in files)
         facts = json.dumps([str(table.metadata().id), [[path, size] for path, size, _ in files], table.version()])
-        rows = sum(count or 0 for _, _, count in files)
+        counts = [count for _, _, count in files]
+        rows = None if None in counts else sum(counts)
         digest = hashlib.sha256(facts.encode()).hexdigest()
-        return cls(uri, table.version(), given, rules, tuple(columns), names, rows, digest)
+        return cls(uri, table.version(), given, rules, tuple(columns), named, rows, digest)
 
     @property
     def place(self) -> Place:
@@ -94,14 +98,27 @@ class DeltaRows:
         """See Source."""
         return self.snapshot
 
+    def state(self) -> object:
+        """See Source; a version never changes."""
+        return self.version
+
     def chunks(self) -> Iterator[Chunk]:
         """See Source."""
+        try:
+            yield from self._rows()
+        except (OSError, ValueError) as error:
+            found = f"a file of the table cannot be read ({' '.join(str(error).split())[:300]})"
+            raise DataError(f"{self.name}: {found}. Restore the table, or copy it again.") from error
+
+    def _rows(self) -> Iterator[Chunk]:
         import pyarrow.parquet as pq
 
         table = _delta_table(self.uri, self.version)
         files = _filesystem(table)
         deleted = _deletions(table)
-        for name in self.files:
+        if unknown := sorted(set(deleted) - {name for name, _ in _named(table)}):
+            raise ValueError(f"rows are deleted from {unknown[0]}, which is none of its files")
+        for name, _ in self.files:
             with files.open_input_file(name) as file:
                 kept, first = deleted.get(name), 0
                 for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=list(self.columns)):
@@ -112,7 +129,7 @@ class DeltaRows:
 
     def parts(self, size: int) -> list[Source]:
         """See Source; whole files."""
-        return [replace(self, files=(name,)) for name in self.files] or [self]
+        return [replace(self, files=group) for group in groups(self.files, size)] or [self]
 
 
 def _delta_table(uri: str, version: int | None = None) -> Any:
@@ -134,9 +151,17 @@ def _check_protocol(table: Any, given: str) -> None:
         raise SpecError(f"{given}: {found}. Copy the rows into a plain table: CREATE TABLE … AS SELECT.")
 
 
-def _checked_name(path: str, given: str) -> str:
+def _named(table: Any) -> list[tuple[str, int]]:
+    actions = table.get_add_actions()
+    sizes = actions["size_bytes"].to_pylist()
+    return [(unquote(path), size) for path, size in zip(actions["path"].to_pylist(), sizes, strict=True)]
+
+
+def _checked_name(uri: str, path: str, given: str) -> str:
     """A data file's name below the table; the log of a table can name any file of the machine."""
     name = unquote(path)
+    if "://" not in uri:
+        inside(Path(uri), name)
     if ":" in name.split("/")[0] or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise SpecError(f"{given}: its log names {name!r}, outside the table. Copy the rows into a table of its own.")
     return name
@@ -200,6 +225,10 @@ class DatasetRows:
             total.update(cast(TableRows, chunk).data)
         return total.hexdigest()
 
+    def state(self) -> object:
+        """See Source; what is loaded never changes."""
+        return self.name
+
     def chunks(self) -> Iterator[Chunk]:
         """See Source."""
         batches = self.dataset.with_format("arrow").iter(BATCH_ROWS)
@@ -229,11 +258,10 @@ def _load_dataset(given: str) -> Any:
     from datasets.exceptions import DatasetsError
 
     path = Path(resolve(given))
-    if (path / "state.json").is_file():
-        return load_from_disk(str(path))
     name, _, split = given.rpartition("/")
     local = path.parent.is_dir()
-    if not name or not split or (not local and (given.count("/") > 2 or not _is_hub_name(name))):
+    saved = (path / "state.json").is_file()
+    if not saved and (not name or not split or (not local and (given.count("/") > 2 or not _is_hub_name(name)))):
         found = "a subset is not supported; " if given.count("/") > 2 else ""
         raise SpecError(
             f"{given}: {found}allowed is a file, catalog.schema.table, or a Hugging Face dataset with its split: "
@@ -241,17 +269,26 @@ def _load_dataset(given: str) -> Any:
         )
     disable_progress_bars()
     try:
+        if saved:
+            return load_from_disk(str(path))
         return load_dataset(str(path.parent) if local else name, split=split, trust_remote_code=False)
-    except (DatasetsError, ValueError, OSError) as error:
+    except (DatasetsError, ValueError, OSError, KeyError) as error:
         raise SpecError(f"{given}: {_reason(error)}") from error
 
 
 def _is_hub_name(name: str) -> bool:
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    # Names of readers, `pandas` among them, which unpickles what lies in the working directory.
+    if name in _PACKAGED_DATASETS_MODULES:
+        return False
     return not name.startswith((".", "/", "~")) and ":" not in name
 
 
 def _reason(error: Exception) -> str:
     text = str(error).strip() or repr(error)
+    if error.__cause__ is not None:
+        text = f"{' '.join(text.split())} {error.__cause__}"
     if "onfig name is missing" in text:
         return "the dataset has subsets, which are not supported. Save the one that you want as JSONL."
     if "trust_remote_code" in text or "loading script" in text:

@@ -22,7 +22,9 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-MARK = "\ue000{}\ue001"
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
+"""Noncharacters, which no text should hold; a number between them stands for something else."""
+MARK = OPEN + "{}" + CLOSE
 
 Turn = tuple[str, str]
 """Templated prompt and reply."""
@@ -33,8 +35,8 @@ class Rendered(NamedTuple):
 
     turns: list[Turn]
     """Prompt and reply of each assistant message."""
-    fixed: str | None
-    """What the template wrote itself; None where that cannot be told from the contents."""
+    fixed: "tuple[str, ...] | None"
+    """What the template wrote itself, around and between the contents; None where that cannot be told from them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,8 @@ class _Skeleton:
     """The texts of every turn, with holes for the contents."""
 
     turns: Sequence[tuple[Sequence[str | _Hole], Sequence[str | _Hole]]]
-    fixed: str
-    """What stands between the holes, a line break for each hole."""
+    fixed: tuple[str, ...]
+    """What stands before, between and after the holes."""
 
     def filled(self, messages: Messages) -> list[Turn]:
         return [(_fill(prompt, messages), _fill(reply, messages)) for prompt, reply in self.turns]
@@ -80,8 +82,10 @@ class ChatTemplate:
 
     def _render_one(self, messages: Messages, whole: str | None) -> Rendered | DataError:
         try:
+            if whole is None:
+                (whole,) = self._rendered([messages], add_generation_prompt=False)
             skeleton = self._skeleton(tuple(message["role"] for message in messages))
-            if skeleton is not None and whole is not None:
+            if skeleton is not None:
                 turns = skeleton.filled(messages)
                 if "".join(text for turn in turns for text in turn) == whole:
                     return Rendered(turns, skeleton.fixed)
@@ -124,7 +128,7 @@ class ChatTemplate:
         except TemplateError as error:
             text = " ".join(str(error).split())[:300]
             raise DataError(f"the model's chat template refuses the conversation: {text}.") from error
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # a template divides by zero, too
             text = f"{type(error).__name__}: {error}"[:300]
             raise DataError(f"the model's chat template fails on the conversation ({text}).") from error
 
@@ -142,14 +146,14 @@ class ChatTemplate:
         found = [(list(_pieces(prompt)), list(_pieces(reply))) for prompt, reply in turns]
         pieces = [piece for turn in found for pieces in turn for piece in pieces]
         holes = [piece.message for piece in pieces if isinstance(piece, _Hole)]
-        fixed = "".join(piece if isinstance(piece, str) else "\n" for piece in pieces)
-        return _Skeleton(found, fixed) if holes == list(range(len(roles))) else None
+        between = "".join(piece if isinstance(piece, str) else OPEN for piece in pieces)
+        return _Skeleton(found, tuple(between.split(OPEN))) if holes == list(range(len(roles))) else None
 
 
 def _pieces(text: str) -> Iterator[str | _Hole]:
     """Fixed texts and holes; a template that strips contents leaves the marks without the blanks around them."""
     end = 0
-    for mark in re.finditer(r"( \n)?\ue000(\d+)\ue001(\n )?", text):
+    for mark in re.finditer(rf"( \n)?{OPEN}(\d+){CLOSE}(\n )?", text):
         yield text[end : mark.start()]
         if (mark[1] is None) != (mark[3] is None):
             yield mark[0]  # stripped at one end only: no hole that is known here

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tundish.data.bpe import BytePairEncoder, Ids
+from tundish.data.control import Finder, Known, PlainText
 from tundish.data.records import Messages, PromptResponse, Sample
-from tundish.data.templates import CHATML, ChatTemplate, Turn
+from tundish.data.templates import CHATML, ChatTemplate, Rendered
 from tundish.errors import DataError, SpecError
 from tundish.spec import TaskType
 
@@ -26,9 +27,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TargetResponses = Literal["all", "last"]
-NONCHARACTERS = tuple(chr(code) for code in range(0xFDD0, 0xFDF0))
-"""Code points that no text should hold; one of them stands for a control token while a chat is templated."""
 TRIED_SAMPLES = 64
+TRIED_CHARACTERS = 1 << 14
+"""Of one text: what `tokenizers` needs of memory is some hundred times its length."""
+PIECE_CHARACTERS = 1 << 22
+"""A longer raw text is tokenized in pieces of about this length."""
+CHATML_ADDED = "tundish_added_chatml"
 
 
 class Encoded(NamedTuple):
@@ -60,6 +64,7 @@ def load_tokenizer(model: str, task_type: TaskType) -> "PreTrainedTokenizerBase"
         raise SpecError(f"model: {model} has no tokenizer.json. Save its tokenizer with a fast class of transformers.")
     if task_type == "CHAT_COMPLETION" and tokenizer.chat_template is None:
         tokenizer.chat_template = CHATML
+        setattr(tokenizer, CHATML_ADDED, True)
     return tokenizer
 
 
@@ -67,22 +72,6 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase", serialized: str) -> s
     """SHA-256 over all that decides the tokens of a text; `serialized` is the JSON of its backend."""
     facts = [serialized, str(tokenizer.chat_template), str(tokenizer.special_tokens_map), type(tokenizer).__name__]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()
-
-
-class Finder:
-    """Finds any of some words in a text, fast where there is none."""
-
-    def __init__(self, words: Iterable[str]) -> None:
-        longest_first = sorted(words, key=lambda word: (-len(word), word))
-        self._starts = sorted({word[:2] for word in longest_first})
-        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-    def find(self, text: str) -> str | None:
-        """The first of the words that stands in the text."""
-        if not any(start in text for start in self._starts):
-            return None
-        found = self.pattern.search(text)
-        return None if found is None else found[0]
 
 
 class Encoder:
@@ -97,11 +86,17 @@ class Encoder:
         self.digest = tokenizer_digest(tokenizer, serialized)
         self.eos = cast(int, tokenizer.eos_token_id)
         added = self.backend.get_added_tokens_decoder()
-        self._id_of = {token.content: number for number, token in added.items()}
-        self._control = Finder(token.content for token in added.values() if token.special)
-        self._other = Finder(token.content for token in added.values() if not token.special)
+        template = str(tokenizer.chat_template) if task_type == "CHAT_COMPLETION" else ""
+        control = {
+            number: token.content for number, token in added.items() if token.special or token.content in template
+        }
+        self._added = frozenset(token.content for token in added.values())
+        self._control = Finder(control.values())
+        self._other = Finder(self._added - set(control.values()))
+        self._is_control = np.isin(np.arange(max([*added, 0]) + 1), list(control))
         self._template = ChatTemplate(tokenizer)
-        self._added_in_fixed: dict[str, frozenset[str]] = {}
+        self._known: dict[tuple[str, ...], Known] = {}
+        self._plain_text = PlainText(serialized, sorted(control.values()))
         self._around = self._added_around()
         self._fast = None if self._around is None else BytePairEncoder.of(self.backend, serialized)
 
@@ -116,7 +111,7 @@ class Encoder:
 
     def prove(self, samples: Iterable[Sample]) -> None:
         """Compare the fast engine with the tokenizer's own on the first samples; drop it if they differ."""
-        texts = [text for sample in islice(samples, TRIED_SAMPLES) for text in texts_of(sample)]
+        texts = [text[:TRIED_CHARACTERS] for sample in islice(samples, TRIED_SAMPLES) for text in texts_of(sample)]
         if self._fast is not None and not self._fast.agrees_on(texts, self.backend):
             self._fast = None
 
@@ -126,8 +121,19 @@ class Encoder:
             return list(self._encode_chats(cast(Sequence[Messages], samples)))
         if self.task_type == "INSTRUCTION_FINETUNE":
             return list(self._encode_pairs(cast(Sequence[PromptResponse], samples)))
-        ids = self._ids(cast(Sequence[str], samples), special=True)
+        ids = (self._raw_ids(text) for text in cast(Sequence[str], samples))
         return [_joined([(one[:0], self._with_eos(one))], 0) for one in ids]
+
+    def _raw_ids(self, text: str) -> Ids:
+        """Ids of a text of any length, with bounded memory.
+
+        A piece ends with the end of a line between two characters that are no blanks. The patterns of byte-level BPE
+        split there anyway; sentencepiece models begin the next piece as they begin a text.
+        """
+        if len(text) <= PIECE_CHARACTERS or self._around is None:
+            return self._ids([text], special=True)[0]
+        before, after = self._around
+        return np.concatenate([before, *(self._ids([piece], special=False)[0] for piece in _pieces(text)), after])
 
     def _encode_pairs(self, pairs: Sequence[PromptResponse]) -> Iterator[Encoded]:
         ids = self._ids([text for pair in pairs for text in pair], special=True)
@@ -138,46 +144,62 @@ class Encoder:
             yield _joined([(prompt, self._with_eos(response[1:] if doubled else response))], 0)
 
     def _encode_chats(self, chats: Sequence[Messages]) -> Iterator[Encoded | DataError]:
-        masked = [_Masked.of(messages, self._control) for messages in chats]
-        rendered = self._template.render([chat.messages for chat in masked])
+        masked = [self._plain_text.mask(messages, self._control) for messages in chats]
+        rendered = self._template.render([messages for messages, _ in masked])
         texts = [
             (text, found.fixed)
-            for chat, found in zip(masked, rendered, strict=True)
-            if not isinstance(found, DataError) and not chat.words
+            for (_, is_masked), found in zip(masked, rendered, strict=True)
+            if not isinstance(found, DataError) and not is_masked
             for turn in found.turns
             for text in turn
         ]
         # The template has written the special tokens already.
         ids = iter(self._ids([text for text, _ in texts], special=False, fixed=[fixed for _, fixed in texts]))
-        for chat, found in zip(masked, rendered, strict=True):
+        for (messages, is_masked), found in zip(masked, rendered, strict=True):
             if isinstance(found, DataError):
                 yield found
                 continue
-            pairs = self._plain(chat, found.turns) if chat.words else [(next(ids), next(ids)) for _ in found.turns]
+            encode = self._plain_text.encode if is_masked else lambda _: next(ids)
+            pairs = [(encode(prompt), encode(reply)) for prompt, reply in found.turns]
+            if (error := self._forged(messages, found, pairs)) is not None:
+                yield error
+                continue
+            if is_masked:
+                pairs = [(self._plain_text.unmask(prompt), self._plain_text.unmask(reply)) for prompt, reply in pairs]
             pairs[-1] = (pairs[-1][0], self._with_eos(pairs[-1][1]))
             yield _joined(pairs, len(pairs) - 1 if self.targets == "last" else 0)
 
-    def _plain(self, chat: "_Masked", turns: list[Turn]) -> list[tuple[Ids, Ids]]:
-        """Ids of turns in which control tokens of the messages stay text."""
-        return [(self._plain_ids(prompt, chat), self._plain_ids(reply, chat)) for prompt, reply in turns]
+    def _forged(self, messages: Messages, found: Rendered, pairs: Sequence[tuple[Ids, Ids]]) -> DataError | None:
+        """What is wrong with a chat whose messages act as the template does."""
+        known = self._known_of(found, messages)
+        for border in known.borders:
+            if any(border in message["content"] for message in messages):
+                return DataError(
+                    f"a message holds {border!r}, which this model's chat template writes between turns. It is no "
+                    "token of the model, so nothing could tell it from a turn. Take it out of the message."
+                )
+        written = sum(int(self._is_control[ids[ids < len(self._is_control)]].sum()) for pair in pairs for ids in pair)
+        if written > known.control:
+            return DataError(
+                "a message's text becomes a control token when the model's chat template or tokenizer rewrites it. "
+                "Take the characters out that are not meant."
+            )
+        return None
 
-    def _plain_ids(self, text: str, chat: "_Masked") -> Ids:
-        found, end = list[Ids](), 0
-        for token in self._control.pattern.finditer(text):
-            found.append(self._ordinary(chat.unmasked(text[end : token.start()])))
-            found.append(np.array([self._id_of[token[0]]], dtype=np.int32))
-            end = token.end()
-        found.append(self._ordinary(chat.unmasked(text[end:])))
-        return np.concatenate(found)
-
-    def _ordinary(self, text: str) -> Ids:
-        self.backend.encode_special_tokens = True
+    def _known_of(self, found: Rendered, messages: Messages) -> "Known":
+        """What the template itself writes into a chat like this one."""
+        if found.fixed is not None:
+            if found.fixed not in self._known:
+                self._known[found.fixed] = Known.of(found.fixed, self._control)
+            return self._known[found.fixed]
+        neutral = [{**message, "content": "x"} for message in messages]
         try:
-            return np.array(self.backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
-        finally:
-            self.backend.encode_special_tokens = False
+            text = "".join(text for turn in self._template.turns_by_prefix(neutral) for text in turn)
+        except DataError:
+            text = "".join(text for turn in found.turns for text in turn)
+        return Known.of((text,), self._control)
 
-    def _ids(self, texts: Sequence[str], *, special: bool, fixed: Sequence[str | None] | None = None) -> list[Ids]:
+    def _ids(self, texts: Sequence[str], *, special: bool, fixed: "Fixed" = None) -> list[Ids]:
         """Ids of texts; `special`: with the tokens that the tokenizer adds at beginning and end.
 
         `fixed`: for each text, what of it may hold control tokens, where that is known.
@@ -200,15 +222,15 @@ class Encoder:
         before, after = cast(tuple[Ids, Ids], self._around)
         return np.concatenate([before, ids, after]) if special and (len(before) or len(after)) else ids
 
-    def _added_in(self, text: str, fixed: str | None) -> frozenset[str]:
+    def _added_in(self, text: str, fixed: tuple[str, ...] | None) -> frozenset[str]:
         """Added tokens of a text: to hand tiktoken all of them costs more than to tokenize a short text."""
         if self._other.find(text) is not None:
-            return frozenset(self._id_of)
-        if fixed is None:
-            return frozenset(self._control.pattern.findall(text)) if self._control.find(text) is not None else _NONE
-        if fixed not in self._added_in_fixed:
-            self._added_in_fixed[fixed] = frozenset(self._control.pattern.findall(fixed))
-        return self._added_in_fixed[fixed]
+            return self._added
+        if fixed is not None:
+            if fixed not in self._known:
+                self._known[fixed] = Known.of(fixed, self._control)
+            return self._known[fixed].added
+        return frozenset(self._control.pattern.findall(text)) if self._control.find(text) is not None else _NONE
 
     def _added_around(self) -> tuple[Ids, Ids] | None:
         """The ids that the tokenizer adds before and after a text; None if it does more than that."""
@@ -225,6 +247,7 @@ class Encoder:
 
 
 _NONE = frozenset[str]()
+_LINE_END = re.compile(r"\S\n\S")
 
 
 def load_encoder(model: str, task_type: TaskType, targets: TargetResponses) -> Encoder:
@@ -244,33 +267,18 @@ def _load_encoder(
     return Encoder(load_tokenizer(model, task_type), task_type, targets)
 
 
-class _Masked(NamedTuple):
-    """A chat in whose messages control tokens are written in another way."""
+Fixed = Sequence[tuple[str, ...] | None] | None
 
-    messages: Messages
-    words: dict[str, str]
-    """What stands for each control token; empty where there is none."""
 
-    @classmethod
-    def of(cls, messages: Messages, control: Finder) -> "_Masked":
-        """`messages` themselves where they hold no control token."""
-        contents = [message["content"] for message in messages]
-        if all(control.find(content) is None for content in contents):
-            return cls(messages, {})
-        mark = next((sign for sign in NONCHARACTERS if not any(sign in content for content in contents)), "\ufdd0")
-        tokens = sorted({token for content in contents for token in control.pattern.findall(content)})
-        words = {token: f"{mark}{number}{mark}" for number, token in enumerate(tokens)}
-        masked = [
-            {**message, "content": control.pattern.sub(lambda found: words[found[0]], message["content"])}
-            for message in messages
-        ]
-        return cls(masked, words)
-
-    def unmasked(self, text: str) -> str:
-        """A templated text with the control tokens as the messages have them."""
-        for token, word in self.words.items():
-            text = text.replace(word, token)
-        return text
+def _pieces(text: str) -> Iterator[str]:
+    """A long text in pieces of about PIECE_CHARACTERS, see `Encoder._raw_ids`."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        found = _LINE_END.search(text, start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS)
+        end = start + PIECE_CHARACTERS if found is None else found.end() - 1
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def texts_of(sample: Sample) -> Iterator[str]:

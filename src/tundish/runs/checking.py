@@ -67,24 +67,24 @@ def check_data(
     found = CheckedData()
     sources = dict[str, "Source"]()
     for name, given in _named_paths(arguments):
-        with _collected(found, name):
+        with collected(found, name):
             if (source := _open(given, arguments.get("task_type") or "CHAT_COMPLETION", parsed)) is not None:
                 sources[name] = source
     if not rows:
         return found
     job = None
     if parsed is not None and not found.problems:
-        with _collected(found, "model"):
+        with collected(found, "model"):
             job = job_of(parsed[0])
             job.encoder  # noqa: B018  loaded once a process
     for name, source in sources.items():
-        with _collected(found, name):
+        with collected(found, name):
             found.reports.append(_report(name, source, None if found.problems else job, parsed, progress))
     return found
 
 
 @contextmanager
-def _collected(found: CheckedData, name: str) -> Iterator[None]:
+def collected(found: CheckedData, name: str) -> Iterator[None]:
     """Errors become problems of an argument."""
     try:
         yield

@@ -16,7 +16,7 @@ from tundish.models import ModelCard
 from tundish.overrides import check_overrides
 from tundish.paths import RunPaths, resolve, write_atomic
 from tundish.runs import supervisor
-from tundish.runs.checking import BarOf, check_data, job_of, no_bar
+from tundish.runs.checking import BarOf, CheckedData, check_data, collected, job_of, no_bar
 from tundish.runs.reading import read_run
 from tundish.runs.records import TrainingRun
 from tundish.runs.tracking import Tracking, end_tracking, open_tracking, planned_save_folder, tracking_uri
@@ -114,9 +114,11 @@ def estimate(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> "Estimat
     if problems or parsed is None:
         raise SpecError(problems)
     spec, card = parsed
-    source = open_source(spec.train_data_path, spec.task_type, system_message=card.system_message)
-    with progress("Estimating") as tell:
+    found = CheckedData()
+    with collected(found, "train_data_path"), progress("Estimating") as tell:
+        source = open_source(spec.train_data_path, spec.task_type, system_message=card.system_message)
         return estimate_data(source, job_of(spec), partial(planned_steps, spec), str(spec.training_duration), tell)
+    raise DataError(found.unreadable) if found.unreadable else SpecError(found.problems)
 
 
 def _parse(arguments: Mapping[str, Any]) -> tuple[tuple[RunSpec, ModelCard] | None, list[str]]:

@@ -66,7 +66,9 @@ def prepare_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[st
     )
     write_atomic(paths.foundry_yaml, render(spec, card, paths, destination, train.rows))
     text = " ".join(f"{split.capitalize()} data: {facts(data)}" for split, data in found.items())
-    text += "".join(f" Warning: {finding.message}" for data in found.values() for finding in data.warnings)
+    for split, data in found.items():
+        if count := sum(len(warning["where"]) for warning in data.warnings):
+            text += f" {count:,} samples of the {split} data have warnings; `tundish validate` tells them."
     if train.chatml_added:
         text += " The tokenizer has no chat template; ChatML is used, and saved with the export."
     events.append(paths.events, "DATA_VALIDATED", text)

@@ -1,0 +1,93 @@
+"""`make bench-data`: how fast data is prepared, against LLM Foundry and against the limits of the libraries below.
+
+Every measure prints one row. Data is made on the spot, in a scratch folder that is removed at the end; nothing is
+downloaded. All of it takes about a quarter of an hour on two cores.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+
+from benchmarks.measures import MEASURES, SPARK, Bench, Row
+from benchmarks.processes import Lab
+
+PACKAGES = (
+    *("tundish", "llm-foundry", "mosaicml-streaming", "tiktoken", "tokenizers", "transformers", "datasets"),
+    *("orjson", "numpy", "torch", "pyspark"),
+)
+HEAD = ("measure", "ours", "theirs", "ratio", "target")
+WIDTHS = (58, 38, 40, 7, 16)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Benchmarks of data preparation.")
+    names = ", ".join(f"{number} {measure.__name__}" for number, measure in MEASURES.items())
+    parser.add_argument("--only", default="", metavar="1,3", help=f"measures to run: {names}")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each side; medians are compared (default: 3)")
+    parser.add_argument("--cores", type=int, help="processors to use (default: all)")
+    parser.add_argument("--markdown", action="store_true", help="print the table as the README has it")
+    parser.add_argument("--no-spark", action="store_true", help="leave the Spark cluster out")
+    parser.add_argument("--memory-gb", type=float, default=2, help="size of the file for 9; 0: leave it out")
+    parser.add_argument("--scale", type=float, default=1, help="of the sizes of all other data, for trying")
+    return parser.parse_args()
+
+
+def _wanted(options: argparse.Namespace) -> list[int]:
+    given = [int(number) for number in options.only.split(",") if number] or list(MEASURES)
+    left_out = {SPARK} if options.no_spark else set[int]()
+    if not options.memory_gb:
+        left_out.add(max(MEASURES))
+    return [number for number in given if number not in left_out]
+
+
+def _machine(cores: int) -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    return f"{model}, {cores} cores; Python {platform.python_version()}; {versions}."
+
+
+def _line(cells: Sequence[str], *, markdown: bool) -> str:
+    if markdown:
+        return f"| {' | '.join(cells)} |"
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()
+
+
+def _run(numbers: Sequence[int], bench: Bench, *, markdown: bool) -> None:
+    print(_line(HEAD, markdown=markdown))
+    if markdown:
+        print(_line(["---"] * len(HEAD), markdown=True))
+    for number in numbers:
+        print(f"[{number} of {len(MEASURES)}: {MEASURES[number].__name__}]", file=sys.stderr, flush=True)
+        for row in MEASURES[number](bench):
+            print(_line(_cells(number, row), markdown=markdown), flush=True)
+
+
+def _cells(number: int, row: Row) -> list[str]:
+    measure, *others = astuple(row)
+    return [f"{number}. {measure}", *others]
+
+
+def main() -> None:
+    """Run the measures that the command line names."""
+    options = _arguments()
+    cores = sorted(os.sched_getaffinity(0))[: options.cores]
+    os.sched_setaffinity(0, cores)  # every process started here inherits it
+    scratch = Path(tempfile.mkdtemp(prefix="tundish-bench-"))
+    try:
+        print(_machine(len(cores)) + "\n", flush=True)
+        bench = Bench(Lab(scratch), options.runs, options.scale, options.memory_gb)
+        _run(_wanted(options), bench, markdown=options.markdown)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
