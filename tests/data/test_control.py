@@ -41,8 +41,8 @@ def test_a_word_as_text_is_that_word(
         folder = request.getfixturevalue(f"{name.replace(' ', '')}_tokenizer")
     tokenizer: Any = load_tokenizer(str(folder), "CHAT_COMPLETION")
     if name == "letters":
-        # Merges of the tiny tokenizer: "an", "and", "at" … begin with the letter that goes before the word.
-        tokenizer.add_special_tokens({"additional_special_tokens": ["nd two", "t", "nd", "zy dog", "x"]})
+        # Words that merges would join to a letter before them, as in "and two", and none that is a token otherwise.
+        tokenizer.add_special_tokens({"additional_special_tokens": ["nd two", "zy dog", "nd-four", "x jumps"]})
     words = [str(token) for token in tokenizer.all_special_tokens]
     plain = PlainText(tokenizer.backend_tokenizer.to_str(), words)
     assert len(words) >= 2

@@ -120,6 +120,11 @@ def _samples(source: Source) -> list[Any]:
     return [sample for chunk in source.chunks() for _, sample in chunk.samples(source.rules)]
 
 
+def _file(source: Any) -> Path:
+    """The copy of an object."""
+    return source.path
+
+
 def _texts(uri: str) -> list[Any]:
     return _samples(_open(uri, "CONTINUED_PRETRAIN"))
 
@@ -201,26 +206,26 @@ def test_a_changed_object_is_downloaded_again(bucket: Bucket) -> None:
     assert bucket.downloads("train.jsonl") == 2
 
 
-def test_a_copy_without_its_mark_is_downloaded_again(bucket: Bucket, home: Path) -> None:
-    """A process killed while it writes would leave half of the data for good."""
-    uri = bucket.put("train.jsonl", _lines(1, 2))
-    _open(uri)
-    (copy,), (mark,) = home.rglob("train.jsonl"), home.rglob("version")
-    mark.unlink()
-    copy.write_bytes(_lines(1))
-    assert len(_samples(_open(uri))) == 2
-
-
 def test_what_a_killed_download_has_left_is_not_taken(bucket: Bucket, home: Path) -> None:
-    """In a restarted container process ids come again: an old download would pass for the new one, or fill the disk."""
+    """Half of the data would be trained, in every run from then on; or it would fill the disk."""
     uri = bucket.put("train.jsonl", _lines(1, 2))
-    _open(uri)
-    (copy,) = home.rglob("train.jsonl")
-    for process in (os.getpid(), 1):
-        (copy.parent / f".train.jsonl.{process}.tmp").write_bytes(_lines(9))
-    bucket.put("train.jsonl", _lines(3, 4))
-    assert _samples(_open(uri)) == [("3: two and two? ", "four 3"), ("4: two and two? ", "four 4")]
-    assert sorted(path.name for path in copy.parent.iterdir()) == ["train.jsonl", "version"]
+    folder = _file(_open(uri)).parent
+    killed = folder.rename(folder.with_name(f".{folder.name}.tmp"))
+    (killed / "train.jsonl").write_bytes(_lines(9))
+    (killed / "other.jsonl").write_bytes(_lines(9))
+    assert _samples(_open(uri)) == [("1: two and two? ", "four 1"), ("2: two and two? ", "four 2")]
+    assert [path.name for path in home.rglob("*.jsonl")] == ["train.jsonl"]
+
+
+def test_a_copy_in_use_is_not_written_to(bucket: Bucket) -> None:
+    """A run that still reads would go on with other rows than it has begun with."""
+    first = _open(bucket.put("train.jsonl", _lines(1, 2)))
+    before = _file(first).read_bytes()
+    _open(bucket.put("train.jsonl", _lines(3, 4)))
+    assert _file(first).read_bytes() == before
+    texts = _open(bucket.put("books/a.txt", b"old").rpartition("/")[0], "CONTINUED_PRETRAIN")
+    bucket.put("books/a.txt", b"new")
+    assert (_texts(bucket.uri("books")), _samples(texts)) == (["new"], ["old"])
 
 
 def test_objects_of_one_name_are_kept_apart(bucket: Bucket) -> None:
@@ -270,6 +275,24 @@ def test_a_key_cannot_leave_the_folder_of_the_copy(bucket: Bucket, tmp_path: Pat
 def test_odd_keys_are_read(bucket: Bucket, key: str) -> None:
     """An object would not be found because of a blank or a sign in its name."""
     assert len(_samples(_open(bucket.put(key, _lines(1, 2))))) == 2
+
+
+@pytest.mark.parametrize("key", ["chapter #1", "what?"])
+def test_names_that_streaming_cannot_read_are_refused(bucket: Bucket, key: str) -> None:
+    """Its clients cut a name off at these signs: an object of the shorter name would be read instead."""
+    bucket.put("books/chapter ", b"another")
+    problem = _refusal(bucket.put(f"{key}.jsonl", _lines(1)))
+    assert problem.startswith(bucket.uri(f"{key}.jsonl")) and "'#' and '?' are not allowed" in problem
+    bucket.put("books/fine.txt", b"fine")
+    uri = bucket.put(f"books/{key}.txt", b"text")
+    assert _refusal(bucket.uri("books"), "CONTINUED_PRETRAIN").startswith(uri)
+
+
+def test_a_text_and_a_folder_of_one_name_are_refused(bucket: Bucket) -> None:
+    """A store can have both, a file system cannot: the caller would read a trace."""
+    for key in ("books/a.txt", "books/a.txt/b.txt"):
+        bucket.put(key, b"text")
+    assert _refusal(bucket.uri("books"), "CONTINUED_PRETRAIN").startswith(bucket.uri("books"))
 
 
 def test_a_missing_object_is_named(bucket: Bucket) -> None:

@@ -284,6 +284,9 @@ class Wrapped:
     def digest(self) -> str:
         return self.source.digest()
 
+    def state(self) -> object:
+        return self.source.state()
+
     def parts(self, size: int) -> list[Any]:
         found = [type(self)(part, self.folder) for part in self.source.parts(size)]
         for number, part in enumerate(found):
@@ -442,8 +445,8 @@ def test_chats_and_warnings_are_the_same(
     for chat in chats:
         chat["messages"][1]["content"] += "four"
     source = _open(write_lines(tmp_path / "train.jsonl", chats), "CHAT_COMPLETION")
-    prepared = _check(source, job("CHAT_COMPLETION"), on_two_cores)
-    (warning,) = prepared.warnings
+    _check(source, job("CHAT_COMPLETION"), on_two_cores)
+    (warning,) = examine(source, job("CHAT_COMPLETION"), on_two_cores).warnings
     assert warning.where == [4, 34] and warning.message.startswith("train.jsonl, line 4: ")
 
 

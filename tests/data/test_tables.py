@@ -1,6 +1,8 @@
 """data/tables.py: the rows of a Delta table's snapshot and of a Hugging Face split; no others, and no other files."""
 
 import json
+import os
+import pickle
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -326,10 +328,10 @@ def test_a_table_that_is_not_there_is_named(home: Path, tmp_path: Path) -> None:
     ("task_type", "columns", "needed"),
     [
         ("CHAT_COMPLETION", ["prompt", "response"], "messages"),
-        ("INSTRUCTION_FINETUNE", ["messages", "id"], "prompt and response (or completion)"),
-        ("INSTRUCTION_FINETUNE", ["prompt", "answer"], "prompt and response (or completion)"),
-        ("INSTRUCTION_FINETUNE", ["response"], "prompt and response (or completion)"),
-        ("INSTRUCTION_FINETUNE", ["prompt", "response", "completion"], "prompt and response (or completion)"),
+        ("INSTRUCTION_FINETUNE", ["messages", "id"], "prompt and response (or completion, not both)"),
+        ("INSTRUCTION_FINETUNE", ["prompt", "answer"], "prompt and response (or completion, not both)"),
+        ("INSTRUCTION_FINETUNE", ["response"], "prompt and response (or completion, not both)"),
+        ("INSTRUCTION_FINETUNE", ["prompt", "response", "completion"], "prompt and response (or completion, not both)"),
     ],
 )
 def test_missing_columns_are_told_with_those_that_are_there(
@@ -409,6 +411,15 @@ def test_a_log_that_names_files_outside_the_table_is_refused(tmp_path: Path, nam
     assert problem.startswith(f"{table}: its log names") and "outside the table" in problem
 
 
+def test_a_link_out_of_the_table_is_refused(tmp_path: Path) -> None:
+    """The same, for a table that comes as an archive with links in it."""
+    table = _write(tmp_path / "t", [_pair(666)])
+    (file,) = table.glob("*.parquet")
+    file.symlink_to(file.rename(tmp_path / "x.parquet"))
+    problem = _refusal(table)
+    assert problem.startswith(f"{table}: its log names {file.name!r}, outside the table")
+
+
 def _map_columns(table: Path, reader_version: int) -> None:
     """Make a table's columns have other names in its files, as RENAME COLUMN does."""
 
@@ -465,7 +476,7 @@ def test_a_damaged_table_is_an_error_of_the_data(tmp_path: Path, tiny_model: Pat
     with pytest.raises(DataError) as error:
         _prepare(_open(table), tiny_model)
     (problem,) = error.value.problems
-    assert problem.startswith(f"{table} (version 0)") and file.name in problem and "\n" not in problem
+    assert problem.startswith(f"{table}: a file of the table cannot be read (") and "\n" not in problem
 
 
 # Hugging Face datasets.
@@ -524,11 +535,14 @@ def test_each_split_is_its_own(folder: Path) -> None:
     assert _open(folder / "train").digest() != _open(folder / "validation").digest()
 
 
-@pytest.mark.parametrize("split", ["val", "test", "trian", "lab"])
-def test_an_unknown_split_is_named_with_those_that_are_there(folder: Path, split: str) -> None:
+def test_an_unknown_split_is_named_with_those_that_are_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The caller would not learn that what `datasets` makes of val.jsonl is called `validation`."""
-    problem = _refusal(folder / split)
-    assert problem.startswith(f"{folder / split}: ") and "train" in problem and "validation" in problem
+    monkeypatch.chdir(tmp_path)
+    for given in (folder / "val", "lab/val", "lab/test", "lab/trian"):
+        problem = _refusal(given)
+        assert problem.startswith(f"{given}: ") and "train" in problem and "validation" in problem
 
 
 def test_a_folder_for_each_split_is_read(tmp_path: Path, datasets_cache: Path, write_lines: WriteLines) -> None:
@@ -538,6 +552,26 @@ def test_a_folder_for_each_split_is_read(tmp_path: Path, datasets_cache: Path, w
         write_lines(tmp_path / "lab" / name / "part.jsonl", map(_pair, numbers))
     assert _numbers(tmp_path / "lab" / "train") == [0, 1, 2]
     assert _numbers(tmp_path / "lab" / "validation") == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("file", "split"),
+    [
+        ("data/train-00000-of-00001.jsonl", "train"),
+        ("data/test-00000-of-00001.jsonl", "test"),
+        ("data/validation-00000-of-00001.jsonl", "validation"),
+        ("dev.jsonl", "validation"),
+        ("eval.jsonl", "test"),
+        ("rows.jsonl", "train"),
+    ],
+)
+def test_splits_are_found_where_datasets_looks_for_them(
+    tmp_path: Path, datasets_cache: Path, write_lines: WriteLines, file: str, split: str
+) -> None:
+    """Folders that were copied from the hub have their files in `data`: they would be refused as missing."""
+    (tmp_path / "lab" / file).parent.mkdir(parents=True)
+    write_lines(tmp_path / "lab" / file, map(_pair, range(3)))
+    assert _numbers(tmp_path / "lab" / split) == [0, 1, 2]
 
 
 def test_parquet_and_relative_names_are_read(
@@ -622,6 +656,29 @@ def test_code_of_a_dataset_is_not_run(
         problem = _refusal(given)
         assert problem.startswith(f"{given}: the dataset runs code of its own, which is never done here")
     assert not (tmp_path / "marker").exists()
+
+
+def test_pickles_of_the_working_directory_are_not_read(
+    tmp_path: Path, datasets_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pandas` is a reader of `datasets`, and not a dataset: it would unpickle, and so run, what lies around."""
+    (tmp_path / "train.pkl").write_bytes(pickle.dumps(_Marks(str(tmp_path / "marker"))))
+    monkeypatch.chdir(tmp_path)
+    for name in ("pandas", "json", "csv"):
+        assert "allowed is a file, catalog.schema.table, or a Hugging Face dataset" in _refusal(f"{name}/train")
+    assert not (tmp_path / "marker").exists()
+    pickle.loads((tmp_path / "train.pkl").read_bytes())
+    assert (tmp_path / "marker").exists(), "to read it would have been seen"
+
+
+class _Marks:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: str) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.marker,)
 
 
 def test_the_hub_out_of_reach_is_told(datasets_cache: Path) -> None:

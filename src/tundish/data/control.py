@@ -91,13 +91,11 @@ class PlainText:
     def _as_text(self, word: str) -> Ids:
         self._backend.encode_special_tokens = True
         try:
-            # Cut, it is no token; and tokenized as what follows a letter.
-            before, *parts = (
-                self._backend.encode(f"a{part}", add_special_tokens=False).ids for part in ("", word[:1], word[1:])
-            )
+            # Cut, it is no token; and tokenized as what follows one, as it will.
+            parts = [self._backend.encode(part, add_special_tokens=False).ids for part in (word[:1], word[1:])]
         finally:
             self._backend.encode_special_tokens = False
-        return np.array([number for part in parts for number in part[len(before) :]], dtype=np.int32)
+        return np.array([number for part in parts for number in part], dtype=np.int32)
 
     def encode(self, text: str) -> Ids:
         """Ids of a templated text, those of marks included."""

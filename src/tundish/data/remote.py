@@ -26,6 +26,7 @@ def fetch_file(uri: str) -> Path:
     Raises:
         SpecError: there is no such object, or it may not be read.
     """
+    _check_name(uri)
     parent, _, name = uri.rpartition("/")
     return _copy(f"{parent}/", {name: _try(uri, lambda: _version(uri))}) / name
 
@@ -42,8 +43,8 @@ def fetch_texts(uri: str) -> Path:
 
 def _copy(root: str, versions: dict[str, str | None]) -> Path:
     """A folder with the objects of these names below `root`, complete; another one if one of them has changed."""
-    if odd := [name for name in versions if set("#?") & set(root + name)]:
-        raise SpecError(f"{root}{odd[0]}: '#' and '?' are not allowed in names. Rename the object.")
+    for name in versions:
+        _check_name(root + name)
     facts = json.dumps([root, sorted(versions.items())])
     folder = downloads_dir() / hashlib.sha256(facts.encode()).hexdigest()[:24]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -54,13 +55,18 @@ def _copy(root: str, versions: dict[str, str | None]) -> Path:
         shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
         beside.mkdir()
         for name in versions:
-            copy = inside(beside, name)
-            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy = _try(root + name, lambda name=name: inside(beside, name))
+            _try(root + name, lambda copy=copy: copy.parent.mkdir(parents=True, exist_ok=True))
             _try(root + name, lambda name=name, copy=copy: _download(root + name, copy))
         # Stores other than S3 do not tell versions: what is there may be old.
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
         return folder
+
+
+def _check_name(uri: str) -> None:
+    if set("#?") & set(uri):
+        raise SpecError(f"{uri}: '#' and '?' are not allowed in names. Rename the object.")
 
 
 def _try(uri: str, action: Callable[[], T]) -> T:

@@ -248,10 +248,7 @@ _KINDS = "a .jsonl file (.gz and .zst too), a Delta table or a Hugging Face data
 
 def _dataset_folder(path: Path) -> bool:
     """Whether a path may be a local folder of a dataset, with a split's name at its end."""
-    if path.is_dir() or not path.parent.is_dir():
-        return (path / "state.json").exists()
-    split = {"validation": "val"}.get(path.name, path.name)
-    return path.name == "train" or any(split in file.name for file in path.parent.iterdir())
+    return path.is_dir() or (path.parent.is_dir() and not path.suffix and any(path.parent.iterdir()))
 
 
 def _open_file(path: Path, given: str, rules: Rules) -> Source:

@@ -13,11 +13,11 @@ from typing import Any, cast
 from urllib.parse import unquote
 
 from tundish.data.chunks import Chunk, TableRows
-from tundish.data.findings import Place
+from tundish.data.findings import Place, printable
 from tundish.data.records import Rules
 from tundish.data.sources import Source, groups
 from tundish.errors import DataError, SpecError
-from tundish.paths import inside, resolve
+from tundish.paths import resolve
 
 BATCH_ROWS = 256
 READABLE = {"deletionVectors", "timestampNtz", "v2Checkpoint", "vacuumProtocolCheck", "domainMetadata"}
@@ -108,7 +108,7 @@ class DeltaRows:
             yield from self._rows()
         except (OSError, ValueError) as error:
             found = f"a file of the table cannot be read ({' '.join(str(error).split())[:300]})"
-            raise DataError(f"{self.name}: {found}. Restore the table, or copy it again.") from error
+            raise DataError(f"{self.name}: {printable(found)}. Restore the table, or copy it again.") from error
 
     def _rows(self) -> Iterator[Chunk]:
         import pyarrow.parquet as pq
@@ -158,11 +158,12 @@ def _named(table: Any) -> list[tuple[str, int]]:
 
 
 def _checked_name(uri: str, path: str, given: str) -> str:
-    """A data file's name below the table; the log of a table can name any file of the machine."""
+    """A data file's name below the table; the log of a table can name any file of the machine, or a link to one."""
     name = unquote(path)
-    if "://" not in uri:
-        inside(Path(uri), name)
-    if ":" in name.split("/")[0] or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    outside = ":" in name.split("/")[0] or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
+    if "://" not in uri and not outside:
+        outside = not (Path(uri) / name).resolve().is_relative_to(Path(uri).resolve())
+    if outside:
         raise SpecError(f"{given}: its log names {name!r}, outside the table. Copy the rows into a table of its own.")
     return name
 
@@ -254,7 +255,7 @@ def open_dataset(given: str, rules: Rules) -> DatasetRows:
 
 
 def _load_dataset(given: str) -> Any:
-    from datasets import disable_progress_bars, load_dataset, load_from_disk
+    from datasets import disable_progress_bars, load_dataset, load_dataset_builder, load_from_disk
     from datasets.exceptions import DatasetsError
 
     path = Path(resolve(given))
@@ -271,9 +272,18 @@ def _load_dataset(given: str) -> Any:
     try:
         if saved:
             return load_from_disk(str(path))
+        if local:
+            _check_split(load_dataset_builder(str(path.parent), trust_remote_code=False), given, split)
         return load_dataset(str(path.parent) if local else name, split=split, trust_remote_code=False)
     except (DatasetsError, ValueError, OSError, KeyError) as error:
         raise SpecError(f"{given}: {_reason(error)}") from error
+
+
+def _check_split(builder: Any, given: str, split: str) -> None:
+    """Refuse a split that a folder does not have before its files are read."""
+    splits = [str(name) for name in builder.config.data_files or ()]
+    if splits and split not in splits:
+        raise SpecError(f"{given}: there is no such split; there are {', '.join(splits)}. Check the path.")
 
 
 def _is_hub_name(name: str) -> bool:
