@@ -72,6 +72,7 @@ def memory_of(process: int) -> int:
 def foundry_chats(path: str, model: str) -> Facts:
     """LLM Foundry's conversion of a chat file, which tokenizes and does not pack."""
     from llmfoundry.command_utils.data_prep.convert_finetuning_dataset import convert_finetuning_dataset_from_args
+    from scipy import io  # noqa: F401 (datasets imports it when it reads the first line)
 
     out = tempfile.mkdtemp()
     seconds, _ = _timed(
@@ -133,7 +134,6 @@ def structure(path: str) -> Facts:
     from tundish.data.sources import open_source
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    _import_all()
     source = open_source(path, "CHAT_COMPLETION", system_message=True)
     seconds, outcome = _timed(lambda: check_structure(source))
     assert not outcome.problems

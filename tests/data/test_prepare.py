@@ -415,7 +415,9 @@ def test_data_that_changes_while_it_is_read_is_refused(
     path = tmp_path / "train.jsonl"
 
     def grow(done: int, total: int | None) -> None:
-        path.write_bytes(path.read_bytes() + b'{"prompt": "a", "response": "b"}\n')
+        if done < 1000:
+            with open(path, "ab") as file:
+                file.write(b'{"prompt": "a", "response": "b"}\n')
 
     with pytest.raises(DataError, match=r"train\.jsonl: changed while it was read\. Try again when it is complete"):
         prepare(source, _job(source, tiny_model), progress=grow)
