@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install format check test demo lock clean
+.PHONY: help install format check test demo bench-data lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ test: $(INSTALLED)  ## run the tests (CPU, no network)
 
 demo: $(INSTALLED)  ## train a tiny model on this machine and ask it what it has learned
 	$(BIN)/python recipes/demo.py
+
+bench-data: $(INSTALLED)  ## measure the preparation of data against LLM Foundry (15 minutes; OPTIONS="--only 1,3")
+	$(BIN)/python -m benchmarks.data $(OPTIONS)
 
 lock: $(INSTALLED)  ## resolve the dependencies anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

@@ -26,7 +26,7 @@ PAGE = 4_000
 SIGN = re.compile(r"[^A-Za-z ]")
 SMART = str.maketrans({"'": "’", '"': "”", "*": "•"})
 LEFT_OUT = ("Copyright", "<|", "[INST]", "<s>", "</s>", "<unk>")
-"""No licences, which repeat themselves; no control tokens, which tundish and LLM Foundry treat differently on purpose."""
+"""No licences, which repeat themselves; no control tokens, which tundish and LLM Foundry take for different things."""
 TURNS = (1,) * 11 + (2,) * 5 + (3,) * 2 + (4,) * 2
 """Questions and answers of a chat, as often as they stand here."""
 

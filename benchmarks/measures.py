@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from benchmarks.corpus import write_chats, write_texts
 from benchmarks.models import save_llama, save_mistral
@@ -69,13 +70,15 @@ class Bench:
         """A folder of .txt files."""
         return str(write_texts(self.lab.scratch / "texts", int(TEXTS_MB * 1e6 * self.scale)))
 
-    def prepare_chats(self, **more: object) -> Facts:
+    def prepare_chats(self, **more: Any) -> Facts:
         """Our preparation of the chat file."""
-        return self.lab.run("prepare", **{"path": self.chats, "model": self.llama, "task": "CHAT_COMPLETION"} | more)
+        given: dict[str, Any] = {"path": self.chats, "model": self.llama, "task": "CHAT_COMPLETION"}
+        return self.lab.run("prepare", **given | more)
 
-    def prepare_texts(self, **more: object) -> Facts:
+    def prepare_texts(self, **more: Any) -> Facts:
         """Our preparation of the .txt files."""
-        return self.lab.run("prepare", **{"path": self.texts, "model": self.llama, "task": "CONTINUED_PRETRAIN"} | more)
+        given: dict[str, Any] = {"path": self.texts, "model": self.llama, "task": "CONTINUED_PRETRAIN"}
+        return self.lab.run("prepare", **given | more)
 
     def by_turns(self, path: str, *sides: Side) -> list[list[Facts]]:
         """What each side found in all its runs on the same data."""

@@ -425,11 +425,12 @@ def test_words_that_are_only_taken_whole_are_found_out() -> None:
 
 def test_a_word_with_two_merges_is_made_when_the_tokenizer_makes_it() -> None:
     """tiktoken knows one time for a word: the first, at which the tokenizer may have none of its parts."""
-    # "abc" is made early of a + bc, which never meet, and late of ab + c; before that, c goes to "cd".
-    backend = _begin_with(("a", "b"), ("b", "c"), ("a", "bc"), ("c", "d"), ("ab", "c"))
-    assert [len(_ids(backend, text)) for text in ("ab", "bc", "abc", "cd")] == [1] * 4, "every word is reached"
+    # "kwj" is made early of k + wj, which never meet, and late of kw + j; before that, j goes to "jp". "qq" stands
+    # between the two words in the vocabulary: side by side, they would be found out by luck.
+    backend = _begin_with(("k", "w"), ("w", "j"), ("k", "wj"), ("q", "q"), ("j", "p"), ("kw", "j"))
+    assert [len(_ids(backend, text)) for text in ("kw", "wj", "kwj", "jp")] == [1] * 4, "every word is reached"
     encoder = BytePairEncoder.of(backend, backend.to_str())
-    for text in ("abc", "abcd", "xabcdx"):
+    for text in ("kwj", "kwjp", "xkwjpx"):
         assert encoder is None or encoder.encode(text, frozenset()).tolist() == _ids(backend, text)
 
 

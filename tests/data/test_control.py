@@ -27,7 +27,7 @@ def test_what_a_template_writes_is_known() -> None:
     assert Known.of(("### user", "</s>"), control).borders == (), "what begins and ends a chat is no border"
 
 
-@pytest.mark.parametrize("name", ["tiny", "letters", "llama 3", "mistral"])
+@pytest.mark.parametrize("name", ["tiny", "letters", "llama 3", "mistral", "mistral first"])
 def test_a_word_as_text_is_that_word(
     name: str,
     tmp_path: Path,
@@ -35,14 +35,19 @@ def test_a_word_as_text_is_that_word(
     request: pytest.FixtureRequest,
 ) -> None:
     """Letters of it would be lost, or be those of another word, where a tokenizer joins what stands side by side."""
+    from tokenizers import pre_tokenizers
+
     if name in ("tiny", "letters"):
         folder = save_tokenizer(tmp_path / "model")
     else:
-        folder = request.getfixturevalue(f"{name.replace(' ', '')}_tokenizer")
+        folder = request.getfixturevalue(f"{name.removesuffix(' first').replace(' ', '')}_tokenizer")
     tokenizer: Any = load_tokenizer(str(folder), "CHAT_COMPLETION")
     if name == "letters":
         # Words that merges would join to a letter before them, as in "and two", and none that is a token otherwise.
         tokenizer.add_special_tokens({"additional_special_tokens": ["nd two", "zy dog", "nd-four", "x jumps"]})
+    if name == "mistral first":
+        # Which puts a blank before a text's first word, and so before that of each piece that is tokenized apart.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     words = [str(token) for token in tokenizer.all_special_tokens]
     plain = PlainText(tokenizer.backend_tokenizer.to_str(), words)
     assert len(words) >= 2

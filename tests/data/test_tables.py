@@ -65,7 +65,7 @@ def _refusal(given: object, task_type: TaskType = "INSTRUCTION_FINETUNE") -> str
     with pytest.raises(SpecError) as error:
         _open(given, task_type)
     (problem,) = error.value.problems
-    assert "\n" not in problem
+    assert problem.isprintable(), "one line, and no commands for a terminal"
     return problem
 
 
@@ -476,7 +476,7 @@ def test_a_damaged_table_is_an_error_of_the_data(tmp_path: Path, tiny_model: Pat
     with pytest.raises(DataError) as error:
         _prepare(_open(table), tiny_model)
     (problem,) = error.value.problems
-    assert problem.startswith(f"{table}: a file of the table cannot be read (") and "\n" not in problem
+    assert problem.startswith(f"{table}: a file of the table cannot be read (") and problem.isprintable()
 
 
 # Hugging Face datasets.
@@ -656,6 +656,35 @@ def test_code_of_a_dataset_is_not_run(
         problem = _refusal(given)
         assert problem.startswith(f"{given}: the dataset runs code of its own, which is never done here")
     assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("name", ["../secret.jsonl", "{folder}/secret.jsonl"])
+def test_a_dataset_that_names_files_outside_its_folder_is_refused(
+    tmp_path: Path, datasets_cache: Path, write_lines: WriteLines, name: str
+) -> None:
+    """Whoever makes a dataset could have any file of the reader's machine trained, and ask the model for it."""
+    write_lines(tmp_path / "secret.jsonl", [_pair(666)])
+    (tmp_path / "lab").mkdir()
+    name = name.format(folder=tmp_path)
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {name}\n---\n"
+    (tmp_path / "lab" / "README.md").write_text(card)
+    problem = _refusal(tmp_path / "lab" / "train")
+    assert problem.startswith(f"{tmp_path / 'lab' / 'train'}: ") and "secret.jsonl', outside its folder" in problem
+
+
+def test_a_saved_dataset_that_names_files_outside_its_folder_is_refused(tmp_path: Path, datasets_cache: Path) -> None:
+    """The same, in the other format."""
+    import datasets
+
+    for name in ("secret", "lab"):
+        datasets.Dataset.from_list([_pair(666)]).save_to_disk(str(tmp_path / name))
+    (file,) = (tmp_path / "lab").glob("*.arrow")
+    state = json.loads((tmp_path / "lab" / "state.json").read_text())
+    state["_data_files"] = [{"filename": f"../secret/{file.name}"}]
+    (tmp_path / "lab" / "state.json").write_text(json.dumps(state))
+    file.unlink()
+    problem = _refusal(tmp_path / "lab")
+    assert problem.startswith(f"{tmp_path / 'lab'}: the dataset names") and file.name in problem
 
 
 def test_pickles_of_the_working_directory_are_not_read(
