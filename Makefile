@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install format check test demo bench-data lock clean
+.PHONY: help install format check test test-spark demo bench-data lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ check: $(INSTALLED)  ## check format, lint and types
 
 test: $(INSTALLED)  ## run the tests (CPU, no network)
 	$(BIN)/python -m pytest
+
+test-spark: $(INSTALLED)  ## run the tests on a Spark cluster of this machine (Java)
+	$(BIN)/python -m pytest -o addopts="--import-mode=importlib" tests/data/test_spark.py
 
 demo: $(INSTALLED)  ## train a tiny model on this machine and ask it what it has learned
 	$(BIN)/python recipes/demo.py

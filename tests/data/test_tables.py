@@ -727,6 +727,15 @@ def test_files_that_cannot_be_read_are_told_with_the_reason(tmp_path: Path, data
     assert "prompt" in problem.split("cannot be loaded", 1)[1]
 
 
+def test_a_slip_in_a_path_does_not_search_all_beside_it(tmp_path: Path, datasets_cache: Path) -> None:
+    """`datasets` lists all files below a folder: beside a home, or /tmp, the call would not return for minutes."""
+    (tmp_path / "projects" / "deep").mkdir(parents=True)
+    (tmp_path / "projects" / "deep" / "train.jsonl").write_text("{}")
+    (tmp_path / "notes.txt").write_text("x")
+    missing = tmp_path / "chats"
+    assert _refusal(missing).startswith(f"{missing}: there is no such file ({missing})")
+
+
 def test_a_path_that_is_not_there_does_not_load_its_neighbours(folder: Path, datasets_cache: Path) -> None:
     """A slip in a path – the folder's name without its split, say – would convert all files beside it first."""
     for missing in (folder.parent / "labb", folder / "trian"):
