@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tundish.data.bpe import GPT2_PATTERN, TRIALS, BytePairEncoder
-from tundish.data.tokenize import Encoder, load_tokenizer
+from tundish.data.tokenize import Encoder
+from tundish.data.tokenizer import load_tokenizer
 
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

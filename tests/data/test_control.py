@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tundish.data.control import Finder, Known, PlainText
-from tundish.data.tokenize import load_tokenizer
+from tundish.data.tokenizer import load_tokenizer
 
 
 @given(st.lists(st.text("<|a>x", min_size=1, max_size=4), max_size=5), st.text("<|a>x", max_size=12))
@@ -52,7 +52,7 @@ def test_a_word_as_text_is_that_word(
     plain = PlainText(tokenizer.backend_tokenizer.to_str(), words)
     assert len(words) >= 2
     control = set(tokenizer.all_special_ids)
-    for word in words:
+    for word in words[:12]:
         messages, masked = plain.mask([{"role": "user", "content": f"x {word} y {word}{word}"}], Finder(words))
         assert (masked and word not in messages[0]["content"]) or word in ("x", "t")
         ids = plain.unmask(plain.encode(messages[0]["content"]))

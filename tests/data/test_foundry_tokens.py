@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tundish.data.records import Messages
 from tundish.data.templates import TEMPLATE_DATE
-from tundish.data.tokenize import Encoded, Encoder, load_tokenizer
+from tundish.data.tokenize import Encoded, Encoder
+from tundish.data.tokenizer import load_tokenizer
 from tundish.errors import DataError
 
 if TYPE_CHECKING:

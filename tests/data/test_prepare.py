@@ -21,7 +21,8 @@ from tundish.data.bpe import BytePairEncoder
 from tundish.data.encoding import Job
 from tundish.data.share import pack_row
 from tundish.data.sources import Source, open_source
-from tundish.data.tokenize import Encoded, Encoder, _load_encoder, load_tokenizer
+from tundish.data.tokenize import Encoded, Encoder, _load_encoder
+from tundish.data.tokenizer import load_tokenizer
 from tundish.errors import DataError, StageError
 
 # Streaming's LocalDataset leaves index.json open.

@@ -1,4 +1,4 @@
-"""data/tables.py: the rows of a Delta table's snapshot and of a Hugging Face split; no others, and no other files."""
+"""data/tables.py, data/huggingface.py: the rows of a table or of a split; no others, and no other files."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from tundish.data import Job, Prepared, prepare, tables
+from tundish.data import Job, Prepared, huggingface, prepare, tables
 from tundish.data.records import Problem
 from tundish.data.sources import Source, open_source
 from tundish.errors import DataError, SpecError
@@ -523,7 +523,7 @@ def test_chats_of_a_dataset_are_those_of_the_same_jsonl(
 
 def test_order_and_count_do_not_depend_on_batches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows at the border of a batch would be lost or doubled, or the numbers in messages be wrong."""
-    monkeypatch.setattr(tables, "BATCH_ROWS", 7)
+    monkeypatch.setattr(huggingface, "BATCH_ROWS", 7)
     source = _open(folder / "train")
     assert _numbers(folder / "train") == list(range(40)) and len(list(source.chunks())) == 6
     assert source.place.of(9) == f"{folder / 'train'}, row 9"

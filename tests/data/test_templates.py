@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tundish.data.records import Messages
 from tundish.data.templates import CHATML, TEMPLATE_DATE, ChatTemplate, Rendered
-from tundish.data.tokenize import load_tokenizer
+from tundish.data.tokenizer import load_tokenizer
 from tundish.errors import DataError
 
 MakeTemplate = Callable[[str], ChatTemplate]

@@ -12,7 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tundish.data.templates import CHATML, TEMPLATE_DATE
-from tundish.data.tokenize import Encoded, Encoder, load_encoder, load_tokenizer
+from tundish.data.tokenize import Encoded, Encoder, load_encoder
+from tundish.data.tokenizer import load_tokenizer
 from tundish.errors import DataError, SpecError
 from tundish.spec import TaskType
 

@@ -26,7 +26,7 @@ from tundish.data.records import Problem, Sample
 from tundish.data.share import Progress, Share, prepare_share
 from tundish.data.sources import Source
 from tundish.data.templates import TEMPLATE_DATE
-from tundish.data.tokenize import CHATML_ADDED
+from tundish.data.tokenizer import CHATML_ADDED
 from tundish.data.workers import Workers
 from tundish.errors import DataError, StageError
 from tundish.paths import prepared_dir, write_atomic

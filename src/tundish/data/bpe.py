@@ -165,4 +165,6 @@ def _ranks(model: Mapping[str, Any]) -> tuple[dict[bytes, int], list[int] | None
         if content not in ranks:
             ranks[content] = len(ranks)
             ids.append(vocabulary.get(token))
+        elif ranks[content] != len(ranks) - 1:
+            return ranks, None  # made again later: tiktoken knows one time for a word
     return ranks, None if None in ids else ids

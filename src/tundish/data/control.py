@@ -80,7 +80,8 @@ class PlainText:
         from tokenizers import AddedToken, Tokenizer
 
         backend = Tokenizer.from_str(self._serialized)
-        backend.add_special_tokens([AddedToken(mark, normalized=False) for mark in self._marks.values()])
+        # No special ones, so that they stay tokens where those are read as text.
+        backend.add_tokens([AddedToken(mark, normalized=False) for mark in self._marks.values()])
         return backend
 
     @functools.cached_property
@@ -91,11 +92,13 @@ class PlainText:
     def _as_text(self, word: str) -> Ids:
         self._backend.encode_special_tokens = True
         try:
-            # Cut, it is no token; and tokenized as what follows one, as it will.
-            parts = [self._backend.encode(part, add_special_tokens=False).ids for part in (word[:1], word[1:])]
+            # Cut, it is no token; and it is tokenized as what follows one, as it will.
+            texts = [self._marks[word] + part for part in (word[:1], word[1:])]
+            parts = [self._backend.encode(text, add_special_tokens=False).ids for text in texts]
         finally:
             self._backend.encode_special_tokens = False
-        return np.array([number for part in parts for number in part], dtype=np.int32)
+        mark = self._backend.token_to_id(self._marks[word])
+        return np.array([number for part in parts for number in part[part.index(mark) + 1 :]], dtype=np.int32)
 
     def encode(self, text: str) -> Ids:
         """Ids of a templated text, those of marks included."""

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -238,7 +239,7 @@ def open_source(given: str, task_type: TaskType, *, system_message: bool) -> Sou
         raise SpecError(f"{given}: {found}; {task_type} takes {_KINDS}. Check the path.")
     if re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", given):
         return _open_table(str(inside(home() / "tables", *given.split("."))), given, rules)
-    from tundish.data.tables import open_dataset
+    from tundish.data.huggingface import open_dataset
 
     return open_dataset(given, rules)
 
@@ -247,8 +248,16 @@ _KINDS = "a .jsonl file (.gz and .zst too), a Delta table or a Hugging Face data
 
 
 def _dataset_folder(path: Path) -> bool:
-    """Whether a path may be a local folder of a dataset, with a split's name at its end."""
-    return path.is_dir() or (path.parent.is_dir() and not path.suffix and any(path.parent.iterdir()))
+    """Whether a path may be a local folder of a dataset, with a split's name at its end.
+
+    `datasets` lists all files below a folder: beside a home, that would take minutes.
+    """
+    if path.is_dir() or not path.parent.is_dir() or path.suffix:
+        return path.is_dir()
+    names = [found.name for found in islice(path.parent.iterdir(), 10_000)]
+    # A card may name any split; these three are known by many names of files.
+    usual = path.name in ("train", "validation", "test")
+    return bool(names) and (usual or any(name in ("README.md", "data") or path.name in name for name in names))
 
 
 def _open_file(path: Path, given: str, rules: Rules) -> Source:

@@ -1,4 +1,4 @@
-"""Tables: a snapshot of a Delta table, and a split of a Hugging Face dataset, read row batch by row batch.
+"""A snapshot of a Delta table, read row batch by row batch.
 
 Only the columns of a sample are read; others are dropped, as the managed service did.
 """
@@ -6,10 +6,11 @@ Only the columns of a sample are read; others are dropped, as the managed servic
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Any
 from urllib.parse import unquote
 
 from tundish.data.chunks import Chunk, TableRows
@@ -17,7 +18,6 @@ from tundish.data.findings import Place, printable
 from tundish.data.records import Rules
 from tundish.data.sources import Source, groups
 from tundish.errors import DataError, SpecError
-from tundish.paths import resolve
 
 BATCH_ROWS = 256
 READABLE = {"deletionVectors", "timestampNtz", "v2Checkpoint", "vacuumProtocolCheck", "domainMetadata"}
@@ -77,8 +77,8 @@ class DeltaRows:
             columns_of_files = (actions[name].to_pylist() for name in ("path", "size_bytes", "num_records"))
             files = sorted(zip(*columns_of_files, strict=True))
         except (DeltaError, OSError) as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise SpecError(f"{given}: there is no Delta table to read at {uri} ({reason}). Check the name.") from error
+            found = f"there is no Delta table to read at {uri} ({_reason(error)})"
+            raise SpecError(f"{given}: {found}. Check the name.") from error
         if partitioned := set(columns) & set(table.metadata().partition_columns):
             found = f"the table is partitioned by {', '.join(sorted(partitioned))}, which is part of a sample"
             raise SpecError(f"{given}: {found}. Copy the rows into a table without partitions.")
@@ -142,6 +142,15 @@ def _delta_table(uri: str, version: int | None = None) -> Any:
     return DeltaTable(uri, version=version, storage_options=options)
 
 
+def _reason(error: Exception) -> str:
+    """The first and the last cause that an error names; a store's is an XML document in colours."""
+    text = str(error).strip() or repr(error)
+    causes = re.split(r"\s*\x1b\[31m↳\x1b\[0m\s*", text)
+    code = re.search(r"<Code>(\w+)</Code>", causes[-1])
+    last = causes[-1] if code is None else code[1]
+    return printable(": ".join(dict.fromkeys(one.splitlines()[0][:200] for one in (causes[0], last))))
+
+
 def _check_protocol(table: Any, given: str) -> None:
     unknown = sorted(set[str](table.protocol().reader_features or ()) - READABLE)
     if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
@@ -197,110 +206,3 @@ def _deletions(table: Any) -> Mapping[str, Any]:
             plain = path.removeprefix("file://") if not root.startswith("file://") else path
             found[unquote(plain.removeprefix(root))] = kept.values
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class DatasetRows:
-    """One split of a Hugging Face dataset, from the hub, its local cache or a local folder."""
-
-    name: str
-    """As the caller gave it."""
-    rules: Rules
-    dataset: Any
-    """A `datasets.Dataset` with only the columns of a sample."""
-
-    @property
-    def place(self) -> Place:
-        """See Source."""
-        return Place(self.name, "row")
-
-    @property
-    def size(self) -> int:
-        """See Source; rows."""
-        return len(self.dataset)
-
-    def digest(self) -> str:
-        """See Source."""
-        total = hashlib.sha256()
-        for chunk in self.chunks():
-            total.update(cast(TableRows, chunk).data)
-        return total.hexdigest()
-
-    def state(self) -> object:
-        """See Source; what is loaded never changes."""
-        return self.name
-
-    def chunks(self) -> Iterator[Chunk]:
-        """See Source."""
-        batches = self.dataset.with_format("arrow").iter(BATCH_ROWS)
-        return (TableRows.of(batch.combine_chunks()) for batch in batches)
-
-    def parts(self, size: int) -> list[Source]:
-        """See Source; Spark reads Delta tables, JSONL and .txt files."""
-        raise DataError(
-            f"{self.name}: a Spark cluster prepares Delta tables, JSONL and .txt files. Leave data_prep_cluster_id "
-            "out: this machine prepares a Hugging Face dataset."
-        )
-
-
-def open_dataset(given: str, rules: Rules) -> DatasetRows:
-    """A Hugging Face dataset named `org/dataset/split`, `dataset/split` or `folder/split`.
-
-    Raises:
-        SpecError: there is no such dataset or split, it lacks the columns, or it would run code.
-    """
-    dataset = _load_dataset(given)
-    columns = sample_columns(dataset.column_names, rules, given)
-    return DatasetRows(given, rules, dataset.select_columns(columns))
-
-
-def _load_dataset(given: str) -> Any:
-    from datasets import disable_progress_bars, load_dataset, load_dataset_builder, load_from_disk
-    from datasets.exceptions import DatasetsError
-
-    path = Path(resolve(given))
-    name, _, split = given.rpartition("/")
-    local = path.parent.is_dir()
-    saved = (path / "state.json").is_file()
-    if not saved and (not name or not split or (not local and (given.count("/") > 2 or not _is_hub_name(name)))):
-        found = "a subset is not supported; " if given.count("/") > 2 else ""
-        raise SpecError(
-            f"{given}: {found}allowed is a file, catalog.schema.table, or a Hugging Face dataset with its split: "
-            "org/dataset/split or dataset/split."
-        )
-    disable_progress_bars()
-    try:
-        if saved:
-            return load_from_disk(str(path))
-        if local:
-            _check_split(load_dataset_builder(str(path.parent), trust_remote_code=False), given, split)
-        return load_dataset(str(path.parent) if local else name, split=split, trust_remote_code=False)
-    except (DatasetsError, ValueError, OSError, KeyError) as error:
-        raise SpecError(f"{given}: {_reason(error)}") from error
-
-
-def _check_split(builder: Any, given: str, split: str) -> None:
-    """Refuse a split that a folder does not have before its files are read."""
-    splits = [str(name) for name in builder.config.data_files or ()]
-    if splits and split not in splits:
-        raise SpecError(f"{given}: there is no such split; there are {', '.join(splits)}. Check the path.")
-
-
-def _is_hub_name(name: str) -> bool:
-    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
-
-    # Names of readers, `pandas` among them, which unpickles what lies in the working directory.
-    if name in _PACKAGED_DATASETS_MODULES:
-        return False
-    return not name.startswith((".", "/", "~")) and ":" not in name
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip() or repr(error)
-    if error.__cause__ is not None:
-        text = f"{' '.join(text.split())} {error.__cause__}"
-    if "onfig name is missing" in text:
-        return "the dataset has subsets, which are not supported. Save the one that you want as JSONL."
-    if "trust_remote_code" in text or "loading script" in text:
-        return "the dataset runs code of its own, which is never done here. Save it as JSONL on a machine you trust."
-    return f"cannot be loaded as a Hugging Face dataset ({text.splitlines()[0][:300]}). Check name, split and network."

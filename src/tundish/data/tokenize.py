@@ -6,7 +6,6 @@ looks like a control token inside a message stays text, so that nobody's words c
 """
 
 import functools
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -19,8 +18,9 @@ from numpy.typing import NDArray
 from tundish.data.bpe import BytePairEncoder, Ids
 from tundish.data.control import Finder, Known, PlainText
 from tundish.data.records import Messages, PromptResponse, Sample
-from tundish.data.templates import CHATML, ChatTemplate, Rendered
-from tundish.errors import DataError, SpecError
+from tundish.data.templates import ChatTemplate, Rendered
+from tundish.data.tokenizer import load_tokenizer, tokenizer_digest
+from tundish.errors import DataError
 from tundish.spec import TaskType
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ TRIED_SAMPLES = 64
 TRIED_CHARACTERS = 1 << 14
 """Of one text: what `tokenizers` needs of memory is some hundred times its length."""
 PIECE_CHARACTERS = 1 << 22
-"""A longer raw text is tokenized in pieces of about this length."""
-CHATML_ADDED = "tundish_added_chatml"
+"""A longer raw text is tokenized in pieces of this length, or of up to twice as many where no line ends."""
 
 
 class Encoded(NamedTuple):
@@ -40,38 +39,6 @@ class Encoded(NamedTuple):
 
     tokens: NDArray[np.int32]
     loss_mask: NDArray[np.uint8]
-
-
-def load_tokenizer(model: str, task_type: TaskType) -> "PreTrainedTokenizerBase":
-    """The model's tokenizer; with ChatML as template for chats where it has none.
-
-    Raises:
-        SpecError: it cannot be loaded, or has no end-of-sequence token.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare ones
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise SpecError(
-            f"model: the tokenizer of {model} cannot be loaded ({reason}). "
-            "Check that the folder has tokenizer files; for a gated model set HF_TOKEN after accepting its licence."
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise SpecError(f"model: the tokenizer of {model} has no end-of-sequence token. Set eos_token in its config.")
-    if not tokenizer.is_fast:
-        raise SpecError(f"model: {model} has no tokenizer.json. Save its tokenizer with a fast class of transformers.")
-    if task_type == "CHAT_COMPLETION" and tokenizer.chat_template is None:
-        tokenizer.chat_template = CHATML
-        setattr(tokenizer, CHATML_ADDED, True)
-    return tokenizer
-
-
-def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase", serialized: str) -> str:
-    """SHA-256 over all that decides the tokens of a text; `serialized` is the JSON of its backend."""
-    facts = [serialized, str(tokenizer.chat_template), str(tokenizer.special_tokens_map), type(tokenizer).__name__]
-    return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
 
 class Encoder:
@@ -275,7 +242,7 @@ def _pieces(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
         found = _LINE_END.search(text, start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS)
-        end = start + PIECE_CHARACTERS if found is None else found.end() - 1
+        end = start + 2 * PIECE_CHARACTERS if found is None else found.end() - 1
         yield text[start:end]
         start = end
     yield text[start:]

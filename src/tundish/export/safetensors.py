@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tundish.checkpoints import MODEL_PREFIX, StoredTensor, read_tensors
-from tundish.data.tokenize import load_tokenizer
+from tundish.data.tokenizer import load_tokenizer
 from tundish.errors import CheckpointError
 from tundish.paths import write_atomic
 from tundish.spec import TaskType
