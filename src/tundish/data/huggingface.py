@@ -1,0 +1,140 @@
+"""A split of a Hugging Face dataset, from the hub, its local cache or a local folder."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from tundish.data.chunks import Chunk, TableRows
+from tundish.data.findings import Place
+from tundish.data.records import Rules
+from tundish.data.sources import Source
+from tundish.data.tables import BATCH_ROWS, sample_columns
+from tundish.errors import DataError, SpecError
+from tundish.paths import resolve
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetRows:
+    """One split of a Hugging Face dataset, from the hub, its local cache or a local folder."""
+
+    name: str
+    """As the caller gave it."""
+    rules: Rules
+    dataset: Any
+    """A `datasets.Dataset` with only the columns of a sample."""
+
+    @property
+    def place(self) -> Place:
+        """See Source."""
+        return Place(self.name, "row")
+
+    @property
+    def size(self) -> int:
+        """See Source; rows."""
+        return len(self.dataset)
+
+    def digest(self) -> str:
+        """See Source."""
+        total = hashlib.sha256()
+        for chunk in self.chunks():
+            total.update(cast(TableRows, chunk).data)
+        return total.hexdigest()
+
+    def state(self) -> object:
+        """See Source; what is loaded never changes."""
+        return self.name
+
+    def chunks(self) -> Iterator[Chunk]:
+        """See Source."""
+        batches = self.dataset.with_format("arrow").iter(BATCH_ROWS)
+        return (TableRows.of(batch.combine_chunks()) for batch in batches)
+
+    def parts(self, size: int) -> list[Source]:
+        """See Source; Spark reads Delta tables, JSONL and .txt files."""
+        raise DataError(
+            f"{self.name}: a Spark cluster prepares Delta tables, JSONL and .txt files. Leave data_prep_cluster_id "
+            "out: this machine prepares a Hugging Face dataset."
+        )
+
+
+def open_dataset(given: str, rules: Rules) -> DatasetRows:
+    """A Hugging Face dataset named `org/dataset/split`, `dataset/split` or `folder/split`.
+
+    Raises:
+        SpecError: there is no such dataset or split, it lacks the columns, or it would run code.
+    """
+    dataset = _load_dataset(given)
+    columns = sample_columns(dataset.column_names, rules, given)
+    return DatasetRows(given, rules, dataset.select_columns(columns))
+
+
+def _load_dataset(given: str) -> Any:
+    from datasets import disable_progress_bars, load_dataset, load_dataset_builder, load_from_disk
+    from datasets.exceptions import DatasetsError
+
+    path = Path(resolve(given))
+    name, _, split = given.rpartition("/")
+    local = path.parent.is_dir()
+    saved = (path / "state.json").is_file()
+    if not saved and (not name or not split or (not local and (given.count("/") > 2 or not _is_hub_name(name)))):
+        found = "a subset is not supported; " if given.count("/") > 2 else ""
+        raise SpecError(
+            f"{given}: {found}allowed is a file, catalog.schema.table, or a Hugging Face dataset with its split: "
+            "org/dataset/split or dataset/split."
+        )
+    disable_progress_bars()
+    try:
+        if saved:
+            files = json.loads((path / "state.json").read_text()).get("_data_files") or ()
+            _check_inside(path, (file["filename"] for file in files), given)
+            return load_from_disk(str(path))
+        if local:
+            builder = load_dataset_builder(str(path.parent), trust_remote_code=False)
+            _check_split(builder, given, split)
+            _check_inside(
+                path.parent, (name for names in (builder.config.data_files or {}).values() for name in names), given
+            )
+        return load_dataset(str(path.parent) if local else name, split=split, trust_remote_code=False)
+    except SpecError:
+        raise
+    except (DatasetsError, ValueError, OSError, KeyError, TypeError) as error:
+        raise SpecError(f"{given}: {_reason(error)}") from error
+
+
+def _check_split(builder: Any, given: str, split: str) -> None:
+    """Refuse a split that a folder does not have before its files are read."""
+    splits = [str(name) for name in builder.config.data_files or ()]
+    if splits and split not in splits:
+        raise SpecError(f"{given}: there is no such split; there are {', '.join(splits)}. Check the path.")
+
+
+def _check_inside(folder: Path, names: Iterable[str], given: str) -> None:
+    """Refuse a dataset whose description names other files of this machine: it would have them trained."""
+    # In the hub's cache, a snapshot is made of links to the files beside it.
+    root = (folder.parents[1] if folder.parent.name == "snapshots" else folder).resolve()
+    for name in names:
+        if "://" in name or not (folder / name).resolve().is_relative_to(root):
+            raise SpecError(f"{given}: the dataset names {name!r}, outside its folder. Put the file inside.")
+
+
+def _is_hub_name(name: str) -> bool:
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    # Names of readers, `pandas` among them, which unpickles what lies in the working directory.
+    if name in _PACKAGED_DATASETS_MODULES:
+        return False
+    return not name.startswith((".", "/", "~")) and ":" not in name
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip() or repr(error)
+    if error.__cause__ is not None:
+        text = f"{' '.join(text.split())} {error.__cause__}"
+    if "onfig name is missing" in text:
+        return "the dataset has subsets, which are not supported. Save the one that you want as JSONL."
+    if "trust_remote_code" in text or "loading script" in text:
+        return "the dataset runs code of its own, which is never done here. Save it as JSONL on a machine you trust."
+    return f"cannot be loaded as a Hugging Face dataset ({text.splitlines()[0][:300]}). Check name, split and network."
