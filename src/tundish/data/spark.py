@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import socket
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
@@ -16,16 +17,21 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tundish.data.encoding import Job
 from tundish.data.share import Progress, Share, prepare_share
 from tundish.data.sources import Source
 from tundish.data.workers import Workers, one_thread_each
-from tundish.errors import StageError
+from tundish.errors import DataError, StageError
 
 PART_BYTES = 1 << 25
 """Input of one task; a share's last row is not full, so small shares would waste room."""
-RESULT = "part bigint, folder string, share binary"
+RESULT = "part bigint, folder string, share binary, problems array<string>"
+CONNECT_MODES = ("SPARK_CONNECT_MODE_ENABLED", "SPARK_REMOTE", "SPARK_LOCAL_REMOTE")
+"""What pyspark notes in the environment: after Spark Connect, it would take every cluster for one of that kind."""
+DEFAULT_PORTS = {"spark": 7077, "sc": 15002}
+REACH_SECONDS = 10
 ATTEMPTS = 4
 """How often a task is tried; Spark's default on a cluster, and here on one machine too."""
 
@@ -41,6 +47,7 @@ def prepare_on_cluster(job: Job, source: Source, folder: Path, cluster: str, pro
         progress: told how far it is.
 
     Raises:
+        DataError: the data cannot be read.
         StageError: pyspark is not installed, the cluster cannot be reached, or a task failed for good.
     """
     parts = source.parts(PART_BYTES)
@@ -65,11 +72,16 @@ def _run(session: Any, job: Job, parts: Sequence[Source], folder: Path) -> list[
     def prepare_parts(batches: Iterator[Any]) -> Iterator[Any]:
         import pyarrow as pa
 
-        for batch in batches:
-            for number in batch["id"].to_pylist():
+        names = {"part": pa.int64(), "folder": pa.string(), "share": pa.binary(), "problems": pa.list_(pa.string())}
+        schema = pa.schema(list(names.items()))
+        for number in (number for batch in batches for number in batch["id"].to_pylist()):
+            row = {"part": number, "folder": "", "share": b"", "problems": [""][:0]}
+            try:
                 name, share = prepare_part(job, parts[number], folder, number)
-                row = {"part": number, "folder": name, "share": pickle.dumps(share)}
-                yield pa.RecordBatch.from_pylist([row])
+                row |= {"folder": name, "share": pickle.dumps(share)}
+            except DataError as error:  # the data's fault, which another attempt has too
+                row["problems"] = list(error.problems)
+            yield pa.RecordBatch.from_pylist([row], schema)
 
     # One part a task, so that what is lost with a worker is one part.
     try:
@@ -77,6 +89,8 @@ def _run(session: Any, job: Job, parts: Sequence[Source], folder: Path) -> list[
         rows = numbers.mapInArrow(prepare_parts, RESULT).collect()
     except Exception as error:  # Py4J's, or Spark Connect's
         raise StageError(f"the Spark cluster could not prepare the data: {_cause(error)}") from error
+    if problems := sorted({problem for row in rows for problem in row["problems"]}):
+        raise DataError(problems)
     found = {row["part"]: (row["folder"], pickle.loads(bytes(row["share"]))) for row in rows}
     return [found[number] for number in range(len(parts))]
 
@@ -102,9 +116,10 @@ def _session(cluster: str) -> Iterator[Any]:
         raise StageError("preparing data on Spark takes pyspark, which is not installed: tundish[spark].") from None
     # Else the executors take the first python3 that they find.
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    before = SparkSession.getActiveSession()
+    before, modes = _is_running(), {name: os.environ.get(name) for name in CONNECT_MODES}
     builder: Any = SparkSession.builder.appName("tundish")
     try:
+        _reach(cluster)
         if cluster.startswith("sc://"):
             session = builder.remote(cluster).getOrCreate()
         else:
@@ -117,8 +132,40 @@ def _session(cluster: str) -> Iterator[Any]:
     try:
         yield session
     finally:
-        if before is None:
+        if not before:
             session.stop()
+            for name, value in modes.items():
+                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _is_running() -> bool:
+    """Whether the caller has a session; one of another thread counts too."""
+    from pyspark import SparkContext
+
+    connect: Any = sys.modules.get("pyspark.sql.connect.session")
+    remote = None if connect is None else connect.SparkSession._get_default_session()
+    return SparkContext._active_spark_context is not None or remote is not None
+
+
+def _reach(cluster: str) -> None:
+    """Try an address: Spark itself goes on for minutes, and does not say then that nobody listens.
+
+    Raises:
+        OSError: none of the cluster's masters can be reached.
+    """
+    scheme, _, rest = cluster.partition("://")
+    if scheme not in DEFAULT_PORTS:
+        return
+    errors = []
+    for address in re.split(r"[/;]", rest)[0].split(","):
+        url = urlsplit(f"//{address}")
+        try:
+            return socket.create_connection(
+                (url.hostname or "", url.port or DEFAULT_PORTS[scheme]), REACH_SECONDS
+            ).close()
+        except OSError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _cause(error: Exception) -> str:
