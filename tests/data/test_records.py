@@ -234,24 +234,25 @@ def _lines(draw: st.DrawFn, task: TaskType) -> bytes:
 
 
 @pytest.mark.parametrize("task", ["CHAT_COMPLETION", "INSTRUCTION_FINETUNE"])
-def test_the_short_way_takes_nothing_that_the_long_way_refuses(task: Any) -> None:
+def test_the_short_way_takes_nothing_that_the_long_way_refuses(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines that break a rule would be trained, for the speed of it; or be read as another sample."""
-    ways = Counter[str]()
+    ways, explain = Counter[str](), Rules._explain
+    monkeypatch.setattr(Rules, "_explain", lambda rules, line: ways.update(long=1) or explain(rules, line))
 
     @settings(max_examples=600)
     @given(_lines(task), st.booleans())
     def check(line: bytes, system_message: bool) -> None:
         rules = Rules(task, system_message)
-        quick, explained = rules._quick(line), rules._explain(line)
-        ways["quick"] += quick is not None
+        before = ways["long"]
+        found, explained = rules.parse(line), explain(rules, line)
+        quick = ways["long"] == before
+        ways["quick"] += quick
         ways["refused"] += isinstance(explained, Problem)
-        ways["only the long way"] += quick is None and not isinstance(explained, Problem)
-        if quick is not None:
-            assert quick == explained and type(quick) is type(explained)
-        assert rules.parse(line) == explained
+        ways["only the long way"] += not quick and not isinstance(explained, Problem)
+        assert found == explained and type(found) is type(explained)
 
     check()
-    assert min(ways["quick"], ways["refused"], ways["only the long way"]) >= 50, ways
+    assert min(ways["quick"], ways["refused"]) >= 150 and ways["only the long way"] >= 10, ways
 
 
 @pytest.mark.parametrize("task", ["CHAT_COMPLETION", "INSTRUCTION_FINETUNE"])

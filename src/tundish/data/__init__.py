@@ -27,7 +27,7 @@ from tundish.data.share import Progress, Share, prepare_share
 from tundish.data.sources import Source
 from tundish.data.templates import TEMPLATE_DATE
 from tundish.data.tokenizer import CHATML_ADDED
-from tundish.data.workers import Workers
+from tundish.data.workers import Workers, no_collection
 from tundish.errors import DataError, StageError
 from tundish.paths import prepared_dir, write_atomic
 
@@ -205,11 +205,12 @@ def check_structure(source: Source) -> Outcome:
     share = Share()
     for chunk in source.chunks():
         found = EncodedChunk(chunk.size, chunk.units)
-        for number, sample in chunk.samples(source.rules):
-            if isinstance(sample, Problem):
-                found.problems.add(number, sample)
-            else:
-                found.samples += sample != EMPTY
+        with no_collection():
+            for number, sample in chunk.samples(source.rules):
+                if isinstance(sample, Problem):
+                    found.problems.add(number, sample)
+                else:
+                    found.samples += sample != EMPTY
         share.add(found)
     if not share.samples and not share.problems:
         raise DataError(NO_SAMPLE.format(source.place.source))

@@ -6,13 +6,15 @@ texts made to tell them apart; a tokenizer that fails, or that tiktoken cannot e
 
 import re
 from collections.abc import Callable, Mapping
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
 import orjson
 import tiktoken
 from numpy.typing import NDArray
+
+from tundish.data.workers import no_collection
 
 Ids = NDArray[np.int32]
 
@@ -77,10 +79,11 @@ class BytePairEncoder:
     @classmethod
     def of(cls, backend: Any, serialized: str) -> "BytePairEncoder | None":
         """For a `tokenizers.Tokenizer` and its JSON; None if tiktoken does not do the same."""
-        parts = orjson.loads(serialized)
         try:
-            found = cls._translate(parts, backend)
-            return found if found is not None and found._agrees(backend, parts["model"]) else None
+            with no_collection():
+                parts = orjson.loads(serialized)
+                found = cls._translate(parts, backend)
+                return found if found is not None and found._agrees(backend, parts["model"]) else None
         except BaseException as error:  # its core panics, which is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
@@ -153,18 +156,17 @@ def _pattern(pre_tokenizer: Mapping[str, Any] | None) -> str | None:
 
 
 def _ranks(model: Mapping[str, Any]) -> tuple[dict[bytes, int], list[int] | None]:
-    """Bytes of every token in the order of merging, and the tokenizer's ids in that order."""
-    letters, vocabulary = _byte_letters(), model["vocab"]
-    to_bytes = {ord(letter): chr(byte) for letter, byte in letters.items()}
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    letter_of = {byte: letter for letter, byte in letters.items()}
-    ids = [vocabulary.get(letter_of[byte]) for byte in range(256)]
-    for merge in model["merges"]:
-        token = "".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1)
-        content = token.translate(to_bytes).encode("latin-1")  # fails where it is not byte-level
-        if content not in ranks:
-            ranks[content] = len(ranks)
-            ids.append(vocabulary.get(token))
-        elif ranks[content] != len(ranks) - 1:
-            return ranks, None  # made again later: tiktoken knows one time for a word
-    return ranks, None if None in ids else ids
+    """Bytes of every token in the order of merging, and the tokenizer's ids in that order.
+
+    None for ids: the vocabulary lacks one, or a word is merged again after others, where tiktoken knows one time.
+    """
+    letter_of = {byte: letter for letter, byte in _byte_letters().items()}
+    merged = ("".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1) for merge in model["merges"])
+    made = [word for word, _ in groupby(merged)]
+    words = [*(letter_of[byte] for byte in range(256)), *made]
+    ids = [model["vocab"].get(word) for word in words]
+    if None in ids or len(set(words)) < len(words):
+        return {}, None
+    to_bytes = {ord(letter): chr(byte) for byte, letter in letter_of.items()}
+    contents = (word.translate(to_bytes).encode("latin-1") for word in words)  # fails where it is not byte-level
+    return {content: rank for rank, content in enumerate(contents)}, ids

@@ -16,6 +16,7 @@ from tundish.data.chunks import EMPTY, Chunk
 from tundish.data.findings import Findings
 from tundish.data.records import Problem, Rules, Sample
 from tundish.data.tokenize import Encoded, Encoder, TargetResponses, load_encoder
+from tundish.data.workers import no_collection
 from tundish.errors import DataError
 from tundish.spec import TaskType
 
@@ -68,6 +69,11 @@ class EncodedChunk:
 
 def encode_chunk(job: Job, rules: Rules, chunk: Chunk, spool: Path | None) -> EncodedChunk:
     """Check, tokenize and cut the samples of a chunk; append them to this process's file in `spool` if one is given."""
+    with no_collection():
+        return _encode_chunk(job, rules, chunk, spool)
+
+
+def _encode_chunk(job: Job, rules: Rules, chunk: Chunk, spool: Path | None) -> EncodedChunk:
     found = EncodedChunk(chunk.size, chunk.units)
     pieces: list[Encoded] = []
     lengths: list[int] = []

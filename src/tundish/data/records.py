@@ -48,24 +48,20 @@ class Rules:
         if len(line) > MAX_LINE_BYTES:
             found = f"the line is longer than {MAX_LINE_BYTES >> 20} MiB; no sample is. Split it, or drop it."
             return Problem("line too long", found)
-        quick = self._quick(line)
+        try:
+            record: Any = orjson.loads(line)
+        except ValueError:
+            return self._explain(line)
+        quick = None
+        if type(record) is dict:
+            known = cast(dict[str, Any], record)
+            is_chat = self.task_type == "CHAT_COMPLETION"
+            quick = _quick_chat(line, known, self.system_message) if is_chat else _quick_pair(line, known)
         return self._explain(line) if quick is None else quick
 
     def check(self, record: Mapping[str, Any]) -> Sample | Problem:
         """The sample that a record of a table holds, or what is wrong with it."""
         return _parse_chat(record, self.system_message) if self.task_type == "CHAT_COMPLETION" else _parse_pair(record)
-
-    def _quick(self, line: bytes) -> Sample | None:
-        """The sample of a line that is plainly good; None where it takes a closer look."""
-        try:
-            record: Any = orjson.loads(line)
-        except ValueError:
-            return None
-        if type(record) is not dict or (b"\\u00" in line and (b"\\u006" in line or b"\\u007" in line)):
-            return None  # in an escaped spelling, a key could stand twice unseen
-        if self.task_type == "CHAT_COMPLETION":
-            return _quick_chat(line, cast(dict[str, Any], record), self.system_message)
-        return _quick_pair(line, cast(dict[str, Any], record))
 
     def _explain(self, line: bytes) -> Sample | Problem:
         try:
@@ -121,22 +117,32 @@ def _quick_chat(line: bytes, record: dict[str, Any], system_message: bool) -> Me
     if len(record) != 1 or type(found) is not list or not found:
         return None
     messages = cast(list[dict[str, Any]], found)
-    # A quotation mark inside a text is escaped, so each of these is a key, or a text of that one word.
-    count = len(messages)
-    if line.count(b'"role"') != count or line.count(b'"content"') != count or line.count(b'"messages"') != 1:
-        return None
     try:
         roles: list[Any] = [message["role"] for message in messages]
-        contents: list[Any] = [message["content"] for message in messages]
+        for message in messages:
+            content: Any = message["content"]
+            if type(content) is not str or not content or content.isspace():
+                return None
     except (KeyError, TypeError):
         return None
-    if any(len(message) != 2 for message in messages):
-        return None
-    if any(type(content) is not str or not content or content.isspace() for content in contents):
-        return None
     turns = roles[1:] if system_message and roles[0] == "system" else roles
-    good = turns and turns[-1] == "assistant" and turns == _TURNS[: len(turns)]
-    return messages if good else None
+    if not turns or turns[-1] != "assistant" or turns != _TURNS[: len(turns)]:
+        return None
+    count = len(messages)
+    if line.count(b'"') == 2 * (4 * count + 1):
+        return messages  # no text but those, and so no other key and none twice
+    once = _has_keys(line, {b'"messages"': 1, b'"role"': count, b'"content"': count})
+    return messages if once and all(len(message) == 2 for message in messages) else None
+
+
+def _has_keys(line: bytes, times: Mapping[bytes, int]) -> bool:
+    """Whether each key, quotation marks included, stands so many times in a line in which none is spelled with escapes.
+
+    A quotation mark inside a text is escaped, so each of these is a key, or a text of that one word.
+    """
+    if b"\\u00" in line and (b"\\u006" in line or b"\\u007" in line):
+        return False
+    return all(line.count(key) == count for key, count in times.items())
 
 
 def _quick_pair(line: bytes, record: dict[str, Any]) -> PromptResponse | None:
@@ -144,7 +150,7 @@ def _quick_pair(line: bytes, record: dict[str, Any]) -> PromptResponse | None:
     response = record.get(key)
     if len(record) != 2 or type(prompt) is not str or type(response) is not str or not prompt or not response:
         return None
-    once = line.count(b'"prompt"') == 1 and line.count(f'"{key}"'.encode()) == 1
+    once = line.count(b'"') == 8 or _has_keys(line, {b'"prompt"': 1, f'"{key}"'.encode(): 1})
     return (prompt, response) if once else None
 
 

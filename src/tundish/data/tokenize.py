@@ -60,7 +60,8 @@ class Encoder:
         self._added = frozenset(token.content for token in added.values())
         self._control = Finder(control.values())
         self._other = Finder(self._added - set(control.values()))
-        self._is_control = np.isin(np.arange(max([*added, 0]) + 1), list(control))
+        # The last stands for all ids that are no added tokens.
+        self._is_control = np.isin(np.arange(max([*added, 0]) + 2), list(control))
         self._template = ChatTemplate(tokenizer)
         self._known: dict[tuple[str, ...], Known] = {}
         self._plain_text = PlainText(serialized, sorted(control.values()))
@@ -145,8 +146,8 @@ class Encoder:
                     f"a message holds {border!r}, which this model's chat template writes between turns. It is no "
                     "token of the model, so nothing could tell it from a turn. Take it out of the message."
                 )
-        written = sum(int(self._is_control[ids[ids < len(self._is_control)]].sum()) for pair in pairs for ids in pair)
-        if written > known.control:
+        whole = np.concatenate([ids for pair in pairs for ids in pair])
+        if np.count_nonzero(self._is_control.take(whole, mode="clip")) > known.control:
             return DataError(
                 "a message's text becomes a control token when the model's chat template or tokenizer rewrites it. "
                 "Take the characters out that are not meant."

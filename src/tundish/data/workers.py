@@ -1,6 +1,7 @@
 """Processes that share the work of preparation; as many as this machine gives."""
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -97,3 +98,15 @@ def _start_worker(parent: int) -> None:
         os._exit(1)  # it died before
     # The parent is interrupted, and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Python's collector would look at hundreds of thousands of new objects again and again, none of them garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
