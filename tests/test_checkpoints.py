@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tundish.checkpoints import check_weights, list_checkpoints, read_tensors, resolve_weights
-from tundish.errors import CheckpointError, SpecError
+from tundish.checkpoints import list_checkpoints, read_tensors
+from tundish.errors import CheckpointError
 
 # Of PyTorch's own, on saving: it saves from a single process, which is wanted here, and uses its own old storage class.
 pytestmark = [
@@ -178,7 +178,7 @@ def test_an_entry_of_the_model_that_is_no_tensor_is_refused(checkpoint: Path, ch
 
     change(checkpoint, turn)
     with pytest.raises(CheckpointError, match=r"state\.model\.model\.norm is no tensor; loading it could run code"):
-        check_weights(checkpoint)
+        read_tensors(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["../secret.distcp", "/etc/passwd", "a/../../secret.distcp"])
@@ -303,30 +303,3 @@ def test_a_checkpoint_that_lacks_a_file_is_not_listed(checkpoint: Path, damage: 
     else:
         os.truncate(shard, 100)
     assert list_checkpoints(folder) == [checkpoint]
-
-
-def test_custom_weights_are_a_folder_or_what_a_symlink_file_names(checkpoint: Path) -> None:
-    """`custom_weights_path` would take only one of the forms that the service took."""
-    link = checkpoint.parent / "latest-sharded-rank0.symlink"
-    assert resolve_weights(str(checkpoint)) == checkpoint
-    for content in (str(checkpoint), "ep1-ba10\n"):
-        link.write_text(content)
-        assert resolve_weights(str(link)) == checkpoint
-    plain = checkpoint.parent / "weights.pt"
-    plain.write_bytes(b"x")
-    assert resolve_weights(str(plain)) == plain
-
-
-def test_custom_weights_that_are_none_say_what_is_allowed(checkpoint: Path) -> None:
-    """The run would fail after its data was prepared."""
-    other = checkpoint.parent / "weights.bin"
-    other.write_bytes(b"x")
-    with pytest.raises(
-        SpecError, match=r"custom_weights_path: .*weights\.bin: is another kind of file; allowed is an ep…-ba… folder"
-    ):
-        resolve_weights(str(other))
-    with pytest.raises(SpecError, match="there is nothing there"):
-        resolve_weights(str(checkpoint.parent / "ep9-ba9"))
-    (checkpoint / "__0_0.distcp").unlink()
-    with pytest.raises(CheckpointError, match="is missing"):
-        resolve_weights(str(checkpoint))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tundish.errors import CheckpointError, SpecError
-from tundish.paths import inside, resolve
+from tundish.paths import inside
 
 if TYPE_CHECKING:
     import torch
@@ -157,6 +157,17 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{folder / METADATA}: not a DCP checkpoint's metadata ({error}).") from error
 
 
+def check_complete(folder: Path) -> None:
+    """Look at a checkpoint without torch.
+
+    Raises:
+        CheckpointError: it is incomplete, or its metadata names what no checkpoint needs.
+    """
+    _read_metadata(folder, _StubUnpickler)
+    if not _is_complete(folder):
+        raise CheckpointError(f"{folder}: a file that its metadata names is missing or too short. Use another one.")
+
+
 def _read_metadata(folder: Path, unpickler: type[pickle.Unpickler] = _RestrictedUnpickler) -> Any:
     path = folder / METADATA
     if not path.is_file():
@@ -208,50 +219,3 @@ def _chunk(folder: Path, name: str, offsets: tuple[int, ...], sizes: tuple[int, 
             "The checkpoint is incomplete; use another one."
         )
     return Chunk(offsets, sizes, file, info.offset, info.length)
-
-
-def resolve_weights(given: str) -> Path:
-    """The place that `custom_weights_path` stands for: an `ep#-ba#` folder, a `.pt` file, or what `.symlink` names.
-
-    Loads neither weights nor torch; `check_weights` looks inside.
-
-    Raises:
-        SpecError: there is nothing of that kind at the path.
-        CheckpointError: the folder is incomplete or its metadata names what no checkpoint needs.
-    """
-    path = Path(resolve(given))
-    if path.suffix == ".symlink" and path.is_file():
-        target = Path(path.read_text().strip())
-        path = target if target.is_absolute() else path.parent / target
-    if path.is_dir():
-        _read_metadata(path, _StubUnpickler)
-        if not _is_complete(path):
-            raise CheckpointError(f"{path}: a file that its metadata names is missing or too short. Use another one.")
-        return path
-    if path.suffix == ".pt" and path.is_file():
-        return path
-    found = "is another kind of file" if path.exists() else f"there is nothing there ({path})"
-    raise SpecError(
-        f"custom_weights_path: {given}: {found}; allowed is an ep…-ba… folder, a .symlink or a .pt file. "
-        "Copy the path from get_checkpoints()."
-    )
-
-
-def check_weights(path: Path) -> None:
-    """Make sure that loading `path` (what `resolve_weights` gave) runs no code.
-
-    Raises:
-        CheckpointError: it is damaged or unsafe.
-    """
-    import torch
-
-    if path.is_dir():
-        read_tensors(path)
-        return
-    try:
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path}: cannot be loaded without running code from it ({reason}). Use an ep…-ba… folder of the same run."
-        ) from error

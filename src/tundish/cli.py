@@ -69,6 +69,10 @@ def build_parser() -> argparse.ArgumentParser:
     cancel = _command(commands, "cancel", "stop runs; checkpoints stay")
     cancel.add_argument("runs", nargs="*", metavar="run", help="run names")
     cancel.add_argument("--experiment-id", metavar="ID", help="all runs of an MLflow experiment")
+    resume = _command(commands, "resume", "go on with a run that has failed, was canceled or was killed")
+    resume.add_argument("run", help="run name")
+    resume.add_argument("--wait", action="store_true", help="show the run's progress until it has ended")
+    _add_compute_options(resume)
     events = _command(commands, "events", "show what happened to a run")
     events.add_argument("run", help="run name")
     events.add_argument("--follow", action="store_true", help="go on until the run has ended")
@@ -89,10 +93,14 @@ def _command(commands: Any, name: str, text: str, *, json: bool = True) -> argpa
 def _add_create_options(command: argparse.ArgumentParser) -> None:
     for name, settings in CREATE_OPTIONS.items():
         command.add_argument(f"--{name}", **settings)
+    _add_compute_options(command)
+    command.add_argument("--set", action="append", metavar="KEY=VALUE", help="LLM-Foundry key to override (repeatable)")
+
+
+def _add_compute_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--devices", type=int, metavar="N", help="GPUs, or ranks on a CPU (default: all GPUs, else 1)")
     command.add_argument("--nodes", type=int, metavar="N", help="nodes (default 1)")
     command.add_argument("--device", choices=["gpu", "cpu"], help="default: gpu where there is one")
-    command.add_argument("--set", action="append", metavar="KEY=VALUE", help="LLM-Foundry key to override (repeatable)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        watching = arguments.command in ("create", "run", "events")
+        watching = arguments.command in ("create", "run", "resume", "events")
         goes_on = " watching; a run that was started goes on" if watching else ""
         print(f"\ntundish: stopped{goes_on}.", file=sys.stderr)
         return 130

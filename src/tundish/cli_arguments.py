@@ -20,10 +20,15 @@ CREATE_ARGUMENTS = [option.replace("-", "_") for option in CREATE_OPTIONS]
 def create_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `create()` that the options mean."""
     values = {name: getattr(arguments, name) for name in CREATE_ARGUMENTS}
-    compute = {"devices_per_node": arguments.devices, "nodes": arguments.nodes, "device": arguments.device}
-    values["compute"] = {name: value for name, value in compute.items() if value is not None}
+    values["compute"] = compute_arguments(arguments) or {}
     values["overrides"] = {key: value for text in arguments.set or () for key, value in assignment(text).items()}
     return values
+
+
+def compute_arguments(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The `compute` argument that the options mean; None where none was given."""
+    compute = {"devices_per_node": arguments.devices, "nodes": arguments.nodes, "device": arguments.device}
+    return {name: value for name, value in compute.items() if value is not None} or None
 
 
 def read_experiment(file: Path) -> dict[str, Any]:

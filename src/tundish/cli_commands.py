@@ -8,7 +8,15 @@ from typing import Any
 
 from tundish import cli_data
 from tundish import foundation_model as fm
-from tundish.cli_arguments import assignment, check_names, create_arguments, plain, print_json, read_experiment
+from tundish.cli_arguments import (
+    assignment,
+    check_names,
+    compute_arguments,
+    create_arguments,
+    plain,
+    print_json,
+    read_experiment,
+)
 from tundish.progress import bar, watch
 from tundish.runs import creating
 from tundish.runs.records import ObjectList, TrainingRun
@@ -69,6 +77,12 @@ def cancel(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def resume(arguments: argparse.Namespace) -> int:
+    """`tundish resume`."""
+    run = fm.resume(arguments.run, compute=compute_arguments(arguments))
+    return _started(run, arguments.json, wait=arguments.wait, done="goes on")
+
+
 def events(arguments: argparse.Namespace) -> int:
     """`tundish events [--follow]`."""
     if arguments.follow and not arguments.json:
@@ -111,15 +125,16 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "get": get,
     "list": list_runs,
     "cancel": cancel,
+    "resume": resume,
     "events": events,
     "checkpoints": checkpoints,
     "models": models,
 }
 
 
-def _started(run: TrainingRun, as_json: bool, *, wait: bool) -> int:
+def _started(run: TrainingRun, as_json: bool, *, wait: bool, done: str = "was created") -> int:
     if not as_json:
-        print(f"Run {run.name} was created.")
+        print(f"Run {run.name} {done}.")
     if wait:
         run = run.wait() if as_json else watch(run.name)
     if as_json:

@@ -3,11 +3,15 @@
 import dataclasses
 import os
 import re
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, cast
+
+PLANNED_GIB = 80.0
+"""Of a GPU where none can be asked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +23,8 @@ class Compute:
     """Processes on each node: one a GPU, or ranks that share the processor."""
     nodes: int = 1
     launcher: Literal["local"] = "local"
+    device_memory_gib: float = PLANNED_GIB
+    """Of one device; on a CPU, a rank's share of the machine's."""
 
     @property
     def devices(self) -> int:
@@ -51,6 +57,9 @@ class Compute:
         for key in ("nodes", "devices_per_node"):
             if type(given.get(key, 1)) is not int or given.get(key, 1) < 1:
                 raise ValueError(f"found {key} {given[key]!r}; allowed is a whole number from 1.")
+        memory = given.setdefault("device_memory_gib", _device_memory_gib(device, given["devices_per_node"]))
+        if type(memory) not in (int, float) or not 0 < memory < 1e6:
+            raise ValueError(f"found device_memory_gib {memory!r}; allowed is a number above 0.")
         return cls(**given)
 
 
@@ -62,3 +71,17 @@ def count_gpus() -> int:
         return len(found)
     # CUDA stops at the first entry that names none.
     return min(len(found), len(list(takewhile(lambda entry: entry.strip() not in ("", "-1"), visible.split(",")))))
+
+
+def _device_memory_gib(device: str, devices_per_node: int) -> float:
+    """GiB of one device of this machine."""
+    if device == "cpu":
+        import psutil
+
+        return round(psutil.virtual_memory().total / devices_per_node / (1 << 30), 1)
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+        return round(min(float(mebibytes) for mebibytes in found) / 1024, 1)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return PLANNED_GIB

@@ -176,6 +176,23 @@ def cancel(
     return len(canceled)
 
 
+def resume(training_run: str | TrainingRun, *, compute: Mapping[str, Any] | None = None) -> TrainingRun:
+    """Go on with a run that has failed, was canceled or was killed; returns at once.
+
+    Stages that are done are not done again. Training goes on from its newest complete checkpoint with the same batches
+    in the same order, optimizer, schedule and random state in place.
+
+    Args:
+        training_run: name or object.
+        compute: other devices than the run had, as in `create()`; the batches stay the same.
+
+    Raises:
+        RequestError: the run is still going on, or is completed.
+        SpecError: `compute` is wrong.
+    """
+    return control.resume(selecting.name_of(training_run), compute)
+
+
 def get_events(training_run: str | TrainingRun, follow: bool = False) -> ObjectList[TrainingEvent]:
     """The events of a run.
 

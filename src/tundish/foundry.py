@@ -13,6 +13,7 @@ import yaml
 
 from tundish import __version__
 from tundish.foundry_text import comments_of, dump
+from tundish.memory import GIB, MemoryPlan, plan
 from tundish.models import ModelCard, foundry_layers
 from tundish.paths import RunPaths, yamls_dir
 from tundish.spec import RunSpec
@@ -21,9 +22,6 @@ MAX_ROWS_PER_DEVICE = 16
 """Upper end of the automatic batch size, in rows of one device."""
 MIN_STEPS = 500
 """A run should take at least this many optimizer steps, as far as its rows allow."""
-MICROBATCH_TOKENS = 16_384
-"""Tokens in one forward pass of a small model; a large one gets one row."""
-SMALL_MODEL_PARAMETERS = 600_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +57,15 @@ def planned_steps(spec: RunSpec, rows: int, tokens: int) -> tuple[int, int]:
     return batch_size, _steps(spec, rows, batch_size) or 0
 
 
+def memory_plan(spec: RunSpec, card: ModelCard, batch_size: int) -> MemoryPlan:
+    """What a step of the run takes on one device, and the microbatch that fits."""
+    compute = spec.compute
+    return plan(
+        card, spec.context_length, compute.devices, max(1, batch_size // compute.devices), device=compute.device,
+        attention=_attention(spec, card), device_memory=int(compute.device_memory_gib * GIB),
+    )  # fmt: skip
+
+
 def render(spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destination, rows: int | None) -> str:
     """The run's LLM-Foundry YAML, with comments.
 
@@ -87,6 +94,10 @@ def render(spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destina
         path: lines for path, lines in scale.items() if any(_has(layer, path) for layer in foundry_layers(card))
     }
     comments["global_train_batch_size",] = [*comments["global_train_batch_size",], f"# {reason}"]
+    comments["device_train_microbatch_size",] = [
+        *comments["device_train_microbatch_size",],
+        f"# {_memory_comment(memory_plan(spec, card, batch_size))}",
+    ]
     header = (
         f"# Run {spec.run_name}, written by tundish {__version__}.\n"
         "# Stock LLM Foundry trains it too, on two ranks or more and into a save_folder of its own:\n"
@@ -94,6 +105,11 @@ def render(spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destina
         f"$(which llmfoundry) train {paths.foundry_yaml.name} save_folder=./checkpoints\n\n"
     )
     return header + dump(merged, comments)
+
+
+def _memory_comment(memory: MemoryPlan) -> str:
+    needs = f"{memory.chosen.peak / GIB:.1f} of a device's {memory.device_memory / GIB:.1f} GiB"
+    return f"Planned: {needs}." if memory.fits else f"Does not fit: {needs} planned. Use more devices or shorter rows."
 
 
 def _batch_size(spec: RunSpec, rows: int | None) -> tuple[int, str]:
@@ -142,16 +158,15 @@ def _attention(spec: RunSpec, card: ModelCard) -> str:
 def _computed(
     spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destination, rows: int | None, batch_size: int
 ) -> dict[str, Any]:
-    per_device = max(1, batch_size // spec.compute.devices)
-    small = card.parameters <= SMALL_MODEL_PARAMETERS
-    microbatch = min(per_device, max(1, MICROBATCH_TOKENS // spec.context_length)) if small else 1
+    memory = memory_plan(spec, card, batch_size).chosen
     computed: dict[str, Any] = {
         "run_name": spec.run_name,
         "max_seq_len": spec.context_length,
         "max_duration": str(spec.training_duration),
         "global_train_batch_size": batch_size,
-        "device_train_microbatch_size": microbatch,
-        "device_eval_batch_size": microbatch,
+        "device_train_microbatch_size": memory.microbatch,
+        "device_eval_batch_size": memory.microbatch,
+        "fsdp_config": {"activation_checkpointing": memory.activation_checkpointing},
         "precision": "amp_bf16" if spec.compute.device == "gpu" else "fp32",
         "tokenizer": {"name": spec.model, "kwargs": {"model_max_length": spec.context_length}},
         "model": {

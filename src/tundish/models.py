@@ -49,6 +49,8 @@ class ModelCard:
     vocabulary_size: int
     experts: int = 1
     """Feed-forward blocks a layer; 1 = dense."""
+    experts_per_token: int = 1
+    """How many of them a token takes."""
     tied_embeddings: bool = False
     head_size: int | None = None
     """Channels of one attention head; None = hidden_size / heads."""
@@ -151,7 +153,7 @@ def _folder_card(folder: Path) -> ModelCard:
             **_common(content), **numbers,
         )  # fmt: skip
     except TypeError as error:
-        optional = ("tied_embeddings", "head_size", "experts", "key_value_heads")
+        optional = ("tied_embeddings", "head_size", "experts", "experts_per_token", "key_value_heads")
         missing = [key for name, key in content["config_keys"].items() if name not in numbers and name not in optional]
         raise SpecError(f"model: {config_path} lacks {', '.join(missing)}. Complete the model's config.") from error
 

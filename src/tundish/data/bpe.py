@@ -124,15 +124,22 @@ class BytePairEncoder:
             words = [word * 2 for word in words]  # a word that is a token is taken whole by both; what of its inside?
         specials = sorted(self.special)[:8]
         trials = [*TRIALS, "".join(words), "x ".join(specials), "".join(specials), "".join(TRIALS)]
-        return self.agrees_on(trials, backend) and self.agrees_on(words, backend, _NONE)
+        return self.agrees_on(trials, backend) and self._agrees_on_words(words, backend)
 
-    def agrees_on(self, texts: list[str], backend: Any, special: frozenset[str] | None = None) -> bool:
-        """Whether both give the same ids for these texts, in which only the added tokens of `special` stand (all)."""
-        allowed = self.special if special is None else special
+    def _agrees_on_words(self, words: list[str], backend: Any) -> bool:
+        """`agrees_on`, without added tokens, for many short texts."""
+        expected = backend.encode_batch_fast(words, add_special_tokens=False)
+        plain = words if self._normalize is None else [self._normalize(word) for word in words]
+        encode, id_of = self._core.encode_ordinary, self._ids.tolist()
+        pairs = zip(plain, expected, strict=True)
+        return all([id_of[rank] for rank in encode(word)] == one.ids for word, one in pairs)
+
+    def agrees_on(self, texts: list[str], backend: Any) -> bool:
+        """Whether both give the same ids for these texts, added tokens included."""
         expected = backend.encode_batch_fast(texts, add_special_tokens=False)
         try:
             return all(
-                self.encode(text, allowed).tolist() == one.ids for text, one in zip(texts, expected, strict=True)
+                self.encode(text, self.special).tolist() == one.ids for text, one in zip(texts, expected, strict=True)
             )
         except ValueError:
             return False

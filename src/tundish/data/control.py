@@ -21,7 +21,12 @@ class Finder:
     def __init__(self, words: Iterable[str]) -> None:
         longest_first = sorted(words, key=lambda word: (-len(word), word))
         self._starts = sorted({word[:2] for word in longest_first})
-        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._words = longest_first
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches any of the words, the longest at a place."""
+        return re.compile("|".join(map(re.escape, self._words)) or r"(?!)")
 
     def find(self, text: str) -> str | None:
         """The first of the words that stands in the text."""
@@ -63,13 +68,15 @@ class PlainText:
         # A message's own noncharacters too, lest they look like marks.
         words = [*control, OPEN, CLOSE]
         self._marks = {word: MARK.format(number) for number, word in enumerate(words)}
-        self._pattern = Finder(words).pattern
+        self._finder = Finder(words)
 
     def mask(self, messages: Messages, control: Finder) -> tuple[Messages, bool]:
         """The messages with marks, and whether there are any."""
         if all(control.find(message["content"]) is None for message in messages):
             return messages, False
-        masked = [{**message, "content": self._pattern.sub(self._mark, message["content"])} for message in messages]
+        masked = [
+            {**message, "content": self._finder.pattern.sub(self._mark, message["content"])} for message in messages
+        ]
         return masked, True
 
     def _mark(self, found: "re.Match[str]") -> str:

@@ -26,6 +26,7 @@ from tundish.data.share import Progress
 from tundish.data.sources import Source
 from tundish.data.workers import Workers
 from tundish.errors import DataError
+from tundish.memory import MemoryPlan
 
 SAMPLED_CHUNKS = 96
 """Chunks, of about a megabyte each, that are tokenized; data with fewer is tokenized as a whole."""
@@ -75,6 +76,8 @@ class Estimate:
     """Of the histogram of sample lengths, in tokens."""
     counts: list[int]
     """Tokenized samples between two edges."""
+    memory: MemoryPlan | None = None
+    """What a step takes on one device."""
 
     def lines(self) -> Iterator[str]:
         """The estimate as text, without the histogram."""
@@ -90,6 +93,9 @@ class Estimate:
             yield f"  from           {self.sampled_share:.1%} of the data, drawn at random; margins at 95 % confidence"
         if self.refused:
             yield f"  problems       {self.refused:,} samples would be refused; `tundish validate` says why"
+        if self.memory is not None:
+            yield ""
+            yield from self.memory.lines()
 
     def histogram(self) -> Iterator[str]:
         """Sample lengths as bars of text."""

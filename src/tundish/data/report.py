@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tundish.data import Outcome, Prepared, examine, first_samples
 from tundish.data.encoding import Job
 from tundish.data.findings import Finding, printable
+from tundish.data.preview import Segment, marked_html, segments
 from tundish.data.share import Progress
 from tundish.data.sources import Source
 from tundish.data.tokenize import Encoder
@@ -20,8 +19,6 @@ from tundish.paths import write_atomic
 
 PREVIEW_TOKENS = 400
 PREVIEW_CHARACTERS = 1 << 14
-Segment = tuple[str, bool]
-"""A text, and whether its tokens are targets."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,14 +106,7 @@ def _html(report: Report) -> str:
     head, *rest = report.lines()
     colour = "#b00020" if report.problems else "#1b5e20"
     items = "".join(f"<li>{html.escape(line.strip())}</li>" for line in rest)
-    marked = "".join(
-        f'<mark style="background:#c8e6c9">{html.escape(text)}</mark>' if trained else html.escape(text)
-        for text, trained in report.preview
-    )
-    sample = (
-        "<p>The first sample as the model sees it; trained tokens are marked.</p>"
-        f'<pre style="white-space:pre-wrap;border:1px solid #ccc;padding:6px">{marked}</pre>'
-    )
+    sample = f"<p>The first sample as the model sees it; trained tokens are marked.</p>{marked_html(report.preview)}"
     title = f'<b style="color:{colour}">{html.escape(head)}</b>'
     return f"<div>{title}<ul>{items}</ul>{sample if report.preview else ''}</div>"
 
@@ -147,10 +137,6 @@ def _preview(source: Source, encoder: Encoder) -> list[Segment]:
         if isinstance(encoded, DataError):
             continue
         tokens, mask = encoded.tokens[:PREVIEW_TOKENS], encoded.loss_mask[:PREVIEW_TOKENS]
-        borders = (np.flatnonzero(np.diff(mask)) + 1).tolist()
-        parts = zip(np.split(tokens, borders), np.split(mask, borders), strict=True)
         more = [(" …", False)] if len(encoded.tokens) > PREVIEW_TOKENS else []
-        decode = encoder.backend.decode
-        texts = [(decode(some.tolist(), skip_special_tokens=False), bool(bits[0])) for some, bits in parts]
-        return [(printable(text), trained) for text, trained in texts] + more
+        return [*segments(tokens, mask, encoder.backend), *more]
     return []

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TargetResponses = Literal["all", "last"]
 TRIED_SAMPLES = 64
-TRIED_CHARACTERS = 1 << 14
+TRIED_CHARACTERS = 1 << 12
 """Of one text: what `tokenizers` needs of memory is some hundred times its length."""
 PIECE_CHARACTERS = 1 << 22
 """A longer raw text is tokenized in pieces of this length, or of up to twice as many where no line ends."""

@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tundish.checkpoints import MODEL_PREFIX, StoredTensor, read_tensors
+from tundish.checkpoints import StoredTensor
 from tundish.data.tokenizer import load_tokenizer
-from tundish.errors import CheckpointError
 from tundish.paths import write_atomic
 from tundish.spec import TaskType
+from tundish.weights import check_shapes, expected_shapes, model_config, read_weights
 
 ExportDtype = Literal["bfloat16", "float32"]
 BYTES = {"bfloat16": 2, "float32": 4}
 SHARD_BYTES = 2_000_000_000
 INDEX = "model.safetensors.index.json"
-WEIGHT_PREFIX = f"{MODEL_PREFIX}model."
-"""Composer's name of the Hugging Face model inside its state dict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +47,11 @@ def export(checkpoint: Path, model: str, task_type: TaskType, out: Path, dtype: 
         CheckpointError: the checkpoint is damaged, or lacks weights that the model's config asks for.
     """
     tokenizer = load_tokenizer(model, task_type)
-    weights = _weights(checkpoint)
-    config = _load_config(model, dtype)
-    expected = _expected_shapes(config)
-    weights = _checked(checkpoint, weights, expected)
-    shards = plan(weights, BYTES[dtype], SHARD_BYTES)
+    weights, config = read_weights(checkpoint), model_config(model)
+    config.torch_dtype = dtype
+    expected = expected_shapes(config)
+    check_shapes(checkpoint, {name: tensor.shape for name, tensor in weights.items()}, expected)
+    shards = plan({name: weights[name] for name in expected}, BYTES[dtype], SHARD_BYTES)
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -84,56 +82,6 @@ def plan(weights: Mapping[str, StoredTensor], bytes_each: int, limit: int) -> li
         Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(group))
         for number, group in enumerate(groups, 1)
     ]
-
-
-def _weights(checkpoint: Path) -> dict[str, StoredTensor]:
-    # Activation checkpointing wraps layers, and the wrapper's name may stand inside theirs.
-    return {
-        name.removeprefix(WEIGHT_PREFIX).replace("_checkpoint_wrapped_module.", ""): tensor
-        for name, tensor in read_tensors(checkpoint).items()
-        if name.startswith(WEIGHT_PREFIX)
-    }
-
-
-def _load_config(model: str, dtype: ExportDtype) -> Any:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    config.torch_dtype = dtype
-    return config
-
-
-def _expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight that the config asks for, tied ones once; nothing is allocated."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set[str]()
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-
-
-def _checked(
-    checkpoint: Path, weights: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]
-) -> dict[str, StoredTensor]:
-    """The weights that the config asks for, in its order."""
-    missing = [name for name in expected if name not in weights]
-    other = [
-        f"{name} {weights[name].shape} instead of {shape}"
-        for name, shape in expected.items()
-        if name in weights and weights[name].shape != shape
-    ]
-    if missing or other:
-        raise CheckpointError(
-            f"{checkpoint}: not a checkpoint of this model. "
-            f"Missing: {_some(missing)}. Of another shape: {_some(other)}."
-        )
-    return {name: weights[name] for name in expected}
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"
 
 
 def _write_configs(model: str, config: Any, folder: Path) -> None:

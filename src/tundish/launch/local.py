@@ -2,9 +2,10 @@
 
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 
@@ -49,6 +50,18 @@ def start(
             cwd=cwd,
             start_new_session=detached,
         )
+
+
+def processes_with(variable: str, value: str) -> list[psutil.Process]:
+    """The user's processes in whose environment a variable has a value; not this one."""
+    found: list[psutil.Process] = []
+    for process in cast(Iterator[psutil.Process], cast(Any, psutil).process_iter()):
+        try:
+            if process.pid != os.getpid() and process.environ().get(variable) == value:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue  # ended meanwhile, or somebody else's
+    return found
 
 
 def stop_tree(root: psutil.Process, *, grace_s: float = GRACE_SECONDS) -> None:

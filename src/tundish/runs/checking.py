@@ -1,4 +1,4 @@
-"""The data that a call names: what is wrong with its paths, and with its rows."""
+"""What a call names: what is wrong with the paths and rows of its data, and with the devices it asks for."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
+from tundish.compute import Compute, count_gpus
 from tundish.errors import DataError, InputError, SpecError
 from tundish.models import ModelCard
 from tundish.overrides import target_responses
@@ -125,3 +126,16 @@ def _report(
         return report_of(name, source, check_structure(source), [])
     with progress(f"Preparing {name}") as tell:
         return report_on(name, source, job, parsed[0].data_prep_cluster_id, tell)
+
+
+def machine_problems(compute: Compute) -> list[str]:
+    """What this machine cannot give."""
+    problems: list[str] = []
+    if compute.nodes > 1:
+        problems.append(
+            f"compute: found {compute.nodes} nodes; a run on this machine has one. `tundish render` plans more."
+        )
+    if compute.device == "gpu" and compute.devices_per_node > count_gpus():
+        text = f"found {compute.devices_per_node} GPU(s) asked for; this machine has {count_gpus()} to give."
+        problems.append(f"compute: {text} Ask for fewer, or for device 'cpu'.")
+    return problems

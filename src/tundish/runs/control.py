@@ -1,17 +1,28 @@
-"""Stopping runs."""
+"""Stopping runs, and going on with them."""
 
-from collections.abc import Sequence
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import psutil
+import yaml
 
 from tundish import events
-from tundish.errors import RequestError
+from tundish.checkpoints import list_checkpoints
+from tundish.compute import Compute
+from tundish.errors import RequestError, SpecError
 from tundish.launch.local import stop_all, stop_tree
-from tundish.paths import RunPaths
-from tundish.runs import selecting
-from tundish.runs.reading import find_run, read_run, run_names, supervisor
-from tundish.runs.records import TrainingRun
-from tundish.runs.tracking import Tracking, end_tracking
+from tundish.paths import RunPaths, write_atomic
+from tundish.runs import selecting, supervisor
+from tundish.runs.checking import machine_problems
+from tundish.runs.reading import find_run, read_run, run_names
+from tundish.runs.reading import supervisor as supervisor_of
+from tundish.runs.records import RunStatus, TrainingRun
+from tundish.runs.tracking import Tracking, end_tracking, reopen_tracking
+from tundish.spec import RunSpec
 
 CANCEL_SECONDS = 6.0
 
@@ -42,6 +53,69 @@ def cancel(
     return [name for name in names if name in existing and _cancel_one(name)], len(names)
 
 
+def resume(name: str, compute: object = None) -> TrainingRun:
+    """Go on with a run that has failed, was canceled, or whose supervisor was killed.
+
+    Raises:
+        RunNotFoundError: there is none of that name.
+        RequestError: it is still going on, or has nothing left to do.
+        SpecError: `compute` is wrong, or the run's batches cannot be shared by so many devices.
+    """
+    paths = find_run(name)
+    with _locked(paths.folder):
+        return _resume(name, paths, compute)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Two who resume a run at once do it once."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _resume(name: str, paths: RunPaths, compute: object) -> TrainingRun:
+    status = read_run(name).status
+    if not status.is_terminal():
+        raise RequestError(f"{name} is {status.display_name.lower()}. Cancel it first, or wait for its end.")
+    if status is RunStatus.COMPLETED:
+        raise RequestError(f"{name} is completed; nothing is left to do. Create another run.")
+    spec = RunSpec.from_json(paths.spec.read_text())
+    if compute is not None:
+        spec = _with_compute(spec, compute, paths)
+    supervisor.end_processes_of(paths)
+    reopen_tracking(Tracking.read(paths))
+    write_atomic(paths.spec, spec.to_json())
+    checkpoints = list_checkpoints(Path(Tracking.read(paths).save_folder))
+    where = f"from checkpoint {checkpoints[-1].name}" if checkpoints else "from the beginning"
+    paths.supervisor.unlink(missing_ok=True)  # the next one is about to start
+    events.append(paths.events, "REQUEUED", f"Run resumed by user. Training that is not finished goes on {where}.")
+    supervisor.spawn(paths)
+    return read_run(name)
+
+
+def _with_compute(spec: RunSpec, given: object, paths: RunPaths) -> RunSpec:
+    """The spec for other devices, which make the same batches; the file that they train is written anew."""
+    try:
+        compute = Compute.parse(given)
+    except ValueError as error:
+        raise SpecError(f"compute: {error}") from None
+    if problems := machine_problems(compute):
+        raise SpecError(problems)
+    if paths.foundry_yaml.exists():
+        batch = yaml.safe_load(paths.foundry_yaml.read_text())["global_train_batch_size"]
+        if batch % compute.devices:
+            text = f"found {compute.devices} devices; the run's batches of {batch} rows must be shared equally"
+            raise SpecError(f"compute: {text}. Use a number of devices that divides {batch}.")
+        # Prepared data is found again; the file is rendered for the new devices.
+        paths.result("prepare").unlink(missing_ok=True)
+        spec = replace(spec, overrides={**spec.overrides, "global_train_batch_size": batch})
+    return replace(spec, compute=compute)
+
+
 def cancel_message(canceled: Sequence[str], asked: int) -> str:
     """What `cancel()` prints."""
     if not canceled:
@@ -65,7 +139,7 @@ def _cancel_one(name: str) -> bool:
 
 def _stop_supervisor(paths: RunPaths) -> None:
     """Ask the supervisor to end its stage and itself; kill what is left after CANCEL_SECONDS."""
-    owner = supervisor(paths)
+    owner = supervisor_of(paths)
     process = owner.process() if owner else None
     if process is None:
         return

@@ -1,26 +1,28 @@
 """`create()`: check everything, make the run's folder and its MLflow run, start its supervisor."""
 
+import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from tundish import __version__, events
-from tundish.checkpoints import resolve_weights
-from tundish.compute import Compute, count_gpus
 from tundish.data.sources import open_source
 from tundish.errors import CheckpointError, DataError, SpecError
-from tundish.foundry import Destination, planned_steps, render
+from tundish.foundry import Destination, memory_plan, planned_steps, render
+from tundish.memory import GIB, STATE_BYTES
 from tundish.models import ModelCard
 from tundish.overrides import check_overrides
 from tundish.paths import RunPaths, resolve, write_atomic
 from tundish.runs import supervisor
-from tundish.runs.checking import BarOf, CheckedData, check_data, collected, job_of, no_bar
+from tundish.runs.checking import BarOf, CheckedData, check_data, collected, job_of, machine_problems, no_bar
 from tundish.runs.reading import read_run
 from tundish.runs.records import TrainingRun
 from tundish.runs.tracking import Tracking, end_tracking, open_tracking, planned_save_folder, tracking_uri
 from tundish.spec import RunSpec, parse_spec
+from tundish.weights import resolve_weights
 
 if TYPE_CHECKING:
     from tundish.data.estimate import Estimate
@@ -69,7 +71,7 @@ def check(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> RunSpec:
     """
     parsed, problems = _parse(arguments)
     if parsed is not None:
-        problems.extend(_machine_problems(parsed[0].compute))
+        problems.extend(machine_problems(parsed[0].compute))
     problems.extend(_weights_problems(arguments.get("custom_weights_path")))
     rows = arguments.get("validate_inputs") is not False
     data = check_data(arguments, parsed if not problems else None, rows=rows, progress=progress)
@@ -117,7 +119,9 @@ def estimate(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> "Estimat
     found = CheckedData()
     with collected(found, "train_data_path"), progress("Estimating") as tell:
         source = open_source(spec.train_data_path, spec.task_type, system_message=card.system_message)
-        return estimate_data(source, job_of(spec), partial(planned_steps, spec), str(spec.training_duration), tell)
+        steps = partial(planned_steps, spec)
+        data = estimate_data(source, job_of(spec), steps, str(spec.training_duration), tell)
+        return replace(data, memory=memory_plan(spec, card, data.batch_size))
     raise DataError(found.unreadable) if found.unreadable else SpecError(found.problems)
 
 
@@ -141,22 +145,17 @@ def _plan_problems(spec: RunSpec, card: ModelCard) -> list[str]:
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1 or batch_size % devices):
         text = f"found global_train_batch_size {batch_size!r}; allowed is a multiple of the {devices} device(s)."
         problems.append(f"overrides: {text}")
+    memory, given = memory_plan(spec, card, int(batch_size or devices)).chosen, spec.compute.device_memory_gib
+    if not problems and memory.states > given * GIB:
+        least = math.ceil(card.parameters * STATE_BYTES / (given * GIB))
+        text = f"weights, gradients and optimizer take {memory.states / GIB:.0f} GiB on each of {devices} device(s)"
+        problems.append(
+            f"compute: {text} of {given:g} GiB. Use {max(devices + 1, least)} devices or more, or a smaller model."
+        )
     attention = spec.overrides.get("model.attn_implementation")
     if attention == "flex_attention" and card.gpu_attention != attention:
         text = f"found {attention}, in which samples packed for {card.family} see each other"
         problems.append(f"overrides: {text}; allowed is {card.gpu_attention}.")
-    return problems
-
-
-def _machine_problems(compute: Compute) -> list[str]:
-    problems: list[str] = []
-    if compute.nodes > 1:
-        problems.append(
-            f"compute: found {compute.nodes} nodes; a run on this machine has one. `tundish render` plans more."
-        )
-    if compute.device == "gpu" and compute.devices_per_node > count_gpus():
-        text = f"found {compute.devices_per_node} GPU(s) asked for; this machine has {count_gpus()} to give."
-        problems.append(f"compute: {text} Ask for fewer, or for device 'cpu'.")
     return problems
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tundish import events
-from tundish.checkpoints import check_weights, list_checkpoints, resolve_weights
+from tundish.checkpoints import list_checkpoints
 from tundish.data import Prepared, prepare
 from tundish.data.report import facts
 from tundish.data.sources import open_source
@@ -22,6 +22,7 @@ from tundish.paths import RunPaths, write_atomic
 from tundish.runs.checking import job_of
 from tundish.runs.tracking import Tracking, end_tracking
 from tundish.spec import RunSpec
+from tundish.weights import check_weights, resolve_weights
 
 
 def main(stage: str, folder: str) -> int:
@@ -57,7 +58,7 @@ def prepare_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[st
     train = found["train"]
     weights = None if spec.custom_weights_path is None else resolve_weights(spec.custom_weights_path)
     if weights is not None:
-        check_weights(weights)
+        check_weights(weights, spec.model)
     destination = Destination(
         save_folder=tracking.save_folder,
         tracking_uri=tracking.tracking_uri,

@@ -1,6 +1,7 @@
 """The supervisor: takes one run through its stages, in a process of its own, and says how it ended.
 
-Each stage is a process too: what it loads goes with it, and the supervisor stays small while the model trains.
+Each stage is a process too: what it loads goes with it, and the supervisor stays small while the model trains. A stage
+that has left a result is done: a supervisor that is started again goes on with the next one.
 """
 
 import contextlib
@@ -21,11 +22,13 @@ import psutil
 from tundish import events
 from tundish.errors import StageError
 from tundish.launch.command import train_command, train_environment
-from tundish.launch.local import ProcessId, start, stop_all
-from tundish.paths import RunPaths, write_atomic
+from tundish.launch.local import ProcessId, processes_with, start, stop_all
+from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
 from tundish.runs.tracking import Tracking
 from tundish.spec import RunSpec
 
+RANKS_GRACE_SECONDS = 1.0
+"""A rank without a launcher has nothing left to do."""
 STAGES = ("prepare", "train", "export", "register")
 ERROR_LINE = re.compile(r"^(?:\[rank\d+\]: *)?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$")
 
@@ -43,12 +46,13 @@ def main(folder: str) -> None:
     """Run all stages; the last event is COMPLETED, FAILED or CANCELED."""
     paths = RunPaths(Path(folder))
     signal.signal(signal.SIGTERM, _on_terminate)
-    if any(event.type in events.TERMINAL_TYPES for event in events.read(paths.events)):
+    if events.read(paths.events)[-1].type in events.TERMINAL_TYPES:
         return  # canceled before it began
     try:
         events.append(paths.events, "STARTED", f"Run started on {os.uname().nodename}.")
         for stage in STAGES:
-            run_stage(paths, stage)
+            if not is_done(paths, stage):
+                _run_with_retry(paths, stage)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         result = json.loads(paths.result("register").read_text())
         message = f"Run completed. Registered as version {result['version']} of {result['name']}."
@@ -65,6 +69,37 @@ def main(folder: str) -> None:
         raise
 
 
+def is_done(paths: RunPaths, stage: str) -> bool:
+    """Whether the stage has left a result."""
+    try:
+        return "error" not in json.loads(paths.result(stage).read_text())
+    except FileNotFoundError:
+        return False
+
+
+def _run_with_retry(paths: RunPaths, stage: str) -> None:
+    """Run a stage; training that has begun and then crashed, once more from its newest checkpoint."""
+    before = _starts(paths)
+    try:
+        run_stage(paths, stage)
+    except StageError as error:
+        # What a stage refuses in its own words, or before it has begun, it would refuse again.
+        if stage != "train" or paths.result(stage).exists() or _starts(paths) == before:
+            raise
+        events.append(paths.events, "REQUEUED", f"{error.message} It is tried once more from its newest checkpoint.")
+        end_processes_of(paths)
+        run_stage(paths, stage)
+
+
+def _starts(paths: RunPaths) -> int:
+    return sum(event.type == "TRAIN_STARTED" for event in events.read(paths.events))
+
+
+def end_processes_of(paths: RunPaths) -> None:
+    """End what a supervisor or a launcher that was killed has left behind."""
+    stop_all(processes_with(RUN_VARIABLE, str(paths.events)), grace_s=RANKS_GRACE_SECONDS)
+
+
 def run_stage(paths: RunPaths, stage: str) -> None:
     """Run one stage to its end.
 
@@ -74,6 +109,7 @@ def run_stage(paths: RunPaths, stage: str) -> None:
     log = paths.log(stage)
     command, environment = _command(paths, stage)
     paths.work.mkdir(exist_ok=True)
+    paths.result(stage).unlink(missing_ok=True)
     returncode = start(command, log, environment, paths.work).wait()
     if returncode != 0:
         logs = [log, *sorted(paths.logs.glob(f"{stage}-rank*.log"))]
@@ -83,9 +119,9 @@ def run_stage(paths: RunPaths, stage: str) -> None:
 def _command(paths: RunPaths, stage: str) -> tuple[Sequence[str], Mapping[str, str]]:
     tracking = Tracking.read(paths)
     if stage != "train":
-        return [sys.executable, "-m", "tundish.runs.stage", stage, str(paths.folder)], {
-            "TOKENIZERS_PARALLELISM": "true"
-        }
+        # By the variable, what outlives its supervisor is found.
+        environment = {"TOKENIZERS_PARALLELISM": "true", RUN_VARIABLE: str(paths.events)}
+        return [sys.executable, "-m", "tundish.runs.stage", stage, str(paths.folder)], environment
     compute = RunSpec.from_json(paths.spec.read_text()).compute
     environment = train_environment(compute, paths, os.cpu_count() or 1) | tracking.environment
     return train_command(compute, paths), environment

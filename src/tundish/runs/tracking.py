@@ -105,6 +105,13 @@ def end_tracking(tracking: Tracking, status: str) -> None:
     MlflowClient(tracking.tracking_uri).set_terminated(tracking.run_id, status)
 
 
+def reopen_tracking(tracking: Tracking) -> None:
+    """Let the MLflow run go on that was closed."""
+    from mlflow import MlflowClient
+
+    MlflowClient(tracking.tracking_uri).update_run(tracking.run_id, "RUNNING")
+
+
 def _create_experiment(client: Any, name: str, uri: str) -> str:
     from mlflow.exceptions import MlflowException
 

@@ -1,16 +1,19 @@
 """Every rank's entry: `composer -n N -m tundish.train run.yaml`.
 
 Builds Composer's Trainer from LLM Foundry's own builders. It does what `llmfoundry train` does with the keys that
-tundish writes, except that FSDP2 stays on with one rank, so that checkpoints are sharded at every world size.
+tundish writes, except that FSDP2 stays on with one rank, so that checkpoints are sharded at every world size, and that
+a run with a complete checkpoint in its save folder goes on from there.
 """
 
+import json
 import os
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 os.environ.setdefault("FSDP_VERSION", "2")
 
-from composer import Trainer
+from composer import State, Trainer
 from composer.utils import dist, get_device, reproducibility
 from llmfoundry.command_utils.train import validate_config
 from llmfoundry.data.dataloader import build_dataloader
@@ -34,6 +37,11 @@ from llmfoundry.utils.config_utils import (
 )
 from omegaconf import DictConfig, OmegaConf
 
+from tundish.errors import TundishError
+from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
+from tundish.train.loader import RowOrder
+from tundish.train.resuming import newest_checkpoint
+
 TRAINER_KEYS = (
     "run_name seed max_duration eval_interval eval_subset_num_batches train_subset_num_batches precision progress_bar "
     "log_to_console console_log_interval device_train_microbatch_size save_folder save_interval save_overwrite "
@@ -48,6 +56,10 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     """The Trainer of a run's YAML, on this rank."""
     logged, config = make_dataclass_and_log_config(cfg, TrainConfig, TRAIN_CONFIG_KEYS, transforms="all")
     dist.initialize_dist(get_device(None), timeout=config.dist_timeout)
+    checkpoint = newest_checkpoint(config.save_folder) if config.save_folder else None
+    if checkpoint is not None:
+        config.load_path, config.load_weights_only = str(checkpoint), False
+        config.load_ignore_keys = [*(config.load_ignore_keys or ()), *(config.save_ignore_keys or ())]
     validate_config(config)
     reproducibility.seed_all(config.seed)
     fsdp = config.fsdp_config
@@ -59,7 +71,7 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     model = build_composer_model(model_name, config.model, tokenizer, init_context)
     optimizer = build_optimizer(model, config.optimizer.pop("name"), config.optimizer)
     scheduler = build_scheduler(config.scheduler.pop("name"), config.scheduler)
-    return Trainer(
+    trainer = Trainer(
         model=model,
         train_dataloader=train_loader,
         eval_dataloader=_evaluators(config, tokenizer, model),
@@ -73,6 +85,9 @@ def build_trainer(cfg: DictConfig) -> Trainer:
         save_filename=config.save_filename or "ep{epoch}-ba{batch}-rank{rank}.pt",
         **{key: getattr(config, key) for key in TRAINER_KEYS},
     )
+    order = cast(RowOrder, cast(Any, train_loader.dataloader).sampler)
+    order.done = int(trainer.state.timestamp.epoch), int(trainer.state.timestamp.batch_in_epoch)
+    return trainer
 
 
 def _evaluators(config: TrainConfig, tokenizer: Any, model: Any) -> list[Any] | None:
@@ -97,9 +112,28 @@ def main() -> None:
     """Train the YAML named on the command line."""
     cfg = OmegaConf.load(sys.argv[1])
     assert isinstance(cfg, DictConfig)
-    trainer = build_trainer(cfg)
-    trainer.fit()
-    trainer.close()
+    try:
+        trainer = build_trainer(cfg)
+        if not _is_done(trainer.state):
+            trainer.fit()
+        trainer.close()
+    except TundishError as error:
+        _note({"error": error.message})
+        raise
+    _note({"batches": int(trainer.state.timestamp.batch), "tokens": int(trainer.state.timestamp.token)})
+
+
+def _note(result: dict[str, Any]) -> None:
+    """Leave the result of the stage in the run folder."""
+    run = os.environ.get(RUN_VARIABLE)
+    if run and dist.get_global_rank() == 0:
+        write_atomic(RunPaths(Path(run).parent).result("train"), json.dumps(result) + "\n")
+
+
+def _is_done(state: State) -> bool:
+    """Whether a run that was killed had nothing left to train."""
+    duration = state.max_duration
+    return duration is not None and state.timestamp.get(duration.unit) >= duration
 
 
 if __name__ == "__main__":

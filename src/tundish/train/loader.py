@@ -52,6 +52,8 @@ class RowOrder(DistributedSampler[int]):
         self.num_rows, self.rank_batch_size = num_rows, rank_batch_size
         self.num_replicas, self.rank = dist.get_world_size(), dist.get_global_rank()
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+        self.done: tuple[int, int] = (0, 0)
+        """Epoch, and batches of it that a killed run has trained: Composer skips them, so they need not be read."""
         # Composer takes what these two differ by for rows that are there twice, and drops them from evaluation; ours
         # are fillers, which no metric counts.
         self.total_size = len(self) * self.num_replicas
@@ -73,6 +75,8 @@ class RowOrder(DistributedSampler[int]):
         filled[: self.num_rows] = rows
         # [batches, ranks, rows of a rank]: this rank's column
         mine = filled.reshape(self.num_batches, self.num_replicas, self.rank_batch_size)[:, self.rank]
+        if self.epoch == self.done[0]:
+            mine[: self.done[1]] = -1
         return iter(mine.ravel().tolist())
 
 
