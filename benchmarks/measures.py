@@ -70,6 +70,11 @@ class Bench:
         """A folder of .txt files."""
         return str(write_texts(self.lab.scratch / "texts", int(TEXTS_MB * 1e6 * self.scale)))
 
+    @cached_property
+    def many_texts(self) -> str:
+        """Four times as many of them."""
+        return str(write_texts(self.lab.scratch / "many_texts", int(4 * TEXTS_MB * 1e6 * self.scale)))
+
     def prepare_chats(self, **more: Any) -> Facts:
         """Our preparation of the chat file."""
         given: dict[str, Any] = {"path": self.chats, "model": self.llama, "task": "CHAT_COMPLETION"}
@@ -149,13 +154,14 @@ def chats(bench: Bench) -> Iterator[Row]:
 
 
 def texts(bench: Bench) -> Iterator[Row]:
-    """A folder of .txt files, against LLM Foundry."""
+    """Folders of .txt files, against LLM Foundry."""
     cores = len(os.sched_getaffinity(0))
-    theirs = partial(bench.lab.run, "foundry_texts", path=bench.texts, model=bench.llama, processes=cores)
-    mine, other = bench.by_turns(bench.texts, bench.prepare_texts, theirs)
-    _same("tokens", mine[0]["tokens"], other[0]["tokens"], tails=cores)
-    title = f"{mine[0]['samples']:,} .txt files ({_megabytes(bench.texts):.0f} MB) → packed MDS"
-    yield from _times(title, mine, other, 5)
+    for folder in (bench.texts, bench.many_texts):
+        theirs = partial(bench.lab.run, "foundry_texts", path=folder, model=bench.llama, processes=cores)
+        mine, other = bench.by_turns(folder, partial(bench.prepare_texts, path=folder), theirs)
+        _same("tokens", mine[0]["tokens"], other[0]["tokens"], tails=cores)
+        title = f"{mine[0]['samples']:,} .txt files ({_megabytes(folder):.0f} MB) → packed MDS"
+        yield from _times(title, mine, other, 5)
 
 
 def byte_level(bench: Bench) -> Iterator[Row]:

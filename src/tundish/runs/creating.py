@@ -76,6 +76,8 @@ def check(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> RunSpec:
     rows = arguments.get("validate_inputs") is not False
     data = check_data(arguments, parsed if not problems else None, rows=rows, progress=progress)
     problems.extend(data.problems)
+    if parsed is not None:
+        problems.extend(_memory_problems(*parsed))
     if problems:
         raise SpecError([*problems, *data.row_problems])
     if data.row_problems:
@@ -145,18 +147,22 @@ def _plan_problems(spec: RunSpec, card: ModelCard) -> list[str]:
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1 or batch_size % devices):
         text = f"found global_train_batch_size {batch_size!r}; allowed is a multiple of the {devices} device(s)."
         problems.append(f"overrides: {text}")
-    memory, given = memory_plan(spec, card, int(batch_size or devices)).chosen, spec.compute.device_memory_gib
-    if not problems and memory.states > given * GIB:
-        least = math.ceil(card.parameters * STATE_BYTES / (given * GIB))
-        text = f"weights, gradients and optimizer take {memory.states / GIB:.0f} GiB on each of {devices} device(s)"
-        problems.append(
-            f"compute: {text} of {given:g} GiB. Use {max(devices + 1, least)} devices or more, or a smaller model."
-        )
     attention = spec.overrides.get("model.attn_implementation")
     if attention == "flex_attention" and card.gpu_attention != attention:
         text = f"found {attention}, in which samples packed for {card.family} see each other"
         problems.append(f"overrides: {text}; allowed is {card.gpu_attention}.")
     return problems
+
+
+def _memory_problems(spec: RunSpec, card: ModelCard) -> list[str]:
+    """What no microbatch is small enough for."""
+    given, devices = spec.compute.device_memory_gib, spec.compute.devices
+    states = memory_plan(spec, card, devices).chosen.states
+    if states <= given * GIB:
+        return []
+    least = max(devices + 1, math.ceil(card.parameters * STATE_BYTES / (given * GIB)))
+    text = f"weights, gradients and optimizer take {states / GIB:.0f} GiB on each of {devices} device(s)"
+    return [f"compute: {text} of {given:g} GiB. Use {least} devices or more, or a smaller model."]
 
 
 def _weights_problems(given: object) -> list[str]:

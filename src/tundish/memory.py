@@ -1,0 +1,179 @@
+"""How much memory a step of training takes on one device, from the architecture's numbers; chooses the microbatch.
+
+The counts are those of full-parameter training under FSDP2 with float32 weights, gradients and momentum (DecoupledLionW
+keeps one), and of what autograd saves in transformers' decoder layers. Parts that follow from shapes are counted; what
+a device keeps for itself is the reserve. Checked against measured peaks in tests/train/test_memory.py. The accounting
+by state, activation and temporary follows Rajbhandari et al., ZeRO (2020), and Korthikanti et al. (2022).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from tundish.models import ModelCard
+
+GIB = 1 << 30
+STATE_BYTES = 12
+"""Of one parameter: weight, gradient and momentum, float32."""
+USABLE_SHARE = 0.92
+"""Of a device's memory; the rest is lost between blocks."""
+CONTEXT_BYTES = int(1.5 * GIB)
+"""What a GPU's driver, kernels and communication take."""
+ENOUGH_TOKENS = 16_384
+"""In one forward pass: more make a step no faster."""
+
+Device = Literal["gpu", "cpu"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMemory:
+    """What one device holds at the peak of a step, in bytes."""
+
+    microbatch: int
+    """Rows in one forward pass."""
+    activation_checkpointing: bool
+    """Whether the layers' activations are computed again instead of kept."""
+    states: int
+    """This device's share of weights, gradients and momentum."""
+    gathered: int
+    """Layers that are whole while they are computed, with their gradients."""
+    activations: int
+    """What the backward pass needs of the forward pass."""
+    logits: int
+    """Scores over the vocabulary, and what the loss makes of them."""
+
+    @property
+    def peak(self) -> int:
+        """All of it."""
+        return self.states + self.gathered + self.activations + self.logits
+
+
+def step_memory(
+    card: ModelCard,
+    context_length: int,
+    devices: int,
+    microbatch: int,
+    *,
+    device: Device,
+    attention: str,
+    activation_checkpointing: bool,
+) -> StepMemory:
+    """The memory of one step.
+
+    Args:
+        card: the model.
+        context_length: tokens in a row; rows are taken to be full.
+        devices: over which weights, gradients and momentum are sharded.
+        microbatch: rows in one forward pass of a device.
+        device: on a GPU is computed in bfloat16, on a CPU in float32.
+        attention: the implementation, see `train.attention`.
+        activation_checkpointing: of every layer.
+    """
+    width = 2 if device == "gpu" else 4
+    tokens = microbatch * context_length
+    layer = (card.parameters - _root_parameters(card)) // card.layers
+    one = tokens * _layer_bytes(card, width) + _attention_bytes(card, context_length, microbatch, attention, width)
+    kept = card.layers * tokens * card.hidden_size * width + one if activation_checkpointing else card.layers * one
+    return StepMemory(
+        microbatch=microbatch,
+        activation_checkpointing=activation_checkpointing,
+        states=math.ceil(card.parameters / devices) * STATE_BYTES,
+        # Embeddings and head stay whole until their gradients are reduced; of the layers, one and the next.
+        gathered=width * (2 * _root_parameters(card) + 3 * layer),
+        activations=kept + _mask_bytes(context_length, microbatch, attention),
+        # Scores, their float32 copy where they are none, log-probabilities, and the gradients of both.
+        logits=tokens * card.vocabulary_size * (width + (4 if width < 4 else 0) + 4 + 4),
+    )
+
+
+def candidates(
+    card: ModelCard, context_length: int, devices: int, rows_per_device: int, *, device: Device, attention: str
+) -> Iterator[StepMemory]:
+    """What could be chosen, best first: no layer computed twice, then as many rows at once as make a step faster."""
+    most = max(1, min(rows_per_device, math.ceil(ENOUGH_TOKENS / context_length)))
+    sizes = [size for size in range(most, 0, -1) if rows_per_device % size == 0]
+    for checkpointing in (False, True):
+        for size in sizes:
+            yield step_memory(
+                card, context_length, devices, size,
+                device=device, attention=attention, activation_checkpointing=checkpointing,
+            )  # fmt: skip
+
+
+def usable(memory: int, device: Device) -> int:
+    """Bytes of a device's memory that a step may take."""
+    return int(memory * USABLE_SHARE) - (CONTEXT_BYTES if device == "gpu" else 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """What could be chosen for a run, and what is."""
+
+    candidates: list[StepMemory]
+    chosen: StepMemory
+    """The best that fits, else the smallest."""
+    fits: bool
+    device_memory: int
+    """Bytes of one device."""
+
+    def lines(self) -> Iterator[str]:
+        """A table of the candidates."""
+        yield "  memory a device at the peak of a step, in GiB; layers kept, or computed again in the backward pass"
+        yield "    microbatch  layers  states  gathered  activations  logits    peak"
+        for one in self.candidates:
+            parts = (one.states, one.gathered, one.activations, one.logits, one.peak)
+            numbers = [f"{part / GIB:.2f}" for part in parts]
+            columns = [text.rjust(width) for text, width in zip(numbers, (6, 8, 11, 6, 6), strict=True)]
+            layers = "again" if one.activation_checkpointing else "kept"
+            mark = "  ← chosen" if one == self.chosen else ""
+            yield f"    {one.microbatch:>10}  {layers:>6}  {'  '.join(columns)}{mark}"
+        if not self.fits:
+            yield f"    none fits into the {self.device_memory / GIB:.1f} GiB of a device; the smallest is chosen"
+
+
+def plan(
+    card: ModelCard,
+    context_length: int,
+    devices: int,
+    rows_per_device: int,
+    *,
+    device: Device,
+    attention: str,
+    device_memory: int,
+) -> MemoryPlan:
+    """Choose microbatch and activation checkpointing for devices of `device_memory` bytes."""
+    found = list(candidates(card, context_length, devices, rows_per_device, device=device, attention=attention))
+    limit = usable(device_memory, device)
+    best = next((one for one in found if one.peak <= limit), None)
+    chosen = best or min(found, key=lambda one: one.peak)
+    return MemoryPlan(candidates=found, chosen=chosen, fits=best is not None, device_memory=device_memory)
+
+
+def _root_parameters(card: ModelCard) -> int:
+    """Embeddings, head and last norm: what FSDP2 gathers with the model itself."""
+    return card.vocabulary_size * card.hidden_size * (1 if card.tied_embeddings else 2) + card.hidden_size
+
+
+def _layer_bytes(card: ModelCard, width: int) -> int:
+    """What autograd saves of one layer for one token, attention scores aside."""
+    inner = card.heads * (card.head_size or card.hidden_size // card.heads)
+    # A norm keeps its float32 input, the normalized input, and what it hands on.
+    norms = 2 * card.hidden_size * (4 + 2 * width)
+    # Rotated queries; keys and values repeated for every head; the result as it comes and as it is projected.
+    attention = 5 * inner * width
+    # Gate, its activation, the upward projection, and their product; of every expert that a token takes.
+    feed_forward = 4 * card.feed_forward_size * card.experts_per_token * width
+    return norms + attention + feed_forward
+
+
+def _attention_bytes(card: ModelCard, context_length: int, microbatch: int, attention: str, width: int) -> int:
+    """Scores that only `eager` keeps: before and after the softmax, in float32 and as computed."""
+    if attention != "eager":
+        return 0
+    return microbatch * card.heads * context_length**2 * (4 + 2 * width)
+
+
+def _mask_bytes(context_length: int, microbatch: int, attention: str) -> int:
+    """The float32 mask that keeps samples apart, shared by all layers."""
+    return microbatch * context_length**2 * 4 if attention in ("sdpa", "eager") else 0

@@ -1,0 +1,67 @@
+"""The run's first batch as the model sees it, for people: an MLflow artifact with the trained tokens marked."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from composer import Callback, Logger, State
+from composer.utils import dist
+
+from tundish.data.preview import marked_html, segments
+from tundish.train.loader import IGNORE_INDEX
+
+log = logging.getLogger(__name__)
+
+NAME = "first_batch.html"
+SHOWN_ROWS = 8
+SHOWN_TOKENS = 16_384
+"""Of all rows together."""
+
+
+class FirstBatch(Callback):
+    """Registered with LLM Foundry as the callback `tundish_first_batch`; rank 0's part of the batch is shown."""
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Only of a run's very first batch; the run's MLflow run is in the environment."""
+        run_id = os.environ.get("MLFLOW_RUN_ID")
+        if int(state.timestamp.batch) or dist.get_global_rank() or not run_id:
+            return
+        model: Any = state.model.module if state.is_model_ddp else state.model
+        text = page(state.batch, model.tokenizer.backend_tokenizer, state.run_name)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / NAME).write_text(text, encoding="utf-8")
+                from mlflow import MlflowClient
+
+                MlflowClient().log_artifact(run_id, str(Path(folder) / NAME))
+        except Exception:  # a picture is no reason to lose a run
+            log.warning("The first batch could not be logged to MLflow.", exc_info=True)
+
+
+def page(batch: Mapping[str, Any], backend: Any, title: str) -> str:
+    """An HTML page of a batch's samples.
+
+    Args:
+        batch: see `Collate`.
+        backend: the `tokenizers.Tokenizer`.
+        title: of the page.
+    """
+    parts = [
+        "<!doctype html><meta charset='utf-8'><title>first batch</title>",
+        f"<h3>First batch of {title}: trained tokens are marked</h3>",
+    ]
+    left = SHOWN_TOKENS
+    ids, labels, owner = (batch[key].cpu().numpy() for key in ("input_ids", "labels", "segment_ids"))
+    for row in range(min(len(ids), SHOWN_ROWS)):
+        for sample in range(1, int(owner[row].max(initial=0)) + 1):
+            mine = owner[row] == sample
+            if left <= 0:
+                break
+            targets = labels[row][mine] != IGNORE_INDEX
+            head = f"row {row + 1}, sample {sample}: {mine.sum():,} tokens, {targets.sum():,} trained"
+            parts.append(f"<p>{head}</p>{marked_html(list(segments(ids[row][mine][:left], targets[:left], backend)))}")
+            left -= int(mine.sum())
+    return "\n".join(parts) + "\n"

@@ -1,0 +1,123 @@
+"""A process that has imported Composer and forks the ranks of training runs from itself: an import takes half a minute.
+
+`python ranks.py` reads one run a line from its input, as JSON: `yaml`, `world`, `folder` (for logs and results) and
+`environment`. It answers with the ranks' process ids when they are started, and with their exit codes when they have
+ended. Rank 0 leaves `losses.json`, the loss of each batch, in the folder. A rank whose environment has
+KILL_RANK = its number and KILL_AT = a batch kills itself there: KILL_WHEN says whether after the batch (`batch`) or in
+the middle of writing the first checkpoint from that batch on (`saving`).
+"""
+
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _killer() -> Any:
+    """The callback that KILL_RANK, KILL_AT and KILL_WHEN ask for."""
+    from composer import Callback, Logger, State
+    from torch.distributed.checkpoint import filesystem
+
+    class Killer(Callback):
+        def batch_end(self, state: State, logger: Logger) -> None:
+            if int(state.timestamp.batch) < int(os.environ["KILL_AT"]):
+                return
+            if os.environ["KILL_WHEN"] == "batch":
+                _kill()
+            original: Any = filesystem._write_item
+
+            def write_item(*args: Any, **kwargs: Any) -> Any:
+                original(*args, **kwargs)
+                args[1].flush() if hasattr(args[1], "flush") else None
+                _kill()
+
+            filesystem._write_item = write_item
+
+    return Killer()
+
+
+def _rank(run: dict[str, Any], rank: int, port: int) -> None:
+    """Train in this process, as the composer launcher starts it."""
+    world = run["world"]
+    where = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    os.environ.update({name: str(value) for name, value in (where | run["environment"]).items()})
+    # LLM Foundry's ranks wait for files that others leave there.
+    work = Path(run["folder"]) / "work"
+    work.mkdir(exist_ok=True)
+    os.chdir(work)
+    log = os.open(Path(run["folder"]) / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    import torch
+    from composer.loggers import InMemoryLogger
+
+    from tundish.train import __main__ as entry
+
+    torch.set_num_threads(1)
+    built = entry.build_trainer
+
+    def build(cfg: Any) -> Any:
+        trainer = built(cfg)
+        memory = InMemoryLogger()
+        memory.init(trainer.state, trainer.logger)
+        trainer.logger.destinations = (*trainer.logger.destinations, memory)
+        if os.environ.get("KILL_RANK") == str(rank):
+            trainer.state.callbacks.append(_killer())
+        build.memory = memory
+        return trainer
+
+    entry.build_trainer = build
+    sys.argv = ["tundish.train", run["yaml"]]
+    entry.main()
+    if rank == 0:
+        losses = {int(time.batch): value for time, value in build.memory.data.get("loss/train/total", [])}
+        (Path(run["folder"]) / "losses.json").write_text(json.dumps(losses))
+
+
+def _fork(run: dict[str, Any], rank: int, port: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        _rank(run, rank, port)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> None:
+    """Serve runs until the input ends."""
+    import tundish.train.__main__
+    import tundish.train.eval_prompts  # noqa: F401
+
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        run = json.loads(line)
+        pids = [_fork(run, rank, run["port"]) for rank in range(run["world"])]
+        print(json.dumps(pids), flush=True)
+        codes: dict[int, int] = {}
+        while len(codes) < len(pids):
+            pid, status = os.wait()
+            codes[pid] = os.waitstatus_to_exitcode(status)
+            if codes[pid] and len(codes) < len(pids):
+                # As the launcher does: what waits for a rank that is gone is ended.
+                for other in set(pids) - set(codes):
+                    os.kill(other, signal.SIGKILL)
+        print(json.dumps([codes[pid] for pid in pids]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
