@@ -32,6 +32,11 @@ class Trained:
         return {int(batch): loss for batch, loss in json.loads((self.folder / "losses.json").read_text()).items()}
 
     @property
+    def tables(self) -> dict[str, Any]:
+        """Tables by name, as Composer's logger keeps them."""
+        return json.loads((self.folder / "tables.json").read_text())
+
+    @property
     def log(self) -> str:
         return "\n".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("rank*.log")))
 
@@ -49,7 +54,9 @@ class Ranks:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             self._read()
         folder.mkdir(parents=True, exist_ok=True)
-        texts = {name: str(value) for name, value in environment.items()}
+        (file.parent / "results").mkdir(exist_ok=True)
+        given = {"TUNDISH_EVENTS": file.parent / "events.jsonl", **environment}
+        texts = {name: str(value) for name, value in given.items()}
         run = {"yaml": str(file), "world": world, "folder": str(folder), "environment": texts, "port": _free_port()}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(run) + "\n")
@@ -139,6 +146,18 @@ def plan(tmp_path: Path, tiny_weights: Path, write_lines: WriteLines) -> Callabl
         return paths.foundry_yaml
 
     return make
+
+
+def counted(file: Path) -> dict[str, int]:
+    """Batches and tokens that a run's file has trained, as its stage notes them."""
+    return json.loads((file.parent / "results" / "train.json").read_text())
+
+
+def prepared(file: Path) -> Any:
+    """The manifest of a run's training data."""
+    from tundish.data import Prepared
+
+    return Prepared(**json.loads((file.parent / "data" / "train" / "manifest.json").read_text()))
 
 
 def weights(file: Path) -> dict[str, Any]:

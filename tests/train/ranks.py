@@ -2,7 +2,8 @@
 
 `python ranks.py` reads one run a line from its input, as JSON: `yaml`, `world`, `folder` (for logs and results) and
 `environment`. It answers with the ranks' process ids when they are started, and with their exit codes when they have
-ended. Rank 0 leaves `losses.json`, the loss of each batch, in the folder. A rank whose environment has
+ended. Rank 0 leaves `losses.json`, the loss of each batch,
+and `tables.json` in the folder. A rank whose environment has
 KILL_RANK = its number and KILL_AT = a batch kills itself there: KILL_WHEN says whether after the batch (`batch`) or in
 the middle of writing the first checkpoint from that batch on (`saving`).
 """
@@ -80,6 +81,7 @@ def _rank(run: dict[str, Any], rank: int, port: int) -> None:
     if rank == 0:
         losses = {int(time.batch): value for time, value in build.memory.data.get("loss/train/total", [])}
         (Path(run["folder"]) / "losses.json").write_text(json.dumps(losses))
+        (Path(run["folder"]) / "tables.json").write_text(json.dumps(build.memory.tables))
 
 
 def _fork(run: dict[str, Any], rank: int, port: int) -> int:

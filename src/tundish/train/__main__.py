@@ -39,6 +39,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tundish.errors import TundishError
 from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
+from tundish.train.gloo import GlooMean
 from tundish.train.loader import RowOrder
 from tundish.train.resuming import newest_checkpoint
 
@@ -78,7 +79,7 @@ def build_trainer(cfg: DictConfig) -> Trainer:
         optimizers=optimizer,
         schedulers=scheduler,
         loggers=[build_logger(str(name), kwargs) for name, kwargs in (config.loggers or {}).items()],
-        callbacks=callbacks,
+        callbacks=[*callbacks, *GlooMean.where_needed()],
         algorithms=[build_algorithm(str(name), kwargs) for name, kwargs in (config.algorithms or {}).items()],
         parallelism_config={"fsdp": fsdp},
         save_latest_filename=config.save_latest_filename or "latest-sharded-rank{rank}",
