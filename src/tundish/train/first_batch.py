@@ -1,5 +1,6 @@
 """The run's first batch as the model sees it, for people: an MLflow artifact with the trained tokens marked."""
 
+import html
 import logging
 import os
 import tempfile
@@ -51,7 +52,7 @@ def page(batch: Mapping[str, Any], backend: Any, title: str) -> str:
     """
     parts = [
         "<!doctype html><meta charset='utf-8'><title>first batch</title>",
-        f"<h3>First batch of {title}: trained tokens are marked</h3>",
+        f"<h3>First batch of {html.escape(title)}: trained tokens are marked</h3>",
     ]
     left = SHOWN_TOKENS
     ids, labels, owner = (batch[key].cpu().numpy() for key in ("input_ids", "labels", "segment_ids"))

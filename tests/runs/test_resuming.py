@@ -1,0 +1,86 @@
+"""Runs that are killed, on the real stack: once more by themselves, and again when they are resumed."""
+
+import signal
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tundish import foundation_model as fm
+from tundish.errors import RequestError
+from tundish.paths import RUN_VARIABLE, RunPaths
+from tundish.runs.reading import supervisor
+from tundish.runs.records import TrainingRun
+
+WriteLines = Callable[[Path, Iterable[object]], Path]
+
+
+def _ranks(paths: RunPaths) -> list[psutil.Process]:
+    """The processes that train the run."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            mine = process.environ().get(RUN_VARIABLE) == str(paths.events) and "RANK" in process.environ()
+        except psutil.Error:
+            continue
+        if mine:
+            found.append(process)
+    return found
+
+
+def _wait(condition: Callable[[], object], seconds: float = 150) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+
+
+def _count(run: TrainingRun, type: str) -> int:
+    return sum(event.type == type for event in fm.get_events(run))
+
+
+def test_a_run_survives_the_death_of_all_its_processes(
+    tiny_weights: Path, tmp_path: Path, write_lines: WriteLines
+) -> None:
+    """Days of training would be lost, or a version be registered twice."""
+    pairs = [{"prompt": f"{n}: ", "response": "fox " * 20} for n in range(40)]
+    data = write_lines(tmp_path / "train.jsonl", pairs)
+    run = fm.create(
+        model=str(tiny_weights), train_data_path=str(data), register_to="main.lab", task_type="INSTRUCTION_FINETUNE",
+        context_length=64, training_duration="120ba", learning_rate=1e-4, compute={"device": "cpu"},
+        overrides={"global_train_batch_size": 4, "save_interval": "10ba"},
+    )  # fmt: skip
+    assert run.run_dir is not None
+    paths = RunPaths(run.run_dir)
+    with pytest.raises(RequestError, match="Cancel it first, or wait for its end"):
+        fm.resume(run)
+
+    # A rank dies: the supervisor tries once more by itself.
+    _wait(lambda: _count(run, "CHECKPOINT_SAVED") >= 2)
+    for process in _ranks(paths):
+        process.kill()
+    _wait(lambda: _count(run, "REQUEUED") == 1)
+    assert not fm.get(run).status.is_terminal()
+
+    # Everything dies: the run says so, and goes on when it is asked to.
+    _wait(lambda: _count(run, "TRAIN_STARTED") == 2)
+    owner = supervisor(paths)
+    process = owner.process() if owner else None
+    assert process is not None
+    for one in [process, *process.children(recursive=True)]:
+        one.send_signal(signal.SIGKILL)
+    _wait(lambda: fm.get(run).status.display_name == "Failed")
+    assert "the supervisor ended without a word" in str(fm.get(run).details)
+    done = fm.resume(run).wait(timeout=240)
+    assert done.status.display_name == "Completed", done.details
+
+    messages = [event.message for event in fm.get_events(run) if event.type == "TRAIN_STARTED"]
+    assert len(messages) == 3 and "goes on from batch" not in messages[0]
+    assert all("goes on from batch" in message for message in messages[1:])
+    assert _count(run, "DATA_VALIDATED") == 1, "what was done is not done again"
+    assert "Registered as version 1 of main.lab." in str(done.details)
+    assert not _ranks(paths)
+    with pytest.raises(RequestError, match="nothing is left to do"):
+        fm.resume(run)
