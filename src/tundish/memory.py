@@ -16,6 +16,7 @@ from tundish.models import ModelCard
 GIB = 1 << 30
 STATE_BYTES = 12
 """Of one parameter: weight, gradient and momentum, float32."""
+GRADIENT_BYTES = 4
 USABLE_SHARE = 0.92
 """Of a device's memory; the rest is lost between blocks."""
 CONTEXT_BYTES = int(1.5 * GIB)
@@ -34,10 +35,14 @@ class StepMemory:
     """Rows in one forward pass."""
     activation_checkpointing: bool
     """Whether the layers' activations are computed again instead of kept."""
+    accumulates: bool
+    """Whether a step has several microbatches."""
     states: int
     """This device's share of weights, gradients and momentum."""
+    gradients: int
+    """The part of `states` that is not there before the first backward pass of a step."""
     gathered: int
-    """Layers that are whole while they are computed, with their gradients."""
+    """Layers that are whole while they are computed."""
     activations: int
     """What the backward pass needs of the forward pass."""
     logits: int
@@ -45,8 +50,12 @@ class StepMemory:
 
     @property
     def peak(self) -> int:
-        """All of it."""
-        return self.states + self.gathered + self.activations + self.logits
+        """Where the backward pass begins: all of it; without gradients where no earlier microbatch has made any.
+
+        At its end there are no activations, but gradients of what is gathered, before they are shared out.
+        """
+        begin = self.states - self.gradients * (not self.accumulates) + self.activations + self.logits
+        return self.gathered + max(begin, self.states + self.gathered)
 
 
 def step_memory(
@@ -58,6 +67,7 @@ def step_memory(
     device: Device,
     attention: str,
     activation_checkpointing: bool,
+    accumulates: bool = True,
 ) -> StepMemory:
     """The memory of one step.
 
@@ -69,6 +79,7 @@ def step_memory(
         device: on a GPU is computed in bfloat16, on a CPU in float32.
         attention: the implementation, see `train.attention`.
         activation_checkpointing: of every layer.
+        accumulates: whether a step has several microbatches.
     """
     width = 2 if device == "gpu" else 4
     tokens = microbatch * context_length
@@ -78,9 +89,11 @@ def step_memory(
     return StepMemory(
         microbatch=microbatch,
         activation_checkpointing=activation_checkpointing,
+        accumulates=accumulates,
         states=math.ceil(card.parameters / devices) * STATE_BYTES,
-        # Embeddings and head stay whole until their gradients are reduced; of the layers, one and the next.
-        gathered=width * (2 * _root_parameters(card) + 3 * layer),
+        gradients=math.ceil(card.parameters / devices) * GRADIENT_BYTES,
+        # Embeddings and head stay whole for the whole pass; of the layers, one and the next.
+        gathered=width * (_root_parameters(card) + 2 * layer),
         activations=kept + _mask_bytes(context_length, microbatch, attention),
         # Scores, their float32 copy where they are none, log-probabilities, and the gradients of both.
         logits=tokens * card.vocabulary_size * (width + (4 if width < 4 else 0) + 4 + 4),
@@ -96,7 +109,7 @@ def candidates(
     for checkpointing in (False, True):
         for size in sizes:
             yield step_memory(
-                card, context_length, devices, size,
+                card, context_length, devices, size, accumulates=size < rows_per_device,
                 device=device, attention=attention, activation_checkpointing=checkpointing,
             )  # fmt: skip
 

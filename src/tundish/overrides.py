@@ -39,6 +39,8 @@ REFUSED: Mapping[str, str] = {
     "eval_loader.name": "only tundish_packed reads the prepared data",
     "train_loader.dataset.local": "create() has train_data_path for it",
     "eval_loader.dataset.local": "create() has eval_data_path for it",
+    "save_weights_only": "a run that is killed goes on from its checkpoints",
+    "autoresume": "a run goes on from its newest checkpoint by itself; after its end, with resume()",
     "save_folder": "the export looks for the checkpoints where the run's MLflow artifacts are",
     "save_filename": "the export looks for checkpoints named ep#-ba#",
     "fsdp_config.state_dict_type": "the export reads sharded checkpoints",

@@ -208,3 +208,12 @@ def test_rendering_tells_problems_of_arguments_and_overrides_together(arguments:
     with pytest.raises(SpecError) as error:
         creating.render_only(arguments | {"overrides": {"optimiser.lr": 1}, "training_duration": "soon"})
     assert len(error.value.problems) == 2
+
+
+def test_eval_prompts_that_leave_no_room_are_told(nothing_starts: None, arguments: dict[str, Any]) -> None:
+    """Generation would fail at the first checkpoint, hours into the run."""
+    with pytest.raises(SpecError) as error:
+        fm.create(**arguments, context_length=128, eval_prompts=["fox " * 100, "short"])
+    (problem,) = error.value.problems
+    assert problem.startswith("eval_prompts: prompt 1 has ")
+    assert problem.endswith("at most 28 fit into the context of 128. Shorten it, or raise context_length.")

@@ -57,7 +57,7 @@ class Ranks:
         (file.parent / "results").mkdir(exist_ok=True)
         given = {"TUNDISH_EVENTS": file.parent / "events.jsonl", **environment}
         texts = {name: str(value) for name, value in given.items()}
-        run = {"yaml": str(file), "world": world, "folder": str(folder), "environment": texts, "port": _free_port()}
+        run = {"yaml": str(file), "world": world, "folder": str(folder), "environment": texts, "port": free_port()}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(run) + "\n")
         self.process.stdin.flush()
@@ -88,7 +88,8 @@ class Ranks:
             self.process.stdout.close()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens at."""
     import socket
 
     with socket.socket() as listener:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tundish.data.report import Report
     from tundish.data.sources import Source
 
+ANSWER_TOKENS = 100
+"""At most, of an answer to an eval prompt: the managed service's setting."""
 Tell = Callable[[int, int | None], None]
 BarOf = Callable[[str], AbstractContextManager[Tell]]
 """Makes a progress bar with a title; entered, it is told how much is done, and of how much."""
@@ -77,11 +79,23 @@ def check_data(
     if parsed is not None and not found.problems:
         with collected(found, "model"):
             job = job_of(parsed[0])
-            job.encoder  # noqa: B018  loaded once a process
+            found.problems.extend(_prompt_problems(parsed[0], job.encoder.tokenizer))
     for name, source in sources.items():
         with collected(found, name):
             found.reports.append(_report(name, source, None if found.problems else job, parsed, progress))
     return found
+
+
+def _prompt_problems(spec: RunSpec, tokenizer: Any) -> list[str]:
+    """Eval prompts that leave the model no room for an answer."""
+    room = spec.context_length - ANSWER_TOKENS
+    lengths = [(number, len(tokenizer(prompt)["input_ids"])) for number, prompt in enumerate(spec.eval_prompts, 1)]
+    return [
+        f"eval_prompts: prompt {number} has {length:,} tokens; with an answer of {ANSWER_TOKENS}, at most "
+        f"{max(0, room):,} fit into the context of {spec.context_length:,}. Shorten it, or raise context_length."
+        for number, length in lengths
+        if length > room
+    ]
 
 
 @contextmanager

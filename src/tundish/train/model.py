@@ -22,8 +22,9 @@ def target_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits: [B, T, vocabulary]; position t predicts token t+1.
         labels: int64 [B, T], -100 where a token is no target.
     """
-    targets = labels[:, 1:].reshape(-1)
-    scores = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
+    # The labels are moved, not the scores: a slice of these would be copied, which takes gigabytes at a full context.
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
+    scores = logits.reshape(-1, logits.shape[-1]).float()
     total = cross_entropy(scores, targets, ignore_index=IGNORE_INDEX, reduction="sum")
     return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
