@@ -78,6 +78,10 @@ def test_a_training_that_crashes_fails_the_run_with_its_cause(real_arguments: di
     assert "no_such_optimizer" in run.details
     assert "train.log" in run.details
     assert len(run.details.splitlines()) == 1
+    # Its last word is written before it ends.
+    end = time.monotonic() + 20
+    while _family(run) and time.monotonic() < end:
+        time.sleep(0.1)
     assert not _family(run)
 
 

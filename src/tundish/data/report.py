@@ -48,7 +48,7 @@ class Report:
     def lines(self) -> Iterator[str]:
         """The report as text, without the preview."""
         counted = f"{self.total:,} {self.unit}{'s' * (self.total != 1)}"
-        yield f"{self.argument}: {printable(self.source)}, {counted}, {self.samples:,} samples"
+        yield f"{self.argument}: {printable(self.source)}, {counted}, {self.samples:,} sample{'s' * (self.samples != 1)}"
         for finding in self.problems:
             yield f"  problem: {finding.message}"
         for finding in self.warnings:
