@@ -132,7 +132,7 @@ class MemoryPlan:
 
     def lines(self) -> Iterator[str]:
         """A table of the candidates."""
-        yield "  memory of a device at the peak of a step, in GiB; layers are kept, or computed again in the backward pass"
+        yield "  memory of a device at the peak of a step, in GiB; layers kept, or computed again on the way back"
         yield "    microbatch  layers  states  gathered  activations  logits    peak"
         for one in self.candidates:
             parts = (one.states, one.gathered, one.activations, one.logits, one.peak)

@@ -47,8 +47,9 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """The report as text, without the preview."""
-        counted = f"{self.total:,} {self.unit}{'s' * (self.total != 1)}"
-        yield f"{self.argument}: {printable(self.source)}, {counted}, {self.samples:,} sample{'s' * (self.samples != 1)}"
+        read = f"{self.total:,} {self.unit}{'s' * (self.total != 1)}"
+        good = f"{self.samples:,} sample{'s' * (self.samples != 1)}"
+        yield f"{self.argument}: {printable(self.source)}, {read}, {good}"
         for finding in self.problems:
             yield f"  problem: {finding.message}"
         for finding in self.warnings:
