@@ -5,10 +5,10 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install format check test test-spark demo bench-data lock clean
+.PHONY: help install format check test test-spark demo bench-data bench-train lock clean
 
 help:  ## show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 install: $(INSTALLED)  ## install tundish and its locked dependencies into .venv (6.4 GB)
 
@@ -42,6 +42,9 @@ demo: $(INSTALLED)  ## train a tiny model on this machine and ask it what it has
 
 bench-data: $(INSTALLED)  ## measure the preparation of data against LLM Foundry (15 minutes; OPTIONS="--only 1,3")
 	$(BIN)/python -m benchmarks.data $(OPTIONS)
+
+bench-train: $(INSTALLED)  ## measure training against a bare PyTorch loop and LLM Foundry (15 minutes)
+	$(BIN)/python -m benchmarks.train $(OPTIONS)
 
 lock: $(INSTALLED)  ## resolve the dependencies anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

@@ -5,25 +5,20 @@ downloaded. All of it takes about a quarter of an hour on two cores.
 """
 
 import argparse
-import importlib.metadata
 import os
-import platform
 import shutil
-import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 
-from benchmarks.measures import MEASURES, SPARK, Bench, Row
+from benchmarks.measures import MEASURES, SPARK, Bench
 from benchmarks.processes import Lab
+from benchmarks.table import machine, show
 
 PACKAGES = (
     *("tundish", "llm-foundry", "mosaicml-streaming", "tiktoken", "tokenizers", "transformers", "datasets"),
     *("orjson", "numpy", "torch", "pyspark"),
 )
-HEAD = ("measure", "ours", "theirs", "ratio", "target")
-WIDTHS = (58, 38, 40, 7, 16)
 
 
 def _arguments() -> argparse.Namespace:
@@ -47,34 +42,6 @@ def _wanted(options: argparse.Namespace) -> list[int]:
     return [number for number in given if number not in left_out]
 
 
-def _machine(cores: int) -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    return f"{model}, {cores} cores; Python {platform.python_version()}; {versions}."
-
-
-def _line(cells: Sequence[str], *, markdown: bool) -> str:
-    if markdown:
-        return f"| {' | '.join(cells)} |"
-    return "  ".join(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()
-
-
-def _run(numbers: Sequence[int], bench: Bench, *, markdown: bool) -> None:
-    print(_line(HEAD, markdown=markdown))
-    if markdown:
-        print(_line(["---"] * len(HEAD), markdown=True))
-    for number in numbers:
-        print(f"[{number} of {len(MEASURES)}: {MEASURES[number].__name__}]", file=sys.stderr, flush=True)
-        for row in MEASURES[number](bench):
-            print(_line(_cells(number, row), markdown=markdown), flush=True)
-
-
-def _cells(number: int, row: Row) -> list[str]:
-    measure, *others = astuple(row)
-    return [f"{number}. {measure}", *others]
-
-
 def main() -> None:
     """Run the measures that the command line names."""
     options = _arguments()
@@ -82,9 +49,11 @@ def main() -> None:
     os.sched_setaffinity(0, cores)  # every process started here inherits it
     scratch = Path(tempfile.mkdtemp(prefix="tundish-bench-"))
     try:
-        print(_machine(len(cores)) + "\n", flush=True)
+        print(machine(len(cores), PACKAGES) + "\n", flush=True)
         bench = Bench(Lab(scratch), options.runs, options.scale, options.memory_gb)
-        _run(_wanted(options), bench, markdown=options.markdown)
+        names = {number: measure.__name__ for number, measure in MEASURES.items()}
+        wanted = {number: partial(MEASURES[number], bench) for number in _wanted(options)}
+        show(wanted, names, markdown=options.markdown)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -17,22 +17,12 @@ from benchmarks.corpus import write_chats, write_texts
 from benchmarks.models import save_llama, save_mistral
 from benchmarks.processes import Lab, spark_cluster
 from benchmarks.sides import CONTEXT_LENGTH, Facts
+from benchmarks.table import Row, promised
 
 CHATS, TEXTS_MB, SPARK_MB = 20_000, 40, 256
 LOADER_NEED = 12_000
 """Tokens a second that one H100 trains a model of 8 billion parameters on."""
 Side = Callable[[], Facts]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the result."""
-
-    measure: str
-    ours: str
-    theirs: str = ""
-    ratio: str = ""
-    target: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,10 +109,6 @@ def _speed(runs: Sequence[Facts]) -> float:
     return median(facts["tokens"] / facts["seconds"] for facts in runs)
 
 
-def _target(met: bool, text: str) -> str:
-    return text if met else f"{text}, missed"
-
-
 def _same(what: str, ours: int, theirs: int, *, tails: int = 0) -> None:
     """Stop where the two sides did not do the same work; LLM Foundry drops tails that fill no row."""
     if abs(ours - theirs) > 0.01 * theirs + tails * CONTEXT_LENGTH:
@@ -133,7 +119,7 @@ def _times(measure: str, ours: Sequence[Facts], theirs: Sequence[Facts], least: 
     """Two rows: seconds without imports, which the target is for, and those of the whole process."""
     for name, text in (("seconds", measure), ("wall", "the same, with imports")):
         mine, other = _middle(ours, name), _middle(theirs, name)
-        target = _target(other / mine >= least, f"≥ {least:g}×") if name == "seconds" else ""
+        target = promised(other / mine >= least, f"≥ {least:g}×") if name == "seconds" else ""
         yield Row(text, f"{mine:.1f} s", f"LLM Foundry {other:.1f} s", f"{other / mine:.1f}×", target)
 
 
@@ -141,7 +127,7 @@ def _speeds(measure: str, ours: Sequence[Facts], limit: Sequence[Facts], name: s
     share = _speed(ours) / _speed(limit)
     theirs = f"{name} {_speed(limit) / 1e6:.2f} M tokens/s"
     mine = f"{_speed(ours) / 1e6:.2f} M tokens/s"
-    return Row(measure, mine, theirs, f"{share:.2f}", _target(share >= least, f"≥ {least:g}"))
+    return Row(measure, mine, theirs, f"{share:.2f}", promised(share >= least, f"≥ {least:g}"))
 
 
 def chats(bench: Bench) -> Iterator[Row]:
@@ -194,7 +180,7 @@ def spark(bench: Bench) -> Iterator[Row]:
         bench.lab.clear()
     one, two = (facts["seconds"] for facts in found)
     title = f"Spark, 2 workers of one core, {_megabytes(bench.many_chats):.0f} MB of chats"
-    yield Row(title, f"{two:.1f} s", f"1 worker {one:.1f} s", f"{one / two:.2f}×", _target(one / two >= 1.7, "≥ 1.7×"))
+    yield Row(title, f"{two:.1f} s", f"1 worker {one:.1f} s", f"{one / two:.2f}×", promised(one / two >= 1.7, "≥ 1.7×"))
 
 
 def loader(bench: Bench) -> Iterator[Row]:
@@ -205,14 +191,14 @@ def loader(bench: Bench) -> Iterator[Row]:
     times = _speed(mine) / LOADER_NEED
     need = f"one H100 at 8B takes {LOADER_NEED / 1e6:g} M tokens/s"
     speed = f"{_speed(mine) / 1e6:.2f} M tokens/s"
-    yield Row("loader, one process", speed, need, f"{times:.0f}×", _target(times >= 100, "≥ 100×"))
+    yield Row("loader, one process", speed, need, f"{times:.0f}×", promised(times >= 100, "≥ 100×"))
 
 
 def structure(bench: Bench) -> Iterator[Row]:
     """The check of a chat file's lines, without a tokenizer."""
     (mine,) = bench.by_turns(bench.chats, partial(bench.lab.run, "structure", path=bench.chats))
     speed = _megabytes(bench.chats) / _middle(mine)
-    yield Row("structure of the chats, one core", f"{speed:.0f} MB/s", target=_target(speed >= 150, "≥ 150 MB/s"))
+    yield Row("structure of the chats, one core", f"{speed:.0f} MB/s", target=promised(speed >= 150, "≥ 150 MB/s"))
 
 
 def packing(bench: Bench) -> Iterator[Row]:
@@ -223,7 +209,7 @@ def packing(bench: Bench) -> Iterator[Row]:
         target = f"≤ {most} s" if most else f"≥ {least:.1%} full"
         met = seconds <= most if most else fill >= least
         title = f"packing of {samples:,} samples into rows of {CONTEXT_LENGTH:,}"
-        yield Row(title, f"{seconds:.2f} s, {fill:.2%} full", target=_target(met, target))
+        yield Row(title, f"{seconds:.2f} s, {fill:.2%} full", target=promised(met, target))
 
 
 def memory(bench: Bench) -> Iterator[Row]:
@@ -239,7 +225,7 @@ def memory(bench: Bench) -> Iterator[Row]:
     extra, speed = (facts["peak"] - facts["loaded_bytes"]) / 1e9, size / facts["seconds"]
     title = f"memory for {size / 1e3:.1f} GB of chats"
     ours = f"{extra:.2f} GB above {facts['loaded_bytes'] / 1e9:.2f} GB, {speed:.1f} MB/s"
-    yield Row(title, ours, target=_target(extra <= 1.5, "≤ 1.5 GB"))
+    yield Row(title, ours, target=promised(extra <= 1.5, "≤ 1.5 GB"))
 
 
 MEASURES: dict[int, Callable[[Bench], Iterator[Row]]] = dict(

@@ -25,12 +25,14 @@ class Lab:
     """A scratch folder in which sides run, and what they see of this machine."""
 
     scratch: Path
+    sides: str = "benchmarks.sides"
+    """The module that serves them."""
 
     def run(self, side: str, *, watch: bool = False, **arguments: Any) -> Facts:
         """What a side finds in a process of its own; `wall` seconds from start to end; if watched, `peak` bytes."""
         home = Path(self.fresh("run-"))
         result = home / "result.json"
-        command = [sys.executable, "-m", "benchmarks.sides", side, orjson.dumps(arguments).decode(), str(result)]
+        command = [sys.executable, "-m", self.sides, side, orjson.dumps(arguments).decode(), str(result)]
         start = time.perf_counter()
         with open(home / "output", "w+b") as output:
             process = subprocess.Popen(command, cwd=ROOT, env=self._environment(home), stdout=output, stderr=output)

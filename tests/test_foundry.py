@@ -119,7 +119,12 @@ def test_nothing_is_left_open_for_any_model(plan: Plan, task: str) -> None:
 def test_training_is_what_the_service_did(plan: Plan) -> None:
     """Optimizer, schedule or loss weighting would differ from the managed service's, or code of a model could run."""
     content = _render(plan("8b", learning_rate="1e-6", training_duration="3ep"))
-    assert content["optimizer"] == {"name": "decoupled_lionw", "lr": 1e-6, "betas": [0.99, 0.95], "weight_decay": 0.0}
+    assert content["optimizer"] == {
+        "name": "tundish_decoupled_lionw",
+        "lr": 1e-6,
+        "betas": [0.99, 0.95],
+        "weight_decay": 0.0,
+    }
     assert (content["scheduler"]["name"], content["scheduler"]["alpha_f"]) == ("linear_decay_with_warmup", 0)
     assert (content["max_duration"], content["max_seq_len"]) == ("3ep", 8192)
     assert content["accumulate_train_batch_on_tokens"] is True
@@ -235,6 +240,10 @@ def test_the_batch_size_suits_rows_and_devices(rows: int, devices: int, epochs: 
         (1_600_000, {"overrides": {"global_train_batch_size": 1600}}, "20ba"),
         (None, {}, "1ba"),
         (340, {"training_duration": "500_000tok"}, "0.02dur"),
+        (1_600_000, {"overrides": {"scheduler.t_warmup": "0.1dur"}}, "10000ba"),
+        (340, {"overrides": {"scheduler": {"t_warmup": "0.1dur"}}}, "34ba"),
+        (340, {"overrides": {"scheduler.t_warmup": "0ba"}}, "0ba"),
+        (340, {"overrides": {"scheduler.t_warmup": "1ep"}}, "1ep"),
     ],
 )
 def test_warm_up_is_two_percent_of_the_steps_and_at_least_one(
@@ -301,6 +310,7 @@ def test_the_file_tells_how_to_train_it_without_tundish(plan: Plan) -> None:
         ({"load_path": "/x/evil.pt"}, "create() has custom_weights_path for it, which checks what is loaded"),
         ({"loggers.mlflow.tracking_uri": "x"}, "create() has experiment_path for it"),
         ({"save_num_checkpoints_to_keep": 0}, "the export needs a checkpoint"),
+        ({"device_train_microbatch_size": "auto"}, "allowed is a number of rows"),
         ({"eval_first": True}, "no LLM-Foundry key 'eval_first'"),
         ({"seed.x": 1}, "'seed.x' goes below a key that holds a single value"),
         ({"seed.x.y": 1}, "'seed.x.y' goes below a key that holds a single value"),

@@ -5,6 +5,7 @@ Pure; with `overrides.py` the only place that knows LLM Foundry's key names. Lay
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,8 +14,9 @@ import yaml
 
 from tundish import __version__
 from tundish.foundry_text import comments_of, dump
-from tundish.memory import GIB, MemoryPlan, plan
+from tundish.memory import GIB, Choice, MemoryPlan, Setting, plan
 from tundish.models import ModelCard, foundry_layers
+from tundish.overrides import flat
 from tundish.paths import RunPaths, yamls_dir
 from tundish.spec import RunSpec
 
@@ -22,6 +24,16 @@ MAX_ROWS_PER_DEVICE = 16
 """Upper end of the automatic batch size, in rows of one device."""
 MIN_STEPS = 500
 """A run should take at least this many optimizer steps, as far as its rows allow."""
+LEAST_STEPS = 2
+"""Of a run: the learning rate of the first is 0, and nothing is learned from it."""
+WARM_UP = 0.02
+"""Of a run, as in the managed service."""
+CHOICES = {
+    "device_train_microbatch_size": "microbatch",
+    "fsdp_config.activation_checkpointing": "activation_checkpointing",
+    "fsdp_config.reshard_after_forward": "reshard_after_forward",
+}
+"""Keys that the memory planner chooses, where the caller's overrides do not, by its own words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,13 +69,30 @@ def planned_steps(spec: RunSpec, rows: int, tokens: int) -> tuple[int, int]:
     return batch_size, _steps(spec, rows, batch_size) or 0
 
 
+def steps_problem(spec: RunSpec, rows: int, tokens: int) -> str | None:
+    """Why a run on so many rows would learn nothing: its only step is the one at which the warm-up begins, at 0."""
+    batch_size, steps = planned_steps(spec, rows, tokens)
+    if steps >= LEAST_STEPS:
+        return None
+    return (
+        f"training_duration: {spec.training_duration} of {rows:,} row(s), {batch_size:,} in a step, is 1 optimizer "
+        f"step, at which the learning rate is still 0; allowed are {LEAST_STEPS} or more. Train longer, or on more data."
+    )
+
+
 def memory_plan(spec: RunSpec, card: ModelCard, batch_size: int) -> MemoryPlan:
     """What a step of the run takes on one device, and the microbatch that fits."""
-    compute = spec.compute
-    return plan(
-        card, spec.context_length, compute.devices, max(1, batch_size // compute.devices), device=compute.device,
-        attention=_attention(spec, card), device_memory=int(compute.device_memory_gib * GIB),
-    )  # fmt: skip
+    given, devices = flat(spec.overrides), spec.compute.devices
+    setting = Setting(
+        card=card,
+        context_length=spec.context_length,
+        devices=devices,
+        rows_per_device=max(1, batch_size // devices),
+        device=spec.compute.device,
+        attention=given.get("model.attn_implementation") or _attention(spec, card),
+    )
+    fixed = {field: given[key] for key, field in CHOICES.items() if key in given}
+    return plan(setting, int(spec.compute.device_memory_gib * GIB), fixed)
 
 
 def render(spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destination, rows: int | None) -> str:
@@ -77,15 +106,19 @@ def render(spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destina
         (yamls_dir() / "task" / f"{spec.task_type.lower()}.yaml").read_text(),
     ]
     batch_size, reason = _batch_size(spec, rows)
+    memory, steps = memory_plan(spec, card, batch_size), _steps(spec, rows, batch_size)
     layers = [
         *(yaml.safe_load(text) for text in texts),
         *foundry_layers(card),
-        _computed(spec, card, paths, destination, rows, batch_size),
+        {"global_train_batch_size": batch_size, "scheduler": {"t_warmup": f"{WARM_UP}dur"}},
+        _chosen(memory.chosen.choice),
+        _computed(spec, card, paths, destination),
         *(_nested(key, value) for key, value in spec.overrides.items()),
     ]
     merged: dict[str, Any] = {}
     for layer in layers:
         merged = _merge(merged, layer)
+    merged["scheduler"]["t_warmup"] = _in_batches(merged["scheduler"]["t_warmup"], spec, steps)
     comments: dict[tuple[str, ...], list[str]] = {}
     for text in texts:
         comments |= comments_of(text)
@@ -96,7 +129,7 @@ def render(spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destina
     comments["global_train_batch_size",] = [*comments["global_train_batch_size",], f"# {reason}"]
     comments["device_train_microbatch_size",] = [
         *comments["device_train_microbatch_size",],
-        f"# {_memory_comment(memory_plan(spec, card, batch_size))}",
+        f"# {_memory_comment(memory)}",
     ]
     header = (
         f"# Run {spec.run_name}, written by tundish {__version__}.\n"
@@ -135,10 +168,12 @@ def _steps(spec: RunSpec, rows: int | None, batch_size: int) -> int | None:
     return None if rows is None else math.ceil(rows / batch_size) * duration.value
 
 
-def _warm_up(spec: RunSpec, steps: int | None) -> str:
-    if spec.training_duration.unit == "tok":
-        return "0.02dur"
-    return f"{max(1, round(0.02 * (steps or 1)))}ba"
+def _in_batches(warm_up: object, spec: RunSpec, steps: int | None) -> object:
+    """A share of a run in batches: in a run of epochs, Composer takes whole ones of it, which is mostly none."""
+    share = re.fullmatch(r"(\d*\.?\d+)dur", str(warm_up).strip())
+    if share is None or spec.training_duration.unit == "tok":
+        return warm_up
+    return f"{max(1, round(float(share[1]) * (steps or 1)))}ba" if float(share[1]) else "0ba"
 
 
 def _interval(spec: RunSpec) -> str:
@@ -155,18 +190,18 @@ def _attention(spec: RunSpec, card: ModelCard) -> str:
     return "flash_attention_2" if importlib.util.find_spec("flash_attn") else card.gpu_attention
 
 
-def _computed(
-    spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destination, rows: int | None, batch_size: int
-) -> dict[str, Any]:
-    memory = memory_plan(spec, card, batch_size).chosen
+def _chosen(choice: Choice) -> dict[str, Any]:
+    layer = {"device_eval_batch_size": choice.microbatch}
+    for key, field in CHOICES.items():
+        layer = _merge(layer, _nested(key, getattr(choice, field)))
+    return layer
+
+
+def _computed(spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destination) -> dict[str, Any]:
     computed: dict[str, Any] = {
         "run_name": spec.run_name,
         "max_seq_len": spec.context_length,
         "max_duration": str(spec.training_duration),
-        "global_train_batch_size": batch_size,
-        "device_train_microbatch_size": memory.microbatch,
-        "device_eval_batch_size": memory.microbatch,
-        "fsdp_config": {"activation_checkpointing": memory.activation_checkpointing},
         "precision": "amp_bf16" if spec.compute.device == "gpu" else "fp32",
         "tokenizer": {"name": spec.model, "kwargs": {"model_max_length": spec.context_length}},
         "model": {
@@ -175,7 +210,6 @@ def _computed(
             "attn_implementation": _attention(spec, card),
         },
         "optimizer": {"lr": spec.learning_rate},
-        "scheduler": {"t_warmup": _warm_up(spec, _steps(spec, rows, batch_size))},
         "train_loader": {
             "dataset": {"local": str(paths.data("train")), "max_seq_len": spec.context_length, "shuffle_seed": 17},
             "num_workers": 2 if spec.compute.device == "gpu" else 0,

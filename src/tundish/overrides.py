@@ -70,8 +70,12 @@ TARGET_RESPONSES = "train_loader.dataset.target_responses"
 
 def target_responses(given: Mapping[str, Any]) -> Literal["all", "last"]:
     """What the overrides say of TARGET_RESPONSES."""
-    values = (value for key, top in given.items() for path, value in _leaves(key, top) if path == TARGET_RESPONSES)
-    return "last" if next(values, "all") == "last" else "all"
+    return "last" if flat(given).get(TARGET_RESPONSES) == "last" else "all"
+
+
+def flat(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that is set, by its dotted path; a later one wins."""
+    return {path: value for key, top in given.items() for path, value in _leaves(key, top)}
 
 
 def check_overrides(given: Mapping[Any, Any]) -> list[str]:
@@ -100,6 +104,8 @@ def _problem(path: str, value: Any, base: Mapping[str, Any], renamed: set[str]) 
         return f"{path!r} is not allowed: {REFUSED[refused]}."
     if path == "save_num_checkpoints_to_keep" and value == 0:
         return f"{path!r} is 0; the export needs a checkpoint. Allowed is 1 or more, or -1 for all."
+    if path == "device_train_microbatch_size" and (type(value) is not int or value < 1):
+        return f"{path!r} is {value!r}; allowed is a number of rows, 1 or more. Leave it out, and it is planned."
     if path == TARGET_RESPONSES and value not in ("all", "last"):
         return f"{path!r} is {value!r}; allowed is all or last."
     if parts[0] not in KEYS:

@@ -29,6 +29,8 @@ TASK_PREFIXES: Mapping[TaskType, str] = {
     "CONTINUED_PRETRAIN": "cpt",
 }
 DEFAULT_CONTEXT_LENGTH = 8192
+ANSWER_TOKENS = 100
+"""At most, of an answer to an eval prompt: the managed service's setting."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

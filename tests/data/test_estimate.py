@@ -39,7 +39,7 @@ def many(arguments: dict[str, Any], write_lines: WriteLines) -> dict[str, Any]:
 
 def test_small_data_is_counted_not_estimated(many: dict[str, Any]) -> None:
     """The numbers would not be those of the run."""
-    found, prepared = fm.estimate(**many, training_duration="3ep"), fm.validate(**many).reports[0].prepared
+    found, prepared = fm.estimate(**{**many, "training_duration": "3ep"}), fm.validate(**many).reports[0].prepared
     assert prepared is not None
     for name in ("samples", "tokens", "target_tokens", "rows", "fill"):
         assert getattr(found, name) == pytest.approx(getattr(prepared, name)), name
@@ -79,8 +79,8 @@ def test_margins_hold_as_often_as_they_say(many: dict[str, Any], monkeypatch: py
 
 def test_durations_in_batches_and_tokens(many: dict[str, Any]) -> None:
     """The steps of another run would be told."""
-    assert fm.estimate(**many, training_duration="77ba").steps == 77
-    found = fm.estimate(**many, training_duration="50_000tok")
+    assert fm.estimate(**{**many, "training_duration": "77ba"}).steps == 77
+    found = fm.estimate(**{**many, "training_duration": "50_000tok"})
     epoch = fm.estimate(**many)
     assert found.steps == pytest.approx(50_000 / epoch.tokens * epoch.steps, rel=0.05)
 

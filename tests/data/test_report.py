@@ -87,7 +87,7 @@ def test_evaluation_data_is_checked_too(mixed: dict[str, Any], tmp_path: Path, w
 def test_wrong_arguments_and_what_can_be_said_of_the_rows(mixed: dict[str, Any]) -> None:
     """One call would tell of the arguments, the next one of the data."""
     with pytest.raises(SpecError) as error:
-        fm.validate(**mixed, training_duration="soon")
+        fm.validate(**{**mixed, "training_duration": "soon"})
     assert [problem.split(":")[0] for problem in error.value.problems] == [
         "training_duration",
         *["train_data_path"] * 2,

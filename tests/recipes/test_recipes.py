@@ -24,7 +24,17 @@ class Finished(NamedTuple):
 
     output: str
     home: Path
-    run_folder: Path
+    run_folders: list[Path]
+    """In the order in which the runs were made."""
+
+    @property
+    def run_folder(self) -> Path:
+        """Of the last run."""
+        return self.run_folders[-1]
+
+    def of(self, number: int) -> "Finished":
+        """What one of its runs has left."""
+        return self._replace(run_folders=[self.run_folders[number]])
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -47,8 +57,8 @@ def run_recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Fini
         result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
         assert result.returncode == 0, result.stdout + result.stderr
         assert "Traceback" not in result.stderr
-        (run_folder,) = (folder / "home" / "runs").iterdir()
-        return Finished(result.stdout, folder / "home", run_folder)
+        found = sorted((folder / "home" / "runs").iterdir(), key=lambda path: (path / "spec.json").stat().st_mtime)
+        return Finished(result.stdout, folder / "home", found)
 
     return run
 
@@ -72,7 +82,13 @@ def test_the_recipe_that_checks_data_finds_the_mistake(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", [path.stem for path in RECIPES])
 def test_each_recipe_runs_to_a_registered_model(recipe: str, run_recipe: Callable[[str], Finished]) -> None:
     """A stage that fails, an event out of order, or an export that is not there."""
-    finished = run_recipe(recipe)
+    whole = run_recipe(recipe)
+    assert len(whole.run_folders) == (2 if recipe == "continued_pretrain" else 1)
+    for number in range(len(whole.run_folders)):
+        _check_run(whole.of(number))
+
+
+def _check_run(finished: Finished) -> None:
     types = [event["type"] for event in finished.events]
     lasting = [type for type in types if type != "TRAIN_UPDATED"]
     assert lasting[:5] == BEFORE_TRAINING
@@ -215,37 +231,17 @@ def test_stock_llm_foundry_trains_the_same_file(run_recipe: Callable[[str], Fini
     assert _final_loss(stock) == pytest.approx(_final_loss(finished.events), rel=1e-5)
 
 
-def test_custom_weights_replace_the_models_own(
-    run_recipe: Callable[[str], Finished], at_home: Callable[[Finished], None]
-) -> None:
-    """Training that starts from the base model although a checkpoint was named."""
-    from tundish import foundation_model as fm
-    from tundish.spec import RunSpec
-
-    finished = run_recipe("instruction_finetune")
-    at_home(finished)
-    spec = RunSpec.from_json((finished.run_folder / "spec.json").read_text())
-    tracking = finished.tracking
-    run = fm.create(
-        model=spec.model,
-        train_data_path=spec.train_data_path,
-        register_to=spec.register_to,
-        task_type=spec.task_type,
-        training_duration="1ba",
-        context_length=spec.context_length,
-        compute={"device": "cpu", "devices_per_node": 1},
-        custom_weights_path=(
-            f"dbfs:/databricks/mlflow-tracking/{tracking['experiment_id']}/{tracking['run_id']}"
-            f"/artifacts/{finished.run_folder.name}/checkpoints/latest-sharded-rank0.symlink"
-        ),
-    ).wait(timeout=300)
-    assert run.status.display_name == "Completed", run.details
-    assert run.details is not None and "version 2 of main.recipes.instruction" in run.details
-    assert run.run_dir is not None
-    resumed = Finished("", finished.home, run.run_dir)
-    first = next(event["loss"] for event in finished.events if event["type"] == "TRAIN_UPDATED")
-    assert _final_loss(resumed.events) == pytest.approx(_final_loss(finished.events), rel=0.15)
-    assert _final_loss(resumed.events) < 0.8 * first
+def test_fine_tuning_begins_with_the_weights_of_the_pretraining(run_recipe: Callable[[str], Finished]) -> None:
+    """Training that starts from the base model although a checkpoint was named, or that goes on with its schedule."""
+    whole = run_recipe("continued_pretrain")
+    pretrained, tuned = whole.of(0), whole.of(1)
+    named = json.loads((tuned.run_folder / "spec.json").read_text())["custom_weights_path"]
+    assert named == [event["checkpoint"] for event in pretrained.events if event["type"] == "CHECKPOINT_SAVED"][-1]
+    first = {run: next(each for each in run.events if each["type"] == "TRAIN_UPDATED") for run in (pretrained, tuned)}
+    assert first[pretrained]["batch"] == first[tuned]["batch"] == 1
+    assert first[tuned]["loss"] < 0.6 * first[pretrained]["loss"]
+    assert _final_loss(tuned.events) < first[tuned]["loss"]
+    assert "version 2 of main.recipes" in whole.output or "Registered as version 1" in whole.output
 
 
 def _final_loss(events: list[dict[str, Any]]) -> float:

@@ -1,7 +1,8 @@
 """Peak memory of training steps of models with random weights: `python peak.py PORT '[[…], …]'`, one size a list.
 
-A size is hidden_size, layers, feed_forward_size, heads, key_value_heads, vocabulary_size, context_length, microbatch
-and whether activations are computed again. Prints the peaks above what is there before, in bytes, as JSON.
+A size is hidden_size, layers, feed_forward_size, heads, key_value_heads, vocabulary_size, context_length, microbatch,
+whether activations are computed again and whether layers are gathered again. Prints the peaks above what is there
+before, in bytes, as JSON.
 """
 
 import json
@@ -10,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llmfoundry.optim import DecoupledLionW
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tundish.train.attention import attention_mask
+from tundish.train.lion import DecoupledLionW
 from tundish.train.model import target_loss
 
 
@@ -25,7 +26,7 @@ def _status(key: str) -> int:
 
 
 def _peak(size: list[int]) -> int:
-    hidden, layers, feed_forward, heads, key_values, vocabulary, context, rows, again = size
+    hidden, layers, feed_forward, heads, key_values, vocabulary, context, rows, again, reshard = size
     before = _status("VmRSS")
     config = LlamaConfig(
         hidden_size=hidden, num_hidden_layers=layers, intermediate_size=feed_forward, num_attention_heads=heads,
@@ -35,8 +36,8 @@ def _peak(size: list[int]) -> int:
     model: Any = LlamaForCausalLM(config)
     mesh = init_device_mesh("cpu", (1,))
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=bool(reshard))
+    fully_shard(model, mesh=mesh, reshard_after_forward=bool(reshard))
     if again:
         model.gradient_checkpointing_enable()
     optimizer = DecoupledLionW(model.parameters(), lr=1e-4)

@@ -115,10 +115,10 @@ def test_the_answers_of_a_checkpoint_are_always_the_same(state: Any) -> None:
 
     prompts = ["what is two and two?", "the quick brown"]
     _seed(3)
-    first = generate(state, prompts)
+    first = generate(state, prompts, 300)
     after = _draws()
     _seed(4)
-    assert generate(state, prompts) == first and len(first) == 2 and all(first)
+    assert generate(state, prompts, 300) == first and len(first) == 2 and all(first)
     assert not any(answer.startswith(prompt) for answer, prompt in zip(first, prompts, strict=True))
     _seed(3)
     assert _draws() == after and state.model.training
@@ -130,9 +130,30 @@ def test_the_tokenizer_is_not_changed(state: Any) -> None:
 
     tokenizer = state.model.tokenizer
     before = (tokenizer.padding_side, tokenizer.pad_token, tokenizer.model_max_length)
-    generate(state, ["two?"])
+    generate(state, ["two?"], 300)
     state.model.generate = None
     with pytest.raises(TypeError):
-        generate(state, ["two?"])
+        generate(state, ["two?"], 300)
     assert (tokenizer.padding_side, tokenizer.pad_token, tokenizer.model_max_length) == before
     assert state.model.training
+
+
+def test_what_takes_too_long_is_cut_off_and_said(state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large model's run would answer for hours at every checkpoint, or leave prompts out without a word."""
+    from tundish.train import eval_prompts
+
+    prompts = ["what is two and two?", "the quick brown", "three?"]
+    whole = eval_prompts.generate(state, prompts, 300)
+    forward, clock = state.model.forward, [0.0]
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        clock[0] += 1
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(state.model, "forward", slow)
+    # transformers looks at the time of day.
+    monkeypatch.setattr("time.time", lambda: clock[0])
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    cut = eval_prompts.generate(state, prompts, 120)
+    assert cut[0] == whole[0] and cut[2] == eval_prompts.NO_ANSWER
+    assert 0 < len(cut[1]) < len(whole[1]) and clock[0] <= 122

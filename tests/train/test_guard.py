@@ -31,10 +31,17 @@ def test_a_loss_that_nothing_is_learned_from_stops_the_run(loss: float) -> None:
     state: Any = SimpleNamespace(
         total_loss_dict={"loss/train/total": loss}, timestamp=SimpleNamespace(batch=17), optimizers=[optimizer]
     )
+    logged: dict[str, float] = {}
+    logger: Any = SimpleNamespace(log_metrics=logged.update)
     with pytest.raises(StageError, match=rf"batch 17: the loss is {loss:g}; allowed is a finite number above 0\."):
-        LossGuard().batch_end(state, logger=None)  # pyright: ignore[reportArgumentType]
-    state.total_loss_dict = {"loss/train/total": 1e-9}
-    LossGuard().batch_end(state, logger=None)  # pyright: ignore[reportArgumentType]
+        LossGuard().batch_end(state, logger)
+    assert not logged
+    state.total_loss_dict = {"loss/train/total": 2.0}
+    LossGuard().batch_end(state, logger)
+    assert logged == {
+        "metrics/train/LanguageCrossEntropy": 2.0,
+        "metrics/train/LanguagePerplexity": pytest.approx(math.exp(2)),
+    }
 
 
 def test_a_learning_rate_that_is_too_high_ends_the_run_with_a_sentence(ranks: Any, plan: Plan, tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from tests.train.conftest import free_port
 
-from tundish.memory import step_memory
+from tundish.memory import Choice, Setting, step_memory
 from tundish.models import ModelCard
 
 SIZES = [
-    (256, 4, 704, 4, 2, 2000, 512, 8, False),
-    (512, 8, 1408, 8, 4, 8000, 512, 4, False),
-    (512, 8, 1408, 8, 4, 8000, 1024, 2, True),
+    (256, 4, 704, 4, 2, 2000, 512, 8, False, True),
+    (512, 8, 1408, 8, 4, 8000, 512, 4, False, False),
+    (512, 8, 1408, 8, 4, 8000, 512, 4, False, True),
+    (512, 8, 1408, 8, 4, 8000, 1024, 2, True, True),
 ]
 
 
@@ -43,8 +44,9 @@ def measured() -> list[int]:
 def test_a_step_takes_what_is_planned(measured: list[int], number: int) -> None:
     """A run would end out of memory after its data is prepared, or leave half of a device unused."""
     size = SIZES[number]
-    planned = step_memory(
-        _card(size), size[6], 1, size[7], device="cpu", attention="sdpa", activation_checkpointing=size[8],
-        accumulates=False,
-    ).peak  # fmt: skip
+    setting = Setting(
+        card=_card(size), context_length=size[6], devices=1, rows_per_device=size[7], device="cpu", attention="sdpa"
+    )
+    choice = Choice(microbatch=size[7], activation_checkpointing=size[8], reshard_after_forward=size[9])
+    planned = step_memory(setting, choice).peak
     assert abs(planned / measured[number] - 1) < 0.15, (planned, measured[number])

@@ -11,15 +11,13 @@ from tundish.errors import DataError, InputError, SpecError
 from tundish.models import ModelCard
 from tundish.overrides import target_responses
 from tundish.paths import REMOTE_SCHEMES, resolve
-from tundish.spec import RunSpec, TaskType
+from tundish.spec import ANSWER_TOKENS, RunSpec, TaskType
 
 if TYPE_CHECKING:
     from tundish.data.encoding import Job
     from tundish.data.report import Report
     from tundish.data.sources import Source
 
-ANSWER_TOKENS = 100
-"""At most, of an answer to an eval prompt: the managed service's setting."""
 Tell = Callable[[int, int | None], None]
 BarOf = Callable[[str], AbstractContextManager[Tell]]
 """Makes a progress bar with a title; entered, it is told how much is done, and of how much."""

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 from tundish import __version__, events
 from tundish.data.sources import open_source
 from tundish.errors import CheckpointError, DataError, SpecError
-from tundish.foundry import Destination, memory_plan, planned_steps, render
+from tundish.foundry import Destination, memory_plan, planned_steps, render, steps_problem
 from tundish.memory import GIB, STATE_BYTES
 from tundish.models import ModelCard
-from tundish.overrides import check_overrides
+from tundish.overrides import check_overrides, flat
 from tundish.paths import RunPaths, resolve, write_atomic
 from tundish.runs import supervisor
 from tundish.runs.checking import BarOf, CheckedData, check_data, collected, job_of, machine_problems, no_bar
@@ -78,6 +78,7 @@ def check(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> RunSpec:
     problems.extend(data.problems)
     if parsed is not None:
         problems.extend(_memory_problems(*parsed))
+        problems.extend(_steps_problems(parsed[0], data))
     if problems:
         raise SpecError([*problems, *data.row_problems])
     if data.row_problems:
@@ -143,11 +144,12 @@ def _parse(arguments: Mapping[str, Any]) -> tuple[tuple[RunSpec, ModelCard] | No
 
 def _plan_problems(spec: RunSpec, card: ModelCard) -> list[str]:
     problems: list[str] = []
-    batch_size, devices = spec.overrides.get("global_train_batch_size"), spec.compute.devices
+    given, devices = flat(spec.overrides), spec.compute.devices
+    batch_size = given.get("global_train_batch_size")
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1 or batch_size % devices):
         text = f"found global_train_batch_size {batch_size!r}; allowed is a multiple of the {devices} device(s)."
         problems.append(f"overrides: {text}")
-    attention = spec.overrides.get("model.attn_implementation")
+    attention = given.get("model.attn_implementation")
     if attention == "flex_attention" and card.gpu_attention != attention:
         text = f"found {attention}, in which samples packed for {card.family} see each other"
         problems.append(f"overrides: {text}; allowed is {card.gpu_attention}.")
@@ -157,12 +159,20 @@ def _plan_problems(spec: RunSpec, card: ModelCard) -> list[str]:
 def _memory_problems(spec: RunSpec, card: ModelCard) -> list[str]:
     """What no microbatch is small enough for."""
     given, devices = spec.compute.device_memory_gib, spec.compute.devices
-    states = memory_plan(spec, card, devices).chosen.states
+    # One row a device, whatever the overrides: states do not depend on it.
+    states = memory_plan(replace(spec, overrides={}), card, devices).chosen.states
     if states <= given * GIB:
         return []
     least = max(devices + 1, math.ceil(card.parameters * STATE_BYTES / (given * GIB)))
     text = f"weights, gradients and optimizer take {states / GIB:.0f} GiB on each of {devices} device(s)"
     return [f"compute: {text} of {given:g} GiB. Use {least} devices or more, or a smaller model."]
+
+
+def _steps_problems(spec: RunSpec, data: CheckedData) -> list[str]:
+    """Data that is too small for the run."""
+    prepared = next((each.prepared for each in data.reports if each.argument == "train_data_path"), None)
+    problem = None if prepared is None else steps_problem(spec, prepared.rows, prepared.tokens)
+    return [problem] if problem else []
 
 
 def _weights_problems(given: object) -> list[str]:

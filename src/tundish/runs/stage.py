@@ -16,7 +16,7 @@ from tundish.data import Prepared, prepare
 from tundish.data.report import facts
 from tundish.data.sources import open_source
 from tundish.errors import StageError, TundishError
-from tundish.foundry import Destination, planned_steps, render
+from tundish.foundry import Destination, render, steps_problem
 from tundish.models import find_card
 from tundish.paths import RunPaths, write_atomic
 from tundish.runs.checking import job_of
@@ -56,6 +56,8 @@ def prepare_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[st
             link.unlink(missing_ok=True)
             link.symlink_to(found[split].folder)
     train = found["train"]
+    if problem := steps_problem(spec, train.rows, train.tokens):
+        raise StageError(problem)
     weights = None if spec.custom_weights_path is None else resolve_weights(spec.custom_weights_path)
     if weights is not None:
         check_weights(weights, spec.model)
@@ -70,8 +72,6 @@ def prepare_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[st
     for split, data in found.items():
         if count := sum(len(warning["where"]) for warning in data.warnings):
             text += f" {count:,} samples of the {split} data have warnings; `tundish validate` tells them."
-    if planned_steps(spec, train.rows, train.tokens)[1] < 2:
-        text += " The run has one step, at which the warm-up's learning rate is 0: nothing is learned. Train longer."
     if train.chatml_added:
         text += " The tokenizer has no chat template; ChatML is used, and saved with the export."
     events.append(paths.events, "DATA_VALIDATED", text)

@@ -16,13 +16,15 @@ from composer import Logger, State
 from composer.core import get_precision_context
 from composer.utils import dist, reproducibility
 
+from tundish.spec import ANSWER_TOKENS
 from tundish.train.at_checkpoints import AtCheckpoints
 
 log = logging.getLogger(__name__)
 
-GENERATION = {"max_new_tokens": 100, "do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 0.95}
+GENERATION = {"max_new_tokens": ANSWER_TOKENS, "do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 0.95}
 """The managed service's settings."""
 SEED = 17
+NO_ANSWER = "[not answered: the prompts before took all the time]"
 
 
 class EvalPrompts(AtCheckpoints):
@@ -30,36 +32,55 @@ class EvalPrompts(AtCheckpoints):
 
     Args:
         prompts: texts to go on from.
+        max_seconds: for all of them together at one checkpoint: weights that are spread over many devices are gathered
+            for every token. What is not answered by then says so, and training goes on.
     """
 
-    def __init__(self, prompts: list[str]) -> None:
+    def __init__(self, prompts: list[str], max_seconds: float = 300) -> None:
         super().__init__()
-        self.prompts = list(prompts)
+        self.prompts, self.max_seconds = list(prompts), max_seconds
 
     def checkpoint_saved(self, state: State, logger: Logger, folder: Path) -> None:
         """Generate on every rank (a sharded model needs all of them), log from rank 0."""
         started = time.monotonic()
-        outputs = generate(state, self.prompts)
+        outputs = generate(state, self.prompts, self.max_seconds)
         rows = [[int(state.timestamp.batch), folder.name, *pair] for pair in zip(self.prompts, outputs, strict=True)]
         # Rows of later checkpoints are appended to the same table.
         logger.log_table(columns=["step", "checkpoint", "prompt", "output"], rows=rows, name="eval_prompts")
-        log.info("Answered %d eval prompts in %.1f s.", len(rows), time.monotonic() - started)
+        answered = sum(output != NO_ANSWER for output in outputs)
+        log.info("Answered %d of %d eval prompts in %.1f s.", answered, len(rows), time.monotonic() - started)
 
 
-def generate(state: State, prompts: list[str]) -> list[str]:
-    """The model's continuation of each prompt, special tokens left out; the same at any world size."""
+def generate(state: State, prompts: list[str], max_seconds: float) -> list[str]:
+    """The model's continuation of each prompt, special tokens left out; the same at any world size.
+
+    An answer that is not complete after `max_seconds` is cut off; later prompts have NO_ANSWER.
+    """
     model: Any = state.model.module if state.is_model_ddp else state.model
     tokenizer = model.tokenizer
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     outputs: list[str] = []
+    ends = time.monotonic() + max_seconds
     with _undisturbed(model), torch.no_grad(), get_precision_context(state.precision):
         for prompt in prompts:
+            left = _of_first_rank(ends - time.monotonic())
+            if left <= 0:
+                outputs.append(NO_ANSWER)
+                continue
             ids = state.device.tensor_to_device(torch.tensor([tokenizer(prompt)["input_ids"]]))
             # One prompt at a time needs no padding, and so no mask that differs between attentions.
             arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "pad_token_id": padding, **GENERATION}
-            whole = model.generate(ids, use_cache=True, synced_gpus=dist.get_world_size() > 1, **arguments)
+            arguments |= {"use_cache": True, "max_time": left, "synced_gpus": dist.get_world_size() > 1}
+            whole = model.generate(ids, **arguments)
             outputs.append(tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True))
     return outputs
+
+
+def _of_first_rank(seconds: float) -> float:
+    """Every rank must answer the same prompts, and clocks differ."""
+    found = [seconds]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 @contextmanager

@@ -1,10 +1,14 @@
-"""Stops a run whose loss says that nothing is learned, before such weights are saved."""
+"""What the loss says: logged under the names that people know; a run that learns nothing is stopped."""
 
 import math
 
 from composer import Callback, Logger, State
 
 from tundish.errors import StageError
+
+METRICS = "metrics/train/Language"
+LARGEST = 700
+"""A loss whose perplexity is a number still."""
 
 
 class LossGuard(Callback):
@@ -16,8 +20,12 @@ class LossGuard(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         """After the step, before a checkpoint of it."""
         losses = getattr(state, "total_loss_dict", {})
-        if (loss := losses.get("loss/train/total")) is not None:
-            check_loss(loss, int(state.timestamp.batch), max(group["lr"] for group in state.optimizers[0].param_groups))
+        if (loss := losses.get("loss/train/total")) is None:
+            return
+        check_loss(loss, int(state.timestamp.batch), max(group["lr"] for group in state.optimizers[0].param_groups))
+        # The loss is the mean over targets: measured once more from the scores, as Composer's metrics do, it takes
+        # their memory again and a twentieth of a small model's step.
+        logger.log_metrics({f"{METRICS}CrossEntropy": loss, f"{METRICS}Perplexity": math.exp(min(loss, LARGEST))})
 
 
 def check_loss(loss: float, batch: int, learning_rate: float) -> None:

@@ -32,6 +32,9 @@ def target_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 class CausalLM(ComposerHFCausalLM):
     """Registered with LLM Foundry as the model `tundish_causal_lm`."""
 
+    # The others that LLM Foundry takes follow from the loss: see `LossGuard`.
+    default_train_metrics: tuple[str, ...] = ("token_accuracy",)
+
     def forward(self, batch: Mapping[str, Any]) -> Any:
         """The Hugging Face model's output, with `loss` where the batch has labels."""
         labels, segment_ids = batch.get("labels"), batch.get("segment_ids")
