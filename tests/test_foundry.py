@@ -19,8 +19,10 @@ from tundish.foundry import (
     MIN_STEPS,
     Destination,
     choose_batch_size,
+    memory_plan,
     render,
 )
+from tundish.memory import StepMemory
 from tundish.models import ModelCard, model_cards
 from tundish.overrides import KEYS, REFUSED, check_overrides
 from tundish.paths import RunPaths
@@ -227,6 +229,20 @@ def test_the_batch_size_suits_rows_and_devices(rows: int, devices: int, epochs: 
     assert steps >= MIN_STEPS or per_device == 1
     # The largest that does: twice as many rows would give too few steps.
     assert per_device == MAX_ROWS_PER_DEVICE or epochs * math.ceil(rows / (2 * size)) < MIN_STEPS
+
+
+def test_memory_is_planned_for_what_the_overrides_say(plan: Plan) -> None:
+    """The comment in the file, and what is refused, would be those of another run."""
+    spec, card = plan()
+
+    def chosen(**overrides: object) -> StepMemory:
+        return memory_plan(dataclasses.replace(spec, overrides=overrides), card, 8).chosen
+
+    usual = chosen()
+    assert chosen(optimizer={"name": "decoupled_adamw"}).states == usual.states * 4 // 3
+    assert chosen(device_train_microbatch_size=3).choice.microbatch == 3
+    assert chosen(**{"fsdp_config.activation_checkpointing": True}).choice.activation_checkpointing
+    assert chosen(**{"model.attn_implementation": "eager"}).activations > usual.activations
 
 
 @pytest.mark.parametrize(

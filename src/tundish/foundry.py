@@ -76,7 +76,7 @@ def steps_problem(spec: RunSpec, rows: int, tokens: int) -> str | None:
         return None
     return (
         f"training_duration: {spec.training_duration} of {rows:,} row(s), {batch_size:,} in a step, is 1 optimizer "
-        f"step, at which the learning rate is still 0; allowed are {LEAST_STEPS} or more. Train longer, or on more data."
+        f"step, at which the learning rate is still 0; allowed are {LEAST_STEPS} or more. Train longer or on more data."
     )
 
 
@@ -90,6 +90,7 @@ def memory_plan(spec: RunSpec, card: ModelCard, batch_size: int) -> MemoryPlan:
         rows_per_device=max(1, batch_size // devices),
         device=spec.compute.device,
         attention=given.get("model.attn_implementation") or _attention(spec, card),
+        moments=2 if "adam" in str(given.get("optimizer.name", "")).lower() else 1,
     )
     fixed = {field: given[key] for key, field in CHOICES.items() if key in given}
     return plan(setting, int(spec.compute.device_memory_gib * GIB), fixed)

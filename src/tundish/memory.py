@@ -16,7 +16,7 @@ from tundish.models import ModelCard
 GIB = 1 << 30
 STATE_BYTES = 12
 """Of one parameter: weight, gradient and momentum, float32."""
-GRADIENT_BYTES = 4
+GRADIENT_BYTES = MOMENT_BYTES = 4
 USABLE_SHARE = 0.92
 """Of a device's memory; the rest is lost between blocks."""
 CONTEXT_BYTES = int(1.5 * GIB)
@@ -42,6 +42,8 @@ class Setting:
     """On a GPU is computed in bfloat16, on a CPU in float32."""
     attention: str
     """The implementation, see `train.attention`."""
+    moments: int = 1
+    """Numbers that the optimizer keeps of each weight: DecoupledLionW one, those of Adam's kind two."""
 
     @property
     def width(self) -> int:
@@ -104,7 +106,7 @@ def step_memory(setting: Setting, choice: Choice) -> StepMemory:
     return StepMemory(
         choice=choice,
         accumulates=choice.microbatch < setting.rows_per_device,
-        states=share * STATE_BYTES,
+        states=share * (STATE_BYTES + MOMENT_BYTES * (setting.moments - 1)),
         gradients=share * GRADIENT_BYTES,
         passing=passing,
         gathered=passing if choice.reshard_after_forward else width * card.parameters,

@@ -1,13 +1,19 @@
 """runs/control.py: cancelling says what it did; following ends with the run."""
 
+import json
+import os
+import subprocess
 from collections.abc import Callable
+from dataclasses import asdict
 
+import psutil
 import pytest
 
 from tundish import events
 from tundish import foundation_model as fm
 from tundish.errors import RequestError
-from tundish.paths import RunPaths
+from tundish.launch.local import ProcessId
+from tundish.paths import RUN_VARIABLE, RunPaths
 from tundish.runs.control import cancel_message
 
 MakeRun = Callable[..., RunPaths]
@@ -41,3 +47,21 @@ def test_the_message_says_what_was_not_canceled() -> None:
     """The caller would believe that all were."""
     assert cancel_message(["a", "b"], 2) == "Canceled a, b successfully."
     assert cancel_message(["a"], 3) == "Canceled a successfully. 2 run(s) were not found or already terminated."
+
+
+def test_what_outlives_its_supervisor_is_ended(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks would hold their devices for days after a supervisor was killed, and nobody could cancel them."""
+    # The run is in no MLflow store.
+    monkeypatch.setattr("tundish.runs.control.end_tracking", lambda tracking, status: None)
+    paths = make_run("ift-1", ("STARTED", "on here"), ("TRAIN_STARTED", "on 1 device"))
+    # A supervisor that has ended.
+    with subprocess.Popen(["true"]) as ended:
+        owner = ProcessId.of(ended.pid)
+    paths.supervisor.write_text(json.dumps(asdict(owner)))
+    environment = {**os.environ, RUN_VARIABLE: str(paths.events)}
+    with subprocess.Popen(["sleep", "60"], env=environment) as orphan:
+        assert fm.get("ift-1").status.display_name == "Failed"
+        assert fm.cancel("ift-1") == 1
+        assert not psutil.pid_exists(orphan.pid)
+    assert fm.get("ift-1").status.display_name == "Canceled"
+    assert fm.cancel("ift-1") == 0

@@ -1,42 +1,109 @@
 """train/resuming.py: runs that are killed and go on, as if nothing had happened."""
 
+import json
+import os
+import random
 import signal
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.train.conftest import Trained, weights
+from tests.train.conftest import weights
 
 Plan = Callable[..., Path]
+DURATION = "3ep"
+MOST_SECONDS = 0.8
+"""From the start of an attempt to its end: too few for all that there is to train."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What a run leaves that nobody has killed."""
+
+    losses: dict[int, float]
+    weights: dict[str, Any]
+    checkpoints: list[str]
+
+
+@pytest.fixture(scope="module")
+def wholes() -> dict[int, Whole]:
+    """Runs that nobody has killed, by their number of ranks."""
+    return {}
+
+
+@pytest.fixture
+def whole(ranks: Any, plan: Plan, tmp_path: Path, wholes: dict[int, Whole]) -> Callable[[int], Whole]:
+    """The run that nobody has killed, with so many ranks; trained once."""
+
+    def train(world: int) -> Whole:
+        if world not in wholes:
+            file = plan("whole", world, training_duration=DURATION)
+            trained = ranks.train(file, world, tmp_path / "whole out")
+            assert trained.ok, trained.log[-3000:]
+            wholes[world] = Whole(trained.losses, weights(file), _checkpoints(file))
+        return wholes[world]
+
+    return train
 
 
 def _checkpoints(file: Path) -> list[str]:
     return sorted(path.name for path in (file.parent / "checkpoints").iterdir() if path.is_dir())
 
 
-def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def _same(file: Path, whole: Whole) -> bool:
     """Whether all weights and optimizer states are the same bits."""
-    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+    found = weights(file)
+    return found.keys() == whole.weights.keys() and all(found[name].equal(whole.weights[name]) for name in found)
 
 
 @pytest.mark.parametrize(
     ("world", "rank", "batch", "when"),
-    [(1, 0, 1, "batch"), (1, 0, 5, "saving"), (1, 0, 7, "batch"), (2, 1, 7, "batch"), (2, 0, 5, "saving")],
+    [(1, 0, 1, "batch"), (1, 0, 5, "saving"), (2, 1, 7, "batch"), (2, 0, 5, "saving")],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    ranks: Any, plan: Plan, tmp_path: Path, world: int, rank: int, batch: int, when: str
+    ranks: Any, plan: Plan, tmp_path: Path, whole: Callable[[int], Whole], world: int, rank: int, batch: int, when: str
 ) -> None:
     """Batches would be trained twice or never, or the optimizer begin anew: other weights, and nobody sees it."""
-    whole, killed = (plan(name, world, training_duration="3ep") for name in ("whole", "killed"))
-    uninterrupted: Trained = ranks.train(whole, world, tmp_path / "whole")
-    assert uninterrupted.ok, uninterrupted.log[-3000:]
+    killed, expected = plan("killed", world, training_duration=DURATION), whole(world)
     first = ranks.train(killed, world, tmp_path / "first", KILL_RANK=rank, KILL_AT=batch, KILL_WHEN=when)
     assert first.codes[rank] == -signal.SIGKILL
     second = ranks.train(killed, world, tmp_path / "second")
     assert second.ok, second.log[-3000:]
     begun = min(second.losses)
     assert begun == batch // 3 * 3, "from the newest complete checkpoint"
-    assert second.losses == {at: loss for at, loss in uninterrupted.losses.items() if at >= begun}
-    assert _same(weights(killed), weights(whole))
-    assert _checkpoints(killed) == _checkpoints(whole)
+    assert second.losses == {at: loss for at, loss in expected.losses.items() if at >= begun}
+    assert _same(killed, expected)
+    assert _checkpoints(killed) == expected.checkpoints
+
+
+def test_a_run_survives_kills_of_all_ranks_at_any_moment(
+    ranks: Any, plan: Plan, tmp_path: Path, whole: Callable[[int], Whole]
+) -> None:
+    """Some moment would be left at which a kill loses or repeats batches, or leaves what stops the next attempt."""
+    file, expected, dice = plan("killed", 2, training_duration=DURATION), whole(2), random.Random(4)
+    for attempt in range(5):
+        pids = ranks.start(file, 2, tmp_path / f"{attempt} out")
+        _wait_for_start(file, attempt, pids[0])
+        time.sleep(dice.uniform(0, MOST_SECONDS))
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        codes = ranks.wait(tmp_path / f"{attempt} out").codes
+        assert codes == [-signal.SIGKILL] * 2, codes
+    last = ranks.train(file, 2, tmp_path / "last")
+    assert last.ok, last.log[-3000:]
+    assert last.losses == {at: loss for at, loss in expected.losses.items() if at in last.losses}
+    assert _same(file, expected) and _checkpoints(file) == expected.checkpoints
+
+
+def _wait_for_start(file: Path, before: int, pid: int) -> None:
+    """Until training has begun once more; a rank that has ended is a zombie until it is waited for."""
+    events, end = file.parent / "events.jsonl", time.monotonic() + 120
+    while time.monotonic() < end and Path(f"/proc/{pid}").exists():
+        lines = events.read_text().splitlines() if events.exists() else []
+        if sum(json.loads(line)["type"] == "TRAIN_STARTED" for line in lines) > before:
+            return
+        time.sleep(0.02)
+    pytest.fail("training has not begun")

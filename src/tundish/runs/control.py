@@ -14,8 +14,8 @@ from tundish import events
 from tundish.checkpoints import list_checkpoints
 from tundish.compute import Compute
 from tundish.errors import RequestError, SpecError
-from tundish.launch.local import stop_all, stop_tree
-from tundish.paths import RunPaths, write_atomic
+from tundish.launch.local import processes_with, stop_all, stop_tree
+from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
 from tundish.runs import selecting, supervisor
 from tundish.runs.checking import machine_problems
 from tundish.runs.reading import find_run, read_run, run_names
@@ -127,14 +127,22 @@ def cancel_message(canceled: Sequence[str], asked: int) -> str:
 
 def _cancel_one(name: str) -> bool:
     paths = find_run(name)
-    if read_run(name).status.is_terminal():
+    if read_run(name).status.is_terminal() and not _orphans(paths):
         return False
     _stop_supervisor(paths)
+    supervisor.end_processes_of(paths)
     found = events.read(paths.events)
     if not found or found[-1].type not in events.TERMINAL_TYPES:
         events.append(paths.events, "CANCELED", "Canceled by user.")
     end_tracking(Tracking.read(paths), "KILLED")
     return events.read(paths.events)[-1].type == "CANCELED"
+
+
+def _orphans(paths: RunPaths) -> list[psutil.Process]:
+    """What goes on although its supervisor was killed; a run that has said its end has none."""
+    found = events.read(paths.events)
+    said = bool(found) and found[-1].type in events.TERMINAL_TYPES
+    return [] if said else processes_with(RUN_VARIABLE, str(paths.events))
 
 
 def _stop_supervisor(paths: RunPaths) -> None:
