@@ -13,6 +13,7 @@ from typing import Any, cast
 
 os.environ.setdefault("FSDP_VERSION", "2")
 
+import torch
 from composer import State, Trainer
 from composer.utils import dist, get_device, reproducibility
 from llmfoundry.command_utils.train import validate_config
@@ -42,6 +43,7 @@ from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
 from tundish.train.gloo import GlooMean
 from tundish.train.loader import RowOrder
 from tundish.train.resuming import newest_checkpoint
+from tundish.train.threads import single_out_gloo
 
 TRAINER_KEYS = (
     "run_name seed max_duration eval_interval eval_subset_num_batches train_subset_num_batches precision progress_bar "
@@ -57,6 +59,8 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     """The Trainer of a run's YAML, on this rank."""
     logged, config = make_dataclass_and_log_config(cfg, TrainConfig, TRAIN_CONFIG_KEYS, transforms="all")
     dist.initialize_dist(get_device(None), timeout=config.dist_timeout)
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        single_out_gloo()
     checkpoint = newest_checkpoint(config.save_folder) if config.save_folder else None
     if checkpoint is not None:
         config.load_path, config.load_weights_only = str(checkpoint), False

@@ -1,0 +1,31 @@
+"""Keeps gloo's threads from slowing down everything else that a processor computes."""
+
+import torch
+from torch.distributed import Work, all_gather_into_tensor, get_world_size
+
+NUMBERS = 1 << 18
+"""More than PyTorch copies in one thread (at::internal::GRAIN_SIZE, 32,768)."""
+TIMES = 16
+"""Enough for each of gloo's threads to take part; it has two."""
+
+
+def single_out_gloo() -> None:
+    """Let each of gloo's threads copy alone; called once, on all ranks, after the process group is made.
+
+    Each of them would make an OpenMP team of its own for its first large copy. libgomp counts the threads of all teams,
+    and where they are more than the processors, lets every thread sleep at every barrier: element-wise operations then
+    take up to nine times as long. How many threads a thread may use is read when it first needs it, and never again.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return
+    torch.set_num_threads(1)
+    try:
+        part = torch.zeros(NUMBERS)
+        wholes = [torch.empty(NUMBERS * get_world_size()) for _ in range(TIMES)]
+        works: list[Work | None] = [all_gather_into_tensor(whole, part, async_op=True) for whole in wholes]
+        for work in works:
+            assert work is not None
+            work.wait()
+    finally:
+        torch.set_num_threads(threads)
