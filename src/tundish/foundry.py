@@ -183,6 +183,14 @@ def _interval(spec: RunSpec) -> str:
     return f"{math.ceil(duration.value / 10)}ep" if duration.unit == "ep" else "0.25dur"
 
 
+def isolating_attentions(card: ModelCard, device: str) -> list[str]:
+    """The attentions that keep packed samples apart: of the family, on a kind of device."""
+    everywhere = ["sdpa", "eager"]
+    return (
+        everywhere if device == "cpu" else list(dict.fromkeys(["flash_attention_2", card.gpu_attention, *everywhere]))
+    )
+
+
 def _attention(spec: RunSpec, card: ModelCard) -> str:
     import importlib.util
 

@@ -234,3 +234,12 @@ def test_a_run_of_one_step_is_refused(arguments: dict[str, Any], changes: dict[s
         creating.create(arguments | changes)
     (problem,) = caught.value.problems
     assert problem.startswith("training_duration: ") and found in problem and "Train longer" in problem
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention", "paged", 7])
+def test_an_attention_that_lets_samples_see_each_other_is_refused(arguments: dict[str, Any], attention: object) -> None:
+    """The data would be prepared for hours before the first batch says so."""
+    with pytest.raises(SpecError) as caught:
+        creating.create(arguments | {"overrides": {"model.attn_implementation": attention}})
+    (problem,) = caught.value.problems
+    assert repr(attention) in problem and problem.endswith("allowed is sdpa or eager.")

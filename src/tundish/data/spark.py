@@ -75,7 +75,7 @@ def _run(session: Any, job: Job, parts: Sequence[Source], folder: Path) -> list[
         names = {"part": pa.int64(), "folder": pa.string(), "share": pa.binary(), "problems": pa.list_(pa.string())}
         schema = pa.schema(list(names.items()))
         for number in (number for batch in batches for number in batch["id"].to_pylist()):
-            row = {"part": number, "folder": "", "share": b"", "problems": [""][:0]}
+            row = {"part": number, "folder": "", "share": b"", "problems": list[str]()}
             try:
                 name, share = prepare_part(job, parts[number], folder, number)
                 row |= {"folder": name, "share": pickle.dumps(share)}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from tundish import __version__, events
 from tundish.data.sources import open_source
 from tundish.errors import CheckpointError, DataError, SpecError
-from tundish.foundry import Destination, memory_plan, planned_steps, render, steps_problem
+from tundish.foundry import Destination, isolating_attentions, memory_plan, planned_steps, render, steps_problem
 from tundish.memory import GIB, STATE_BYTES
 from tundish.models import ModelCard
 from tundish.overrides import check_overrides, flat
@@ -149,10 +149,13 @@ def _plan_problems(spec: RunSpec, card: ModelCard) -> list[str]:
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1 or batch_size % devices):
         text = f"found global_train_batch_size {batch_size!r}; allowed is a multiple of the {devices} device(s)."
         problems.append(f"overrides: {text}")
-    attention = given.get("model.attn_implementation")
-    if attention == "flex_attention" and card.gpu_attention != attention:
-        text = f"found {attention}, in which samples packed for {card.family} see each other"
-        problems.append(f"overrides: {text}; allowed is {card.gpu_attention}.")
+    attention, device = given.get("model.attn_implementation"), spec.compute.device
+    isolating = isolating_attentions(card, device)
+    if attention is not None and attention not in isolating:
+        text = (
+            f"found model.attn_implementation {attention!r}, in which packed samples see each other, or which cannot "
+        )
+        problems.append(f"overrides: {text}train {card.family} on a {device}; allowed is {' or '.join(isolating)}.")
     return problems
 
 

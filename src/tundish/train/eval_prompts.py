@@ -6,7 +6,7 @@ training as it found it: mode, random state and tokenizer.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,14 @@ class EvalPrompts(AtCheckpoints):
             for every token. What is not answered by then says so, and training goes on.
     """
 
-    def __init__(self, prompts: list[str], max_seconds: float = 300) -> None:
+    def __init__(self, prompts: Sequence[str] = (), max_seconds: float = 300) -> None:
         super().__init__()
         self.prompts, self.max_seconds = list(prompts), max_seconds
 
     def checkpoint_saved(self, state: State, logger: Logger, folder: Path) -> None:
         """Generate on every rank (a sharded model needs all of them), log from rank 0."""
+        if not self.prompts:
+            return
         started = time.monotonic()
         outputs = generate(state, self.prompts, self.max_seconds)
         rows = [[int(state.timestamp.batch), folder.name, *pair] for pair in zip(self.prompts, outputs, strict=True)]
