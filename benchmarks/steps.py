@@ -153,8 +153,8 @@ class Bare:
             mask = attention_mask(part["segment_ids"], self.attention)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half == "amp_bf16"):
                 logits = self.model(part["input_ids"], attention_mask=mask, position_ids=part["position_ids"]).logits
-                wanted = part["labels"][:, 1:].reshape(-1)
-                scores = logits[:, :-1].reshape(len(wanted), -1).float()
+                wanted = torch.nn.functional.pad(part["labels"][:, 1:], (0, 1), value=IGNORED).reshape(-1)
+                scores = logits.reshape(len(wanted), -1).float()
                 loss = cross_entropy(scores, wanted, ignore_index=IGNORED, reduction="sum") / targets
             loss.backward()
             total += loss.item()

@@ -21,6 +21,7 @@ from tundish.foundry import (
     choose_batch_size,
     memory_plan,
     render,
+    steps_problem,
 )
 from tundish.memory import StepMemory
 from tundish.models import ModelCard, model_cards
@@ -231,6 +232,30 @@ def test_the_batch_size_suits_rows_and_devices(rows: int, devices: int, epochs: 
     assert per_device == MAX_ROWS_PER_DEVICE or epochs * math.ceil(rows / (2 * size)) < MIN_STEPS
 
 
+@pytest.mark.parametrize(
+    ("rows", "changes", "refused"),
+    [
+        (8, {"training_duration": "1ep"}, True),
+        (8, {"training_duration": "2ep"}, False),
+        (9, {"training_duration": "1ep"}, False),
+        (9, {"training_duration": "1ba"}, True),
+        # The first batch is a full one: 8 of the 9 rows.
+        (9, {"training_duration": "600tok"}, True),
+        (9, {"training_duration": "900tok"}, False),
+        (8, {"overrides": {"scheduler.t_warmup": "0ba"}}, False),
+        (8, {"overrides": {"scheduler": {"name": "constant_with_warmup"}}}, False),
+        (8, {"overrides": {"scheduler.t_warmup": "1ba"}}, True),
+    ],
+)
+def test_a_run_whose_only_step_learns_nothing_is_refused(
+    plan: Plan, rows: int, changes: dict[str, Any], refused: bool
+) -> None:
+    """The base model would be registered as a fine-tuned one."""
+    overrides = {"global_train_batch_size": 8, **changes.get("overrides", {})}
+    spec, _ = plan(**{**changes, "overrides": overrides})
+    assert (steps_problem(spec, rows, 1000) is not None) is refused
+
+
 def test_memory_is_planned_for_what_the_overrides_say(plan: Plan) -> None:
     """The comment in the file, and what is refused, would be those of another run."""
     spec, card = plan()
@@ -259,6 +284,7 @@ def test_memory_is_planned_for_what_the_overrides_say(plan: Plan) -> None:
         (1_600_000, {"overrides": {"scheduler.t_warmup": "0.1dur"}}, "10000ba"),
         (340, {"overrides": {"scheduler": {"t_warmup": "0.1dur"}}}, "34ba"),
         (340, {"overrides": {"scheduler.t_warmup": "0ba"}}, "0ba"),
+        (340, {"overrides": {"scheduler.t_warmup": "1e-1 dur"}}, "34ba"),
         (340, {"overrides": {"scheduler.t_warmup": "1ep"}}, "1ep"),
     ],
 )
@@ -327,6 +353,10 @@ def test_the_file_tells_how_to_train_it_without_tundish(plan: Plan) -> None:
         ({"loggers.mlflow.tracking_uri": "x"}, "create() has experiment_path for it"),
         ({"save_num_checkpoints_to_keep": 0}, "the export needs a checkpoint"),
         ({"device_train_microbatch_size": "auto"}, "allowed is a number of rows"),
+        ({"fsdp_config": {"activation_checkpointing": {}}}, "allowed is true or false"),
+        ({"fsdp_config.reshard_after_forward": 1}, "allowed is true or false"),
+        ({"callbacks.tundish_eval_prompts.max_seconds": "60"}, "allowed is a number of seconds"),
+        ({"model.use_flash_attention_2": True}, "model.attn_implementation is the key for it"),
         ({"eval_first": True}, "no LLM-Foundry key 'eval_first'"),
         ({"seed.x": 1}, "'seed.x' goes below a key that holds a single value"),
         ({"seed.x.y": 1}, "'seed.x.y' goes below a key that holds a single value"),

@@ -64,7 +64,8 @@ def planned_steps(spec: RunSpec, rows: int, tokens: int) -> tuple[int, int]:
     """Rows in an optimizer step and steps of a run, for an epoch of so many rows and tokens."""
     batch_size, _ = _batch_size(spec, rows)
     if spec.training_duration.unit == "tok":
-        tokens_in_batch = tokens / math.ceil(rows / batch_size)
+        # A full batch: the last of an epoch may be smaller, but it comes last.
+        tokens_in_batch = tokens * min(1, batch_size / rows)
         return batch_size, math.ceil(spec.training_duration.value / tokens_in_batch)
     return batch_size, _steps(spec, rows, batch_size) or 0
 
@@ -72,7 +73,9 @@ def planned_steps(spec: RunSpec, rows: int, tokens: int) -> tuple[int, int]:
 def steps_problem(spec: RunSpec, rows: int, tokens: int) -> str | None:
     """Why a run on so many rows would learn nothing: its only step is the one at which the warm-up begins, at 0."""
     batch_size, steps = planned_steps(spec, rows, tokens)
-    if steps >= LEAST_STEPS:
+    given = flat(spec.overrides)
+    own = "scheduler.name" in given or str(given.get("scheduler.t_warmup", "")).startswith("0ba")
+    if steps >= LEAST_STEPS or own:
         return None
     return (
         f"training_duration: {spec.training_duration} of {rows:,} row(s), {batch_size:,} in a step, is 1 optimizer "
@@ -170,8 +173,8 @@ def _steps(spec: RunSpec, rows: int | None, batch_size: int) -> int | None:
 
 
 def _in_batches(warm_up: object, spec: RunSpec, steps: int | None) -> object:
-    """A share of a run in batches: in a run of epochs, Composer takes whole ones of it, which is mostly none."""
-    share = re.fullmatch(r"(\d*\.?\d+)dur", str(warm_up).strip())
+    """A share of a run in batches: Composer rounds it down, in a short run to no warm-up at all."""
+    share = re.fullmatch(r"\s*(\d*\.?\d+(?:e-?\d+)?)\s*dur\s*", str(warm_up))
     if share is None or spec.training_duration.unit == "tok":
         return warm_up
     return f"{max(1, round(float(share[1]) * (steps or 1)))}ba" if float(share[1]) else "0ba"

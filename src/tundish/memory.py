@@ -155,7 +155,8 @@ class MemoryPlan:
             numbers = [f"{part / GIB:.2f}" for part in parts]
             columns = [text.rjust(width) for text, width in zip(numbers, (6, 8, 11, 6, 6), strict=True)]
             layers = "again" if one.choice.activation_checkpointing else "kept"
-            mark = "  ← chosen" if one == self.chosen else ""
+            whole = "" if one.choice.reshard_after_forward else ", weights gathered once"
+            mark = f"  ← chosen{whole}" if one == self.chosen else ""
             yield f"    {one.choice.microbatch:>10}  {layers:>6}  {'  '.join(columns)}{mark}"
         if not self.fits:
             yield f"    none fits into the {self.device_memory / GIB:.1f} GiB of a device; the smallest is chosen"

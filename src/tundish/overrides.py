@@ -35,6 +35,7 @@ REFUSED: Mapping[str, str] = {
     "tokenizer.name": "create() has model for it, and the data is prepared with its tokenizer",
     "model.name": "only tundish_causal_lm keeps packed samples from seeing each other",
     "model.pretrained": "a run fine-tunes the weights of its model",
+    "model.use_flash_attention_2": "model.attn_implementation is the key for it",
     "train_loader.name": "only tundish_packed reads the prepared data",
     "eval_loader.name": "only tundish_packed reads the prepared data",
     "train_loader.dataset.local": "create() has train_data_path for it",
@@ -64,6 +65,8 @@ SECTIONS: Mapping[str, frozenset[str]] = {
 """Sections whose keys are all known. Of `optimizer` and `scheduler` only as long as their name stays."""
 
 
+SWITCHES = ("fsdp_config.activation_checkpointing", "fsdp_config.reshard_after_forward")
+MAX_SECONDS = "callbacks.tundish_eval_prompts.max_seconds"
 TARGET_RESPONSES = "train_loader.dataset.target_responses"
 """Which of the assistant's replies are targets, in training and in evaluation: `all` (default) or `last`."""
 
@@ -106,6 +109,10 @@ def _problem(path: str, value: Any, base: Mapping[str, Any], renamed: set[str]) 
         return f"{path!r} is 0; the export needs a checkpoint. Allowed is 1 or more, or -1 for all."
     if path == "device_train_microbatch_size" and (type(value) is not int or value < 1):
         return f"{path!r} is {value!r}; allowed is a number of rows, 1 or more. Leave it out, and it is planned."
+    if path in SWITCHES and not isinstance(value, bool):
+        return f"{path!r} is {value!r}; allowed is true or false. Leave it out, and it is planned."
+    if path == MAX_SECONDS and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+        return f"{path!r} is {value!r}; allowed is a number of seconds above 0."
     if path == TARGET_RESPONSES and value not in ("all", "last"):
         return f"{path!r} is {value!r}; allowed is all or last."
     if parts[0] not in KEYS:

@@ -169,6 +169,11 @@ def test_metrics_and_eval_prompts_are_in_mlflow(run_recipe: Callable[[str], Fini
         "throughput/tokens_per_sec",
     }
     assert wanted <= set(run.data.metrics)
+    loss, entropy = (
+        [(each.step, each.value) for each in client.get_metric_history(tracking["run_id"], name)]
+        for name in ("loss/train/total", "metrics/train/LanguageCrossEntropy")
+    )
+    assert sorted(loss) == sorted(entropy) and len(loss) > 100
     saved = [event["checkpoint"] for event in finished.events if event["type"] == "CHECKPOINT_SAVED"]
     table = json.loads((Path(tracking["save_folder"]).parents[1] / "eval_prompts.json").read_text())
     assert table["columns"] == ["step", "checkpoint", "prompt", "output"]

@@ -32,7 +32,7 @@ def test_a_loss_that_nothing_is_learned_from_stops_the_run(loss: float) -> None:
         total_loss_dict={"loss/train/total": loss}, timestamp=SimpleNamespace(batch=17), optimizers=[optimizer]
     )
     logged: dict[str, float] = {}
-    logger: Any = SimpleNamespace(log_metrics=logged.update)
+    logger: Any = SimpleNamespace(log_metrics=lambda metrics, step: logged.update(metrics, step=step))
     with pytest.raises(StageError, match=rf"batch 17: the loss is {loss:g}; allowed is a finite number above 0\."):
         LossGuard().batch_end(state, logger)
     assert not logged
@@ -41,6 +41,7 @@ def test_a_loss_that_nothing_is_learned_from_stops_the_run(loss: float) -> None:
     assert logged == {
         "metrics/train/LanguageCrossEntropy": 2.0,
         "metrics/train/LanguagePerplexity": pytest.approx(math.exp(2)),
+        "step": 16,
     }
 
 

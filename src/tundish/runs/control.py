@@ -68,7 +68,7 @@ def resume(name: str, compute: object = None) -> TrainingRun:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Two who resume a run at once do it once."""
+    """Two who resume a run at once do it once; nobody cancels what is being resumed."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -127,6 +127,11 @@ def cancel_message(canceled: Sequence[str], asked: int) -> str:
 
 def _cancel_one(name: str) -> bool:
     paths = find_run(name)
+    with _locked(paths.folder):
+        return _cancel(name, paths)
+
+
+def _cancel(name: str, paths: RunPaths) -> bool:
     if read_run(name).status.is_terminal() and not _orphans(paths):
         return False
     _stop_supervisor(paths)

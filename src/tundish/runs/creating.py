@@ -12,7 +12,7 @@ from tundish import __version__, events
 from tundish.data.sources import open_source
 from tundish.errors import CheckpointError, DataError, SpecError
 from tundish.foundry import Destination, isolating_attentions, memory_plan, planned_steps, render, steps_problem
-from tundish.memory import GIB, STATE_BYTES
+from tundish.memory import GIB
 from tundish.models import ModelCard
 from tundish.overrides import check_overrides, flat
 from tundish.paths import RunPaths, resolve, write_atomic
@@ -76,8 +76,9 @@ def check(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> RunSpec:
     rows = arguments.get("validate_inputs") is not False
     data = check_data(arguments, parsed if not problems else None, rows=rows, progress=progress)
     problems.extend(data.problems)
-    if parsed is not None:
+    if parsed is not None and not problems:
         problems.extend(_memory_problems(*parsed))
+    if parsed is not None:
         problems.extend(_steps_problems(parsed[0], data))
     if problems:
         raise SpecError([*problems, *data.row_problems])
@@ -162,11 +163,10 @@ def _plan_problems(spec: RunSpec, card: ModelCard) -> list[str]:
 def _memory_problems(spec: RunSpec, card: ModelCard) -> list[str]:
     """What no microbatch is small enough for."""
     given, devices = spec.compute.device_memory_gib, spec.compute.devices
-    # One row a device, whatever the overrides: states do not depend on it.
-    states = memory_plan(replace(spec, overrides={}), card, devices).chosen.states
+    states = memory_plan(spec, card, devices).chosen.states
     if states <= given * GIB:
         return []
-    least = max(devices + 1, math.ceil(card.parameters * STATE_BYTES / (given * GIB)))
+    least = max(devices + 1, math.ceil(states * devices / (given * GIB)))
     text = f"weights, gradients and optimizer take {states / GIB:.0f} GiB on each of {devices} device(s)"
     return [f"compute: {text} of {given:g} GiB. Use {least} devices or more, or a smaller model."]
 

@@ -58,12 +58,14 @@ def main(folder: str) -> None:
         message = f"Run completed. Registered as version {result['version']} of {result['name']}."
         events.append(paths.events, "COMPLETED", message)
     except StageError as error:
+        end_processes_of(paths)
         end_mlflow_run(paths, "FAILED")
         events.append(paths.events, "FAILED", f"{error.message} Log: {error.log_path}")
     except _Terminated:
         stop_all(psutil.Process().children(recursive=True))
         events.append(paths.events, "CANCELED", "Canceled by user.")
     except Exception as error:
+        end_processes_of(paths)
         end_mlflow_run(paths, "FAILED")
         events.append(paths.events, "FAILED", f"The supervisor failed: {error!r}. Log: {paths.log('supervisor')}")
         raise

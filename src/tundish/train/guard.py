@@ -25,7 +25,9 @@ class LossGuard(Callback):
         check_loss(loss, int(state.timestamp.batch), max(group["lr"] for group in state.optimizers[0].param_groups))
         # The loss is the mean over targets: measured once more from the scores, as Composer's metrics do, it takes
         # their memory again and a twentieth of a small model's step.
-        logger.log_metrics({f"{METRICS}CrossEntropy": loss, f"{METRICS}Perplexity": math.exp(min(loss, LARGEST))})
+        metrics = {f"{METRICS}CrossEntropy": loss, f"{METRICS}Perplexity": math.exp(min(loss, LARGEST))}
+        # Composer counts the batch only after it has logged the loss.
+        logger.log_metrics(metrics, step=int(state.timestamp.batch) - 1)
 
 
 def check_loss(loss: float, batch: int, learning_rate: float) -> None:
