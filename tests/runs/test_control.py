@@ -63,5 +63,5 @@ def test_what_outlives_its_supervisor_is_ended(make_run: MakeRun, monkeypatch: p
         assert fm.get("ift-1").status.display_name == "Failed"
         assert fm.cancel("ift-1") == 1
         assert not psutil.pid_exists(orphan.pid)
-    assert fm.get("ift-1").status.display_name == "Canceled"
+    assert fm.get("ift-1").status.display_name == "Stopped"
     assert fm.cancel("ift-1") == 0
