@@ -99,3 +99,21 @@ def test_eval_prompts_change_nothing_and_are_answered_alike(ranks: Any, plan: Pl
     rows = json.loads(tables[1])["data"]
     assert [row[2] for row in rows[:2]] == prompts and all(row[3] for row in rows)
     assert rows == json.loads(tables[2])["data"]
+
+
+def test_a_run_goes_on_with_layers_computed_again(ranks: Any, plan: Plan, tmp_path: Path) -> None:
+    """A run resumed on smaller devices would not find its weights: the wrapper's name stands inside theirs."""
+    import yaml
+
+    whole = _run(ranks, plan, tmp_path, "whole")
+    file = plan("killed", samples=43, learning_rate=1e-4)
+    first = ranks.train(file, 1, tmp_path / "first", KILL_RANK=0, KILL_AT=7, KILL_WHEN="batch")
+    assert not first.ok
+    content = yaml.safe_load(file.read_text())
+    assert content["fsdp_config"]["activation_checkpointing"] is False
+    content["fsdp_config"] |= {"activation_checkpointing": True, "reshard_after_forward": True}
+    file.write_text(yaml.safe_dump(content))
+    second = ranks.train(file, 1, tmp_path / "second")
+    assert second.ok, second.log[-3000:]
+    assert second.losses.keys() < whole.losses.keys() and max(second.losses) == max(whole.losses)
+    assert all(math.isclose(loss, whole.losses[batch], rel_tol=CLOSE) for batch, loss in second.losses.items())
