@@ -95,7 +95,7 @@ def spark_cluster(folder: Path, workers: int) -> Iterator[str]:
     """The address of a standalone cluster on loopback, with workers of one core each."""
     import pyspark
 
-    port = _free_port()
+    port = free_port()
     address = f"spark://127.0.0.1:{port}"
     common = ["--host", "127.0.0.1", "--webui-port", "0"]
     home = Path(str(pyspark.__file__)).parent
@@ -121,7 +121,8 @@ def spark_cluster(folder: Path, workers: int) -> Iterator[str]:
                 process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens at."""
     import socket
 
     with socket.socket() as probe:

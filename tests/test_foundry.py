@@ -243,6 +243,8 @@ def test_the_batch_size_suits_rows_and_devices(rows: int, devices: int, epochs: 
         (9, {"training_duration": "600tok"}, True),
         (9, {"training_duration": "900tok"}, False),
         (8, {"overrides": {"scheduler.t_warmup": "0ba"}}, False),
+        (8, {"overrides": {"scheduler.t_warmup": "0.0dur"}}, False),
+        (8, {"overrides": {"scheduler.t_warmup": "0.01dur"}}, True),
         (8, {"overrides": {"scheduler": {"name": "constant_with_warmup"}}}, False),
         (8, {"overrides": {"scheduler.t_warmup": "1ba"}}, True),
     ],

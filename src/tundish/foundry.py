@@ -74,8 +74,8 @@ def steps_problem(spec: RunSpec, rows: int, tokens: int) -> str | None:
     """Why a run on so many rows would learn nothing: its only step is the one at which the warm-up begins, at 0."""
     batch_size, steps = planned_steps(spec, rows, tokens)
     given = flat(spec.overrides)
-    own = "scheduler.name" in given or str(given.get("scheduler.t_warmup", "")).startswith("0ba")
-    if steps >= LEAST_STEPS or own:
+    no_warm_up = re.fullmatch(r"0[0.]*\s*[a-z]*", str(given.get("scheduler.t_warmup", "")).strip())
+    if steps >= LEAST_STEPS or "scheduler.name" in given or no_warm_up:
         return None
     return (
         f"training_duration: {spec.training_duration} of {rows:,} row(s), {batch_size:,} in a step, is 1 optimizer "
