@@ -19,6 +19,12 @@ class AtCheckpoints(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         """Go behind the saver, which LLM Foundry sorts to the end."""
         state.callbacks = [callback for callback in state.callbacks if callback is not self] + [self]
+        if int(state.timestamp.batch):
+            # A run that goes on has the checkpoint of this batch: at the end of an epoch, Composer would save another.
+            self._seen_batch = int(state.timestamp.batch)
+            for callback in state.callbacks:
+                if isinstance(callback, CheckpointSaver):
+                    callback.last_checkpoint_batch = state.timestamp.batch
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """Composer has just saved, or not."""
