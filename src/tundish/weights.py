@@ -97,19 +97,9 @@ def check_shapes(checkpoint: Path, found: Shapes, expected: Shapes) -> None:
 
 
 def _pt_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    import torch
+    from tundish.checkpoints.loading import read_model_file
 
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        weights = {f"{MODEL_PREFIX}{name}": tensor for name, tensor in state["state"]["model"].items()}
-        return {_plain(name): tuple(tensor.shape) for name, tensor in weights.items()}
-    except KeyError as error:
-        raise CheckpointError(f"{path}: has no {error.args[0]!r}, so it is no Composer checkpoint.") from error
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path}: cannot be loaded without running code from it ({reason}). Use an ep…-ba… folder of the same run."
-        ) from error
+    return {_plain(name): tuple(tensor.shape) for name, tensor in read_model_file(path).items()}
 
 
 def _plain(name: str) -> str:

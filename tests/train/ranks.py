@@ -24,7 +24,8 @@ def _kill() -> None:
 def _killer() -> Any:
     """The callback that KILL_RANK, KILL_AT and KILL_WHEN ask for."""
     from composer import Callback, Logger, State
-    from torch.distributed.checkpoint import filesystem
+
+    from tundish.checkpoints import saving
 
     class Killer(Callback):
         def batch_end(self, state: State, logger: Logger) -> None:
@@ -32,14 +33,14 @@ def _killer() -> Any:
                 return
             if os.environ["KILL_WHEN"] == "batch":
                 _kill()
-            original: Any = filesystem._write_item
+            original: Any = saving._write_item
 
             def write_item(*args: Any, **kwargs: Any) -> Any:
                 original(*args, **kwargs)
-                args[1].flush() if hasattr(args[1], "flush") else None
+                args[0].flush()
                 _kill()
 
-            filesystem._write_item = write_item
+            saving._write_item = write_item
 
     return Killer()
 

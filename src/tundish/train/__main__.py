@@ -42,15 +42,14 @@ from tundish.errors import TundishError
 from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
 from tundish.train.gloo import GlooMean
 from tundish.train.loader import RowOrder
-from tundish.train.resuming import newest_checkpoint
+from tundish.train.resuming import load_all, load_weights, newest_checkpoint
+from tundish.train.saving import Saver
 from tundish.train.threads import single_out_gloo
 
 TRAINER_KEYS = (
     "run_name seed max_duration eval_interval eval_subset_num_batches train_subset_num_batches precision progress_bar "
-    "log_to_console console_log_interval device_train_microbatch_size save_folder save_interval save_overwrite "
-    "save_weights_only save_num_checkpoints_to_keep save_ignore_keys load_path load_weights_only load_ignore_keys "
-    "load_strict_model_weights autoresume python_log_level dist_timeout compile_config spin_dataloaders "
-    "accumulate_train_batch_on_tokens"
+    "log_to_console console_log_interval device_train_microbatch_size python_log_level dist_timeout compile_config "
+    "spin_dataloaders accumulate_train_batch_on_tokens"
 ).split()
 """Keys of LLM Foundry's that are the Trainer's arguments by the same name."""
 
@@ -62,15 +61,13 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         single_out_gloo()
     checkpoint = newest_checkpoint(config.save_folder) if config.save_folder else None
-    if checkpoint is not None:
-        config.load_path, config.load_weights_only = str(checkpoint), False
-        config.load_ignore_keys = [*(config.load_ignore_keys or ()), *(config.save_ignore_keys or ())]
     validate_config(config)
     reproducibility.seed_all(config.seed)
     fsdp = config.fsdp_config
     init_context = process_init_device(config.model, fsdp)
     tokenizer = build_tokenizer(config.tokenizer["name"], config.tokenizer.get("kwargs", {}))
     callbacks = [build_callback(str(name), kwargs, logged) for name, kwargs in (config.callbacks or {}).items()]
+    savers = _saver(config)
     train_loader = build_dataloader(config.train_loader, tokenizer, config.device_train_batch_size)
     model_name = config.model.pop("name")
     model = build_composer_model(model_name, config.model, tokenizer, init_context)
@@ -83,16 +80,31 @@ def build_trainer(cfg: DictConfig) -> Trainer:
         optimizers=optimizer,
         schedulers=scheduler,
         loggers=[build_logger(str(name), kwargs) for name, kwargs in (config.loggers or {}).items()],
-        callbacks=[*callbacks, *GlooMean.where_needed()],
+        callbacks=[*callbacks, *GlooMean.where_needed(), *savers],
         algorithms=[build_algorithm(str(name), kwargs) for name, kwargs in (config.algorithms or {}).items()],
         parallelism_config={"fsdp": fsdp},
-        save_latest_filename=config.save_latest_filename or "latest-sharded-rank{rank}",
-        save_filename=config.save_filename or "ep{epoch}-ba{batch}-rank{rank}.pt",
         **{key: getattr(config, key) for key in TRAINER_KEYS},
     )
+    _load(trainer, config, checkpoint)
     order = cast(RowOrder, cast(Any, train_loader.dataloader).sampler)
     order.done = int(trainer.state.timestamp.epoch), int(trainer.state.timestamp.batch_in_epoch)
     return trainer
+
+
+def _saver(config: TrainConfig) -> list[Saver]:
+    if not config.save_folder:
+        return []
+    keep = config.save_num_checkpoints_to_keep
+    return [Saver(config.save_folder, config.save_interval, keep, list(config.save_ignore_keys or ()))]
+
+
+def _load(trainer: Trainer, config: TrainConfig, checkpoint: Path | None) -> None:
+    """Load what the run goes on from, or starts from. Composer's own loading, which may run code, is never called."""
+    if checkpoint is not None:
+        ignored = [*(config.load_ignore_keys or ()), *(config.save_ignore_keys or ())]
+        trainer._rng_state = load_all(trainer.state, trainer.logger, checkpoint, ignored)
+    elif config.load_path:
+        load_weights(trainer.state, trainer.logger, Path(config.load_path), config.load_strict_model_weights)
 
 
 def _evaluators(config: TrainConfig, tokenizer: Any, model: Any) -> list[Any] | None:

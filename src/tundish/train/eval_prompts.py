@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from composer.utils import dist, reproducibility
 
 from tundish.spec import ANSWER_TOKENS
 from tundish.train.at_checkpoints import AtCheckpoints
+from tundish.train.saving import checkpoint_name
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +40,14 @@ class EvalPrompts(AtCheckpoints):
         super().__init__()
         self.prompts, self.max_seconds = list(prompts), max_seconds
 
-    def checkpoint_saved(self, state: State, logger: Logger, folder: Path) -> None:
+    def at_checkpoint(self, state: State, logger: Logger) -> None:
         """Generate on every rank (a sharded model needs all of them), log from rank 0."""
         if not self.prompts:
             return
         started = time.monotonic()
         outputs = generate(state, self.prompts, self.max_seconds)
-        rows = [[int(state.timestamp.batch), folder.name, *pair] for pair in zip(self.prompts, outputs, strict=True)]
+        name = checkpoint_name(state.timestamp)
+        rows = [[int(state.timestamp.batch), name, *pair] for pair in zip(self.prompts, outputs, strict=True)]
         # Rows of later checkpoints are appended to the same table.
         logger.log_table(columns=["step", "checkpoint", "prompt", "output"], rows=rows, name="eval_prompts")
         answered = sum(output != NO_ANSWER for output in outputs)

@@ -1,42 +1,99 @@
-"""Where a run goes on that was killed: the newest complete checkpoint of its save folder."""
+"""Loading: the newest complete checkpoint of a run that was killed, or the weights that a run starts from."""
 
-import shutil
 from pathlib import Path
+from typing import Any
 
-from composer.utils import dist
+import torch
+from composer import State
+from composer.utils import dist, reproducibility
+from composer.utils.checkpoint import glob_filter
 
-from tundish.checkpoints import NAME, list_checkpoints
-from tundish.paths import CHECKPOINT_LINK, write_atomic
+from tundish.checkpoints import list_checkpoints, read_checkpoint
+from tundish.checkpoints.archive import read_object
+from tundish.checkpoints.loading import load
+from tundish.checkpoints.metadata import Layout
+from tundish.checkpoints.saving import clean, point_latest_at
+from tundish.errors import CheckpointError
+
+ALGORITHMS = ("state", "algorithms")
 
 
 def newest_checkpoint(save_folder: str) -> Path | None:
     """The checkpoint to go on from, the same on every rank; None = begin.
 
-    What a killed process left half written is removed: Composer writes no checkpoint over another, and nothing can be
-    read from these.
+    What a killed process has left half done is put in order.
     """
     found: list[Path | None] = [None]
     if dist.get_global_rank() == 0:
-        complete = list_checkpoints(Path(save_folder))
-        _remove_incomplete(Path(save_folder), complete)
-        found = [complete[-1] if complete else None]
-        if complete:
-            _point_latest_at(complete[-1])
+        clean(Path(save_folder))
+        if complete := list_checkpoints(Path(save_folder)):
+            point_latest_at(complete[-1])
+            found = [complete[-1]]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 
 
-def _point_latest_at(checkpoint: Path) -> None:
-    """As the killed process would have done next, had it been killed between a checkpoint's last file and this."""
-    write_atomic(checkpoint.parent / CHECKPOINT_LINK, str(checkpoint))
-    link = checkpoint.parent / CHECKPOINT_LINK.removesuffix(".symlink")
-    link.unlink(missing_ok=True)
-    link.symlink_to(checkpoint.name)
+def load_all(state: State, logger: Any, checkpoint: Path, ignore_keys: list[str]) -> list[dict[str, Any]]:
+    """Load everything that training goes on with; on every rank.
+
+    Args:
+        state: the run's, its model and optimizer made and sharded.
+        logger: Composer's.
+        checkpoint: an `ep#-ba#` folder written on any number of ranks.
+        ignore_keys: Composer's patterns of what is left out.
+
+    Returns:
+        The random state of each rank that the checkpoint knows.
+
+    Raises:
+        CheckpointError: it is damaged or unsafe, or of another model or other algorithms.
+    """
+    layout = read_checkpoint(checkpoint)
+    check_algorithms(state, layout, checkpoint)
+    ranks = {path[1] for path in layout.paths.values() if path[0] == "rng"}
+    content: dict[str, Any] = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()[: len(ranks)]}
+    # Facts for people; and Composer evaluates what a checkpoint says of its algorithms.
+    del content["state"]["metadata"], content["state"]["algorithms"]
+    if ignore_keys:
+        glob_filter(ignore_keys)(content)
+    with torch.no_grad():
+        load(content, checkpoint)
+        state.load_state_dict(content["state"], logger, strict=True)
+    return content["rng"]
 
 
-def _remove_incomplete(save_folder: Path, complete: list[Path]) -> None:
-    if not save_folder.is_dir():
-        return
-    for path in save_folder.iterdir():
-        if NAME.fullmatch(path.name) and path not in complete and not path.is_symlink():
-            shutil.rmtree(path)
+def load_weights(state: State, logger: Any, path: Path, strict: bool) -> None:
+    """Load the model's weights and nothing else; on every rank.
+
+    Args:
+        state: the run's, its model made and sharded.
+        logger: Composer's.
+        path: an `ep#-ba#` folder written on any number of ranks, or a `.pt` file of Composer.
+        strict: whether every weight must be there.
+
+    Raises:
+        CheckpointError: it is damaged or unsafe, or of another model.
+    """
+    content: dict[str, Any] = {"state": {"model": state.get_model_state_dict()}}
+    with torch.no_grad():
+        load(content, path)
+        state.load_state_dict(content["state"], logger, strict=strict)
+
+
+def check_algorithms(state: State, layout: Layout, checkpoint: Path) -> None:
+    """Compare the algorithms that a checkpoint was trained with, as text, with the run's.
+
+    Composer would build those that are missing from their description, by `eval`.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    said = {path[2:]: read_object(layout.objects[n]) for n, path in layout.paths.items() if path[:2] == ALGORITHMS}
+    found = said.get(()) or [value for path, value in sorted(said.items(), key=str) if path[1:] == (0,)]
+    names = [str(entry[0]) if isinstance(entry, list | tuple) and entry else str(entry) for entry in found]
+    wanted = [type(algorithm).__qualname__ for algorithm in state.algorithms]
+    if names != wanted:
+        raise CheckpointError(
+            f"{checkpoint}: was trained with the algorithms {names}, this run has {wanted}. They were not loaded. "
+            "Set the same ones (overrides: algorithms), or use another checkpoint."
+        )

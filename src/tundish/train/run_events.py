@@ -4,17 +4,17 @@ import os
 import time
 from pathlib import Path
 
-from composer import Logger, State, TimeUnit
+from composer import Callback, Logger, State, TimeUnit
 from composer.utils import dist
 
 from tundish import events
-from tundish.paths import CHECKPOINT_LINK, RUN_VARIABLE, write_atomic
-from tundish.train.at_checkpoints import AtCheckpoints
+from tundish.paths import RUN_VARIABLE
+from tundish.train.saving import Saver
 
 PROGRESS_SECONDS = 2.0
 
 
-class RunEvents(AtCheckpoints):
+class RunEvents(Callback):
     """Registered with LLM Foundry as the callback `tundish_events`.
 
     Args:
@@ -22,7 +22,6 @@ class RunEvents(AtCheckpoints):
     """
 
     def __init__(self, events_path: str) -> None:
-        super().__init__()
         self.path = Path(events_path)
         self._started_s = self._started_done = 0.0
         self._last_word = 0.0
@@ -36,7 +35,9 @@ class RunEvents(AtCheckpoints):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Training begins, or goes on."""
-        super().fit_start(state, logger)
+        for callback in state.callbacks:
+            if isinstance(callback, Saver):
+                callback.completed.append(self.checkpoint_saved)
         self._started_s, self._started_done = time.monotonic(), _progress(state)[0]
         batch = int(state.timestamp.batch)
         where = f" It goes on from batch {batch}." if batch else ""
@@ -57,10 +58,8 @@ class RunEvents(AtCheckpoints):
         facts = {"eta_s": round(eta_s, 1), "batch": int(state.timestamp.batch), "loss": loss}
         self._write("TRAIN_UPDATED", text, share=round(min(1.0, done / total), 4), **facts)
 
-    def checkpoint_saved(self, state: State, logger: Logger, folder: Path) -> None:
-        """Point `latest` at the checkpoint and say so."""
-        if dist.get_global_rank() == 0:
-            write_atomic(folder.parent / CHECKPOINT_LINK, str(folder))
+    def checkpoint_saved(self, folder: Path) -> None:
+        """The checkpoint is complete."""
         self._write("CHECKPOINT_SAVED", f"Checkpoint {folder.name} saved.", checkpoint=str(folder))
 
     def fit_end(self, state: State, logger: Logger) -> None:

@@ -1,0 +1,262 @@
+"""A sharded state dict → a checkpoint that is there complete, or not at all.
+
+PyTorch's planner decides which rank writes what. Each rank writes its file into a hidden folder and hashes it on the
+way; when all have, rank 0 adds the metadata and the manifest, flushes the folder to the disk and renames it. A process
+that is killed at any moment leaves the hidden folder, which the next one removes.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch.distributed.checkpoint import DefaultSavePlanner, Metadata, SavePlan, SavePlanner, StorageWriter
+from torch.distributed.checkpoint import save as dcp_save
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+from typing_extensions import override
+
+from tundish.checkpoints import NAME, list_checkpoints
+from tundish.checkpoints.manifest import FileFacts, write_manifest
+from tundish.checkpoints.metadata import METADATA
+from tundish.errors import CheckpointError
+from tundish.paths import CHECKPOINT_LINK, write_atomic
+
+Exchange = Callable[[Any], list[Any]]
+"""What every rank gives, in the order of the ranks; called by all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one rank has written, or why it has not."""
+
+    file: str = ""
+    facts: FileFacts | None = None
+    places: tuple[tuple[int, int], ...] = ()
+    """Start and length of each item of its plan."""
+    error: str | None = None
+
+
+class Staged(StorageWriter):
+    """One rank's part of a checkpoint, taken from a state dict and not yet on the disk.
+
+    Args:
+        state_dict: nested; called with it on every rank at the same time.
+        folder: where the checkpoint is to be.
+        copy: whether tensors are copied, so that training may go on while they are written.
+
+    Raises:
+        CheckpointError: a complete checkpoint is there already.
+    """
+
+    def __init__(self, state_dict: dict[str, Any], folder: Path, *, copy: bool) -> None:
+        if folder.exists():
+            raise CheckpointError(f"{folder}: is there already; a checkpoint is never written over. Move it away.")
+        self.folder, self.copy = folder, copy
+        self._file = ""
+        self._items: list[tuple[WriteItem, Any]] = []
+        self._plans: list[SavePlan] = []
+        self._metadata: Metadata | None = None
+        dcp_save(state_dict, storage_writer=self, planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True))
+
+    @property
+    def hidden(self) -> Path:
+        """Where it is written."""
+        return hidden(self.folder)
+
+    def write(self) -> Share:
+        """Write this rank's file; a failure is part of the answer, since the other ranks wait for one."""
+        try:
+            self.hidden.mkdir(parents=True, exist_ok=True)
+            with open(self.hidden / self._file, "wb") as file:
+                hashing = _Hashing(file)
+                places = tuple(_write_item(hashing, data) for _, data in self._items)
+                file.flush()
+                os.fsync(file.fileno())
+            return Share(self._file, FileFacts(hashing.size, hashing.digest.hexdigest()), places)
+        except OSError as error:
+            return Share(error=_failure(self.folder, error))
+        finally:
+            self._items = []
+
+    def complete(self, shares: Sequence[Share]) -> None:
+        """Make the checkpoint visible; called on rank 0 with what all ranks have written.
+
+        Raises:
+            CheckpointError: a rank could not write, or writes to another disk.
+        """
+        if errors := sorted({share.error for share in shares if share.error}):
+            shutil.rmtree(self.hidden, ignore_errors=True)
+            raise CheckpointError(" ".join(errors))
+        try:
+            self._complete({share.file: share.facts for share in shares if share.facts}, shares)
+        except OSError as error:
+            shutil.rmtree(self.hidden, ignore_errors=True)
+            raise CheckpointError(_failure(self.folder, error)) from error
+
+    def _complete(self, files: dict[str, FileFacts], shares: Sequence[Share]) -> None:
+        for name, facts in files.items():
+            file = self.hidden / name
+            if not file.is_file() or file.stat().st_size != facts.bytes:
+                raise CheckpointError(
+                    f"{file}: another rank has written it, and it is not here. Checkpoints must go to a disk that all "
+                    "nodes share. Set save_folder, or $TUNDISH_HOME, to one."
+                )
+        path = self.hidden / METADATA
+        write_atomic(path, self._pickled(shares))
+        write_manifest(self.hidden, files | {METADATA: FileFacts.of(path)})
+        _flush(self.hidden)
+        self.hidden.rename(self.folder)
+        _flush(self.folder.parent)
+
+    def _pickled(self, shares: Sequence[Share]) -> bytes:
+        assert self._metadata is not None
+        found = {
+            item.index: _StorageInfo(share.file, *place)
+            for plan, share in zip(self._plans, shares, strict=True)
+            for item, place in zip(plan.items, share.places, strict=True)
+        }
+        return pickle.dumps(dataclasses.replace(self._metadata, storage_data=found))
+
+    # What PyTorch asks of a StorageWriter.
+
+    @override
+    def reset(self, checkpoint_id: Any = None) -> None:
+        pass
+
+    @override
+    def set_up_storage_writer(self, is_coordinator: bool) -> None:
+        pass
+
+    @override
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    @override
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        self._plans = plans
+        return [dataclasses.replace(plan, storage_data=f"__{rank}_0.distcp") for rank, plan in enumerate(plans)]
+
+    @override
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        self._file = cast(str, plan.storage_data)
+        self._items = [(item, self._data(item, planner)) for item in plan.items]
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([])
+        return done
+
+    def _data(self, item: WriteItem, planner: SavePlanner) -> Any:
+        data = planner.resolve_data(item)
+        if item.type == WriteItemType.BYTE_IO:
+            return data
+        tensor = cast(torch.Tensor, data).detach()
+        # A view would be saved with all that it is a view of.
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        return tensor.to("cpu", copy=self.copy or not whole).contiguous()
+
+    @override
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        self._metadata = metadata
+
+    @classmethod
+    @override
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+
+def write_checkpoint(staged: Staged, exchange: Exchange, is_first: bool) -> None:
+    """Write what is staged, on every rank; afterwards the checkpoint is there and `latest` names it.
+
+    Raises:
+        CheckpointError: a rank could not write; told on every rank.
+    """
+    shares = exchange(staged.write())
+    error = None
+    if is_first:
+        try:
+            staged.complete(shares)
+            point_latest_at(staged.folder)
+        except CheckpointError as found:
+            error = found.message
+    if error := exchange(error)[0]:
+        raise CheckpointError(error)
+
+
+def point_latest_at(checkpoint: Path) -> None:
+    """Name the newest checkpoint in the text file beside them."""
+    write_atomic(checkpoint.parent / CHECKPOINT_LINK, str(checkpoint))
+
+
+def hidden(folder: Path) -> Path:
+    """The name under which a checkpoint is not complete."""
+    return folder.with_name(f".{folder.name}.tmp")
+
+
+def clean(save_folder: Path) -> None:
+    """Remove what killed processes have left half written or half removed."""
+    complete = list_checkpoints(save_folder)
+    for path in save_folder.iterdir() if save_folder.is_dir() else ():
+        half = path.name.startswith(".") and path.name.endswith(".tmp") and NAME.fullmatch(path.name[1:-4])
+        if half or (NAME.fullmatch(path.name) and path not in complete and not path.is_symlink()):
+            shutil.rmtree(path)
+
+
+def keep_newest(save_folder: Path, count: int) -> list[Path]:
+    """Remove the oldest complete checkpoints until `count` (1 or more) are left; returns those removed."""
+    removed = list_checkpoints(save_folder)[: -max(1, count)]
+    for path in removed:
+        # Gone at once: one that is half removed would look like one that is complete.
+        path.rename(hidden(path))
+        shutil.rmtree(hidden(path))
+    return removed
+
+
+def _write_item(file: "_Hashing", data: Any) -> tuple[int, int]:
+    start = file.size
+    if isinstance(data, torch.Tensor):
+        torch.save(data, cast(BinaryIO, file))
+    else:
+        file.write(data.getbuffer())
+    return start, file.size - start
+
+
+class _Hashing:
+    """A file that is only written to, and hashed on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        count = len(memoryview(data).cast("B"))
+        self.digest.update(data)
+        self.file.write(data)
+        self.size += count
+        return count
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _failure(folder: Path, error: OSError) -> str:
+    free = shutil.disk_usage(folder.parent).free if folder.parent.is_dir() else 0
+    return (
+        f"{folder}: cannot be written ({error.strerror}); {free:,} bytes are free there. Earlier checkpoints are "
+        "untouched. Make room, or keep fewer (overrides: save_num_checkpoints_to_keep), then `tundish resume` the run."
+    )
+
+
+def _flush(folder: Path) -> None:
+    """Let the names in a folder outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
