@@ -77,6 +77,30 @@ def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
+def fit_vocabulary(config: Any, weights: Mapping[str, StoredTensor], tokens: int, checkpoint: Path) -> None:
+    """Give `config` the vocabulary of the checkpoint, where tokens were added before it was trained.
+
+    Raises:
+        CheckpointError: the tokenizer has more tokens than the checkpoint's embedding.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    embedding = model.get_input_embeddings().weight
+    name = next(name for name, tensor in model.named_parameters() if tensor is embedding)
+    stored = weights.get(name)
+    if stored is None or len(stored.shape) != 2 or stored.shape[0] == config.vocab_size:
+        return  # what is missing is told with everything else
+    if tokens > stored.shape[0]:
+        raise CheckpointError(
+            f"{checkpoint}: its vocabulary has {stored.shape[0]:,} tokens, the model's tokenizer {tokens:,}. "
+            "Give the model that the run started from."
+        )
+    config.vocab_size = stored.shape[0]
+
+
 def check_shapes(checkpoint: Path, found: Shapes, expected: Shapes) -> None:
     """Compare what a checkpoint has with what a model needs.
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tundish.checkpoints import StoredTensor, read_tensors
+from tundish.checkpoints.archive import find_bytes
 from tundish.data.templates import CHATML
-from tundish.errors import CheckpointError
+from tundish.errors import CheckpointError, SpecError
 from tundish.export import safetensors
 from tundish.export.safetensors import export, plan
 
@@ -171,7 +172,7 @@ def test_weights_stored_in_parts_are_put_together(
         dcp.save(halves, checkpoint_id=tmp_path / f"half{number}", no_dist=True)
         stored.append(read_tensors(tmp_path / f"half{number}"))
     joined = {name: _joined(first, stored[1][name]) for name, first in stored[0].items()}
-    assert len(joined) > 10 and all(len(tensor.chunks) == 2 for tensor in joined.values())
+    assert len(joined) > 10 and all(len(tensor.parts) == 2 for tensor in joined.values())
     monkeypatch.setattr("tundish.weights.read_tensors", lambda _: joined)
     export(tmp_path, str(folder), "INSTRUCTION_FINETUNE", out, dtype="float32")
     assert _close(_logits(_load(out)), _logits(trained))
@@ -180,9 +181,9 @@ def test_weights_stored_in_parts_are_put_together(
 def _joined(first: StoredTensor, second: StoredTensor) -> StoredTensor:
     """One tensor of both, the rows of `second` after those of `first`."""
     rows = first.shape[0]
-    moved = [replace(chunk, offsets=(chunk.offsets[0] + rows, *chunk.offsets[1:])) for chunk in second.chunks]
+    moved = [replace(part, offsets=(part.offsets[0] + rows, *part.offsets[1:])) for part in second.parts]
     shape = (rows + second.shape[0], *first.shape[1:])
-    return replace(first, shape=shape, chunks=(*first.chunks, *moved))
+    return replace(first, shape=shape, parts=(*moved, *first.parts))
 
 
 def test_the_index_lists_every_tensor_in_its_shard(
@@ -289,41 +290,121 @@ def test_a_checkpoint_of_nothing_of_ours_is_refused(base: Callable[..., Path], t
     assert not list(tmp_path.glob("exports/*"))
 
 
-def test_an_export_that_fails_half_way_leaves_the_last_one(
-    base: Callable[..., Path], save_checkpoint: SaveCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("damage", ["zeros", "one bit"])
+def test_an_export_that_fails_half_way_leaves_nothing(
+    base: Callable[..., Path],
+    save_checkpoint: SaveCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: str,
 ) -> None:
-    """A damaged checkpoint would take the good export with it, or leave half of a new one."""
+    """Half of an export, or one with other weights than were trained, would be served."""
     folder, out = base(), tmp_path / "exports" / "one"
     checkpoint = save_checkpoint(_state(_trained(folder)))
-    export(checkpoint, str(folder), "INSTRUCTION_FINETUNE", out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
     (file,) = checkpoint.glob("*.distcp")
-    file.write_bytes(bytes(file.stat().st_size))
+    if damage == "zeros":
+        file.write_bytes(bytes(file.stat().st_size))
+    else:
+        bytes_ = find_bytes(read_tensors(checkpoint)["state.model.model.model.norm.weight"].parts[0], "float32")
+        content = bytearray(file.read_bytes())
+        content[bytes_.start + 5] ^= 1
+        file.write_bytes(content)
     monkeypatch.setattr(safetensors, "SHARD_BYTES", 30_000)
-    with pytest.raises(CheckpointError, match="not a readable tensor"):
+    with pytest.raises(CheckpointError, match=r"not a readable tensor|not those that were written \(CRC-32\)"):
         export(checkpoint, str(folder), "INSTRUCTION_FINETUNE", out)
-    assert [path.name for path in out.parent.iterdir()] == ["one"]
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before and len(before) > 5
+    assert not list(out.parent.iterdir())
 
 
-def test_an_export_takes_the_place_of_the_last_one(
+def test_an_export_overwrites_nothing(
+    base: Callable[..., Path], save_checkpoint: SaveCheckpoint, tmp_path: Path
+) -> None:
+    """`--out .` would empty the folder that somebody works in."""
+    folder, out = base(), tmp_path / "exports"
+    out.mkdir()
+    (out / "letter.txt").write_text("mine")
+    with pytest.raises(SpecError, match="is there already; an export overwrites nothing"):
+        export(save_checkpoint(_state(_trained(folder))), str(folder), "INSTRUCTION_FINETUNE", out)
+    assert (out / "letter.txt").read_text() == "mine"
+
+
+def test_what_a_killed_export_left_is_removed(
+    base: Callable[..., Path], save_checkpoint: SaveCheckpoint, tmp_path: Path
+) -> None:
+    """Each attempt would leave gigabytes; one that still runs keeps what it has."""
+    import subprocess
+    import sys
+
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    folder, out = base(), tmp_path / "exports" / "one"
+    left, running = out.with_name(f".one.{gone.pid}.tmp"), out.with_name(".one.1.tmp")
+    left.mkdir(parents=True)
+    running.mkdir()
+    export(save_checkpoint(_state(_trained(folder))), str(folder), "INSTRUCTION_FINETUNE", out)
+    assert sorted(path.name for path in out.parent.iterdir()) == [".one.1.tmp", "one"]
+
+
+def test_what_was_written_is_read_again(
     base: Callable[..., Path], save_checkpoint: SaveCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shards of an older export would lie among the new ones."""
+    """A disk that loses bytes would give a model that nobody has trained."""
+    original = safetensors.write
+
+    def lossy(shards: Any, folder: Path, progress: Any = None) -> None:
+        original(shards, folder, progress)
+        path = folder / shards[0].name
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    monkeypatch.setattr(safetensors, "write", lossy)
+    monkeypatch.setattr(safetensors, "SAMPLED_TENSORS", 1000)
+    folder, out = base(), tmp_path / "exports" / "one"
+    with pytest.raises(CheckpointError, match="lm_head.weight is not what the checkpoint holds"):
+        export(save_checkpoint(_state(_trained(folder))), str(folder), "INSTRUCTION_FINETUNE", out)
+    assert not list(out.parent.iterdir())
+
+
+def test_progress_adds_up(base: Callable[..., Path], save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:
+    """Somebody who waits for hundreds of gigabytes would not see that they come."""
+    told: list[tuple[int, int]] = []
+    folder, out = base(), tmp_path / "export"
+    checkpoint = save_checkpoint(_state(_trained(folder)))
+    export(checkpoint, str(folder), "INSTRUCTION_FINETUNE", out, progress=lambda *facts: told.append(facts))
+    total = json.loads((out / safetensors.INDEX).read_text())["metadata"]["total_size"]
+    assert sum(count for count, _ in told) == total and {whole for _, whole in told} == {total}
+
+
+def test_added_tokens_are_part_of_the_vocabulary(
+    base: Callable[..., Path], save_checkpoint: SaveCheckpoint, tmp_path: Path
+) -> None:
+    """A model whose embedding was resized before training would be refused, or get a config of another size."""
+    folder, out = base(), tmp_path / "export"
+    trained = _trained(folder)
+    trained.resize_token_embeddings(400)
+    checkpoint = save_checkpoint(_state(trained))
+    export(checkpoint, str(folder), "INSTRUCTION_FINETUNE", out, dtype="float32")
+    loaded = _load(out)
+    assert loaded.config.vocab_size == 400 and _close(_logits(loaded), _logits(trained))
+    trained.resize_token_embeddings(100)
+    small = save_checkpoint(_state(trained), "ep1-ba11")
+    with pytest.raises(CheckpointError, match="its vocabulary has 100 tokens, the model's tokenizer"):
+        export(small, str(folder), "INSTRUCTION_FINETUNE", tmp_path / "other")
+
+
+def test_whole_numbers_stay_whole(base: Callable[..., Path], save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:
+    """A buffer of counts or positions, rounded to bfloat16, would hold others."""
     import torch
 
-    folder, out = base(), tmp_path / "exports" / "one"
-    trained = _trained(folder)
-    checkpoint = save_checkpoint(_state(trained))
-    with monkeypatch.context() as patch:
-        patch.setattr(safetensors, "SHARD_BYTES", 30_000)
-        export(checkpoint, str(folder), "INSTRUCTION_FINETUNE", out)
-    assert len(list(out.glob("*.safetensors"))) > 2
-    (out / "stray.bin").write_text("of yesterday")
-    export(checkpoint, str(folder), "INSTRUCTION_FINETUNE", out)
-    assert [path.name for path in out.glob("*.safetensors")] == ["model-00001-of-00001.safetensors"]
-    assert not (out / "stray.bin").exists() and [path.name for path in out.parent.iterdir()] == ["one"]
-    assert _close(_logits(_load(out, torch.float32)), _logits(_rounded(trained)))
+    checkpoint = save_checkpoint({"steps": torch.tensor([70_001, 3]), "weight": torch.ones(2, 2)})
+    weights = {name: read_tensors(checkpoint)[f"state.model.model.{name}"] for name in ("steps", "weight")}
+    shards = plan(weights, "bfloat16", 1_000)
+    safetensors.write(shards, tmp_path)
+    safetensors.verify(tmp_path, shards)
+    from safetensors.torch import load_file
+
+    found = load_file(tmp_path / shards[0].name)
+    assert found["steps"].tolist() == [70_001, 3] and found["weight"].dtype == torch.bfloat16
 
 
 def test_a_chat_model_gets_its_chat_template(
@@ -386,29 +467,32 @@ def test_a_base_models_faulty_generation_settings_do_not_stop_the_export(
 
 
 def _stored(*shapes: tuple[int, ...]) -> dict[str, StoredTensor]:
-    import torch
-
-    return {f"t{number}": StoredTensor(f"t{number}", shape, torch.float32, ()) for number, shape in enumerate(shapes)}
+    return {f"t{number}": StoredTensor(f"t{number}", shape, "float32", ()) for number, shape in enumerate(shapes)}
 
 
 def test_no_shard_is_larger_than_the_limit() -> None:
-    """An export would need more memory than its one shard."""
+    """Files would be larger than what users can store or send at once."""
     weights = _stored((10,), (5, 2), (3,), (2,), (4, 5), (1,))
-    shards = plan(weights, 2, 26)
-    assert [[name for name, _ in shard.tensors] for shard in shards] == [["t0"], ["t1", "t2"], ["t3"], ["t4"], ["t5"]]
+    shards = plan(weights, "bfloat16", 26)
+    names = [[target.name for target in shard.targets] for shard in shards]
+    assert names == [["t0"], ["t1", "t2"], ["t3"], ["t4"], ["t5"]]
     assert [shard.name for shard in shards] == [f"model-0000{n}-of-00005.safetensors" for n in range(1, 6)]
-    assert plan(weights, 4, 26) != shards, "the bytes written count, not those stored"
+    assert plan(weights, "float32", 26) != shards, "the bytes written count, not those stored"
 
 
 def test_a_tensor_as_large_as_the_limit_fills_a_shard() -> None:
     """One tensor more or less in a shard: the border is the limit itself."""
-    assert [len(shard.tensors) for shard in plan(_stored((5,), (5,), (1,)), 2, 20)] == [2, 1]
-    assert [len(shard.tensors) for shard in plan(_stored((50,), (1,), (1,)), 2, 20)] == [1, 2]
+    assert [len(shard.targets) for shard in plan(_stored((5,), (5,), (1,)), "bfloat16", 20)] == [2, 1]
+    assert [len(shard.targets) for shard in plan(_stored((50,), (1,), (1,)), "bfloat16", 20)] == [1, 2]
 
 
 def test_every_tensor_is_in_one_shard_in_order() -> None:
-    """Weights would be lost, or written twice."""
+    """Weights would be lost, written twice, or over each other."""
     weights = _stored(*((n % 7 + 1, 3) for n in range(50)))
-    shards = plan(weights, 2, 100)
-    assert [item for shard in shards for item in shard.tensors] == [*weights.items()] and len(shards) > 5
-    assert plan({}, 2, 100) == []
+    shards = plan(weights, "bfloat16", 100)
+    targets = [target for shard in shards for target in shard.targets]
+    assert [(target.name, target.source) for target in targets] == [*weights.items()] and len(shards) > 5
+    for shard in shards:
+        ends = [0, *(target.start + target.size for target in shard.targets)]
+        assert [target.start for target in shard.targets] == ends[:-1]
+    assert plan({}, "bfloat16", 100) == []

@@ -53,6 +53,8 @@ class StoredTensor:
     def blocks(self, limit: int = BLOCK_BYTES) -> Iterator["torch.Tensor"]:
         """All elements in the tensor's order, flat, at most `limit` bytes at a time where its parts are rows.
 
+        Each block may lie in the place of the one before.
+
         Raises:
             CheckpointError: its bytes are damaged; told after the last block of a part.
         """

@@ -52,16 +52,16 @@ class Bytes:
     length: int
     crc: int
 
-    def blocks(self, limit: int = BLOCK_BYTES) -> Iterator[bytearray]:
-        """All of them, at most `limit` at a time.
+    def blocks(self, limit: int = BLOCK_BYTES) -> Iterator[memoryview]:
+        """All of them, at most `limit` at a time, each in the place of the one before.
 
         Raises:
             CheckpointError: they are not those that were written; told after the last block.
         """
-        crc = 0
-        with open(self.file, "rb") as file:
+        crc, buffer = 0, memoryview(bytearray(min(limit, self.length)))
+        with open(self.file, "rb", buffering=0) as file:
             for start in range(0, self.length, limit):
-                block = bytearray(min(limit, self.length - start))
+                block = buffer[: self.length - start]
                 _read(file.fileno(), block, self.start + start, self.file)
                 crc = zlib.crc32(block, crc)
                 yield block
@@ -162,10 +162,10 @@ def _damaged(file: Path, start: int, what: str) -> CheckpointError:
     return CheckpointError(f"{file}, byte {start:,}: {what}. The file is damaged or unsafe; use another checkpoint.")
 
 
-def _read(descriptor: int, target: bytearray, start: int, file: Path) -> None:
-    view, done = memoryview(target), 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], start + done)
+def _read(descriptor: int, target: memoryview, start: int, file: Path) -> None:
+    done = 0
+    while done < len(target):
+        count = os.preadv(descriptor, [target[done:]], start + done)
         if not count:
             raise _damaged(file, start, "it ends too early")
         done += count
@@ -238,7 +238,8 @@ class _opened:
             return default
         if info.file_size > limit:
             raise _damaged(self.part.file, self.part.start, f"{info.filename} has {info.file_size:,} bytes")
-        return b"".join(Bytes(self.part.file, self.position(info), info.file_size, info.CRC).blocks())
+        found = Bytes(self.part.file, self.position(info), info.file_size, info.CRC)
+        return b"".join(bytes(block) for block in found.blocks())
 
 
 @dataclass(frozen=True, slots=True)

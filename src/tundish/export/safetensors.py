@@ -1,27 +1,71 @@
-"""A checkpoint's weights → a Hugging Face folder, one output shard in memory at a time.
+"""A checkpoint's weights → a Hugging Face folder, some blocks of a few megabytes in memory at a time.
 
-No model is built and no process group is started: the metadata says where each tensor's bytes lie.
+No model is built and no process group is started: the metadata says where each tensor's bytes lie, and the config where
+they go. Files are laid out first, then filled by several threads; what was written is read again before the folder
+appears under its name. The format of the files: https://huggingface.co/docs/safetensors.
 """
 
 import json
 import math
 import os
+import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+import psutil
 
 from tundish.checkpoints import StoredTensor
+from tundish.checkpoints.metadata import DTYPE_BYTES
 from tundish.data.tokenizer import load_tokenizer
+from tundish.errors import CheckpointError, SpecError
 from tundish.paths import write_atomic
 from tundish.spec import TaskType
-from tundish.weights import check_shapes, expected_shapes, model_config, read_weights
+from tundish.weights import check_shapes, expected_shapes, fit_vocabulary, model_config, read_weights
 
 ExportDtype = Literal["bfloat16", "float32"]
-BYTES = {"bfloat16": 2, "float32": 4}
+DTYPES: tuple[ExportDtype, ...] = ("bfloat16", "float32")
 SHARD_BYTES = 2_000_000_000
 INDEX = "model.safetensors.index.json"
+THREADS = 4
+SAMPLED_TENSORS = 16
+SAMPLED_BYTES = 256 << 20
+"""Of what was written, compared once more with the checkpoint; the last tensor may go beyond."""
+_SAFETENSORS = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+Progress = Callable[[int, int], None]
+"""Told how many bytes of weights were just written, and how many there are in all; from several threads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A tensor and its place in an output file."""
+
+    name: str
+    """The Hugging Face name."""
+    source: StoredTensor
+    dtype: str
+    start: int
+    """Byte in the file's data."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.source.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,59 +73,191 @@ class Shard:
     """One output file and the tensors that go into it."""
 
     name: str
-    tensors: tuple[tuple[str, StoredTensor], ...]
-    """Hugging Face name and source, in the order of the checkpoint."""
+    targets: tuple[Target, ...]
+
+    @property
+    def header(self) -> bytes:
+        """The length of the description as eight bytes, and the description."""
+        content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        for target in self.targets:
+            offsets = [target.start, target.start + target.size]
+            entry = {"dtype": _SAFETENSORS[target.dtype], "shape": target.source.shape, "data_offsets": offsets}
+            content[target.name] = entry
+        text = json.dumps(content, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
 
 
-def export(checkpoint: Path, model: str, task_type: TaskType, out: Path, dtype: ExportDtype = "bfloat16") -> None:
+def export(
+    checkpoint: Path,
+    model: str,
+    task_type: TaskType,
+    out: Path,
+    dtype: ExportDtype = "bfloat16",
+    progress: Progress | None = None,
+) -> None:
     """Write `out` from the weights of `checkpoint`; it is there complete, or not at all.
 
     Args:
-        checkpoint: an `ep#-ba#` folder of any world size.
+        checkpoint: an `ep#-ba#` folder of any world size, tundish's or LLM Foundry's.
         model: name or folder that the run started from; gives config and tokenizer.
         task_type: decides whether a missing chat template is added.
-        out: the folder to make; replaced if it exists.
-        dtype: of the weights written.
+        out: the folder to make.
+        dtype: of the weights written; buffers of whole numbers keep theirs.
+        progress: is told how far it is.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or lacks weights that the model's config asks for.
+        SpecError: `out` is there already, or the disk has no room for it.
+        CheckpointError: the checkpoint is damaged, lacks weights that the model's config asks for, or what was written
+            is not what was read.
     """
+    if out.exists():
+        raise SpecError(f"{out}: is there already; an export overwrites nothing. Remove it, or choose another folder.")
     tokenizer = load_tokenizer(model, task_type)
     weights, config = read_weights(checkpoint), model_config(model)
+    fit_vocabulary(config, weights, len(tokenizer), checkpoint)
     config.torch_dtype = dtype
     expected = expected_shapes(config)
     check_shapes(checkpoint, {name: tensor.shape for name, tensor in weights.items()}, expected)
-    shards = plan({name: weights[name] for name in expected}, BYTES[dtype], SHARD_BYTES)
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        tokenizer.save_pretrained(beside)
-        _write_configs(model, config, beside)
-        for shard in shards:
-            _write_shard(shard, beside, dtype)
-        _write_index(shards, beside, BYTES[dtype])
-        shutil.rmtree(out, ignore_errors=True)
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    shards = plan({name: weights[name] for name in expected}, dtype, SHARD_BYTES)
+    _check_room(out, sum(target.size for shard in shards for target in shard.targets))
+    with _hidden(out) as folder:
+        tokenizer.save_pretrained(folder)
+        _write_configs(model, config, folder)
+        write(shards, folder, progress)
+        verify(folder, shards)
+        _write_index(shards, folder)
+        folder.rename(out)
 
 
-def plan(weights: Mapping[str, StoredTensor], bytes_each: int, limit: int) -> list[Shard]:
+def plan(weights: Mapping[str, StoredTensor], dtype: ExportDtype, limit: int) -> list[Shard]:
     """Tensors in their order, cut into shards of at most `limit` bytes (a larger tensor has one of its own)."""
-    groups: list[list[tuple[str, StoredTensor]]] = []
-    room = 0
-    for name, tensor in weights.items():
-        size = math.prod(tensor.shape) * bytes_each
-        if not groups or size > room:
+    groups: list[list[Target]] = []
+    filled = 0
+    for name, source in weights.items():
+        kept = dtype if "float" in source.dtype else source.dtype
+        size = math.prod(source.shape) * DTYPE_BYTES[kept]
+        if not groups or filled + size > limit:
             groups.append([])
-            room = limit
-        groups[-1].append((name, tensor))
-        room -= size
-    return [
-        Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(group))
-        for number, group in enumerate(groups, 1)
-    ]
+            filled = 0
+        groups[-1].append(Target(name, source, kept, filled))
+        filled += size
+    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    return [Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
+
+
+def write(shards: Sequence[Shard], folder: Path, progress: Progress | None = None) -> None:
+    """Write the files of `shards`, several tensors at a time, and flush them to the disk.
+
+    Raises:
+        CheckpointError: a tensor is damaged.
+    """
+    headers = {shard.name: shard.header for shard in shards}
+    for shard in shards:
+        path = folder / shard.name
+        path.write_bytes(headers[shard.name])
+        os.truncate(path, len(headers[shard.name]) + sum(target.size for target in shard.targets))
+    work = [(target, folder / shard.name, len(headers[shard.name])) for shard in shards for target in shard.targets]
+    # The largest first: one that comes last would be written alone.
+    work.sort(key=lambda item: -item[0].size)
+    total = sum(target.size for target, _, _ in work)
+    tell = None if progress is None else lambda count: progress(count, total)
+    with ThreadPoolExecutor(THREADS, initializer=_compute_alone) as pool:
+        list(pool.map(lambda item: _write_tensor(item[0], item[1], item[2], tell), work))
+        list(pool.map(lambda shard: _flush(folder / shard.name), shards))
+
+
+def verify(folder: Path, shards: Sequence[Shard]) -> None:
+    """Read what was written: every name and shape, and the values of some tensors.
+
+    Raises:
+        CheckpointError: a file differs from what went into it.
+    """
+    targets = [(target, folder / shard.name) for shard in shards for target in shard.targets]
+    bad = [name for shard in shards for name in _misshapen(folder / shard.name, shard)]
+    compared = 0
+    for target, path in random.Random(0).sample(targets, min(SAMPLED_TENSORS, len(targets))):
+        if compared < SAMPLED_BYTES and not _equal(target, path):
+            bad.append(target.name)
+        compared += target.size
+    if bad:
+        raise CheckpointError(
+            f"{folder}: {', '.join(bad[:5])} is not what the checkpoint holds. Check the disk, and export once more."
+        )
+
+
+def _misshapen(path: Path, shard: Shard) -> list[str]:
+    """Names that are missing from a file, or have another shape in it, or do not belong there."""
+    from safetensors import SafetensorError, safe_open
+
+    wanted = {target.name: list(target.source.shape) for target in shard.targets}
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: cannot be read again ({error}). Export once more.") from error
+    return [name for name in wanted | found if wanted.get(name) != found.get(name)]
+
+
+def _equal(target: Target, path: Path) -> bool:
+    """Whether a file holds the tensor's values, at the place that the file itself says."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        file.seek(8 + length + json.loads(file.read(length))[target.name]["data_offsets"][0])
+        return all(file.read(len(data)) == data for data in _converted(target))
+
+
+def _converted(target: Target) -> Iterator[memoryview]:
+    """The bytes of a tensor in the type that it is written with."""
+    import torch
+
+    dtype = getattr(torch, target.dtype)
+    for block in target.source.blocks():
+        yield memoryview(cast(Any, block.to(dtype).view(torch.uint8).numpy()))
+
+
+def _write_tensor(target: Target, path: Path, header: int, tell: Callable[[int], None] | None) -> None:
+    at = header + target.start
+    with open(path, "r+b", buffering=0) as file:
+        for data in _converted(target):
+            if tell is not None:
+                tell(len(data))
+            while data:
+                count = os.pwrite(file.fileno(), data, at)
+                data, at = data[count:], at + count
+
+
+def _compute_alone() -> None:
+    """Each thread would make a team of threads of its own for its casts."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _check_room(out: Path, size: int) -> None:
+    existing = next(parent for parent in out.absolute().parents if parent.exists())
+    if (free := shutil.disk_usage(existing).free) < size:
+        raise SpecError(f"{out}: the weights take {size:,} bytes, and {free:,} are free there. Choose another disk.")
+
+
+@contextmanager
+def _hidden(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that is gone afterwards, like those of exports that were killed."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f".{out.name}.*.tmp"):
+        if not psutil.pid_exists(int(left.name.split(".")[-2])):
+            shutil.rmtree(left)
+    folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_configs(model: str, config: Any, folder: Path) -> None:
@@ -101,19 +277,8 @@ def _write_configs(model: str, config: Any, folder: Path) -> None:
         shutil.copyfile(given, folder / name)
 
 
-def _write_shard(shard: Shard, folder: Path, dtype: ExportDtype) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    target = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
-    save_file({name: tensor.read(target) for name, tensor in shard.tensors}, folder / shard.name, {"format": "pt"})
-    # safetensors makes its files readable for their owner only.
-    (folder / shard.name).chmod(0o644)
-
-
-def _write_index(shards: Sequence[Shard], folder: Path, bytes_each: int) -> None:
-    tensors = [(name, shard.name, tensor) for shard in shards for name, tensor in shard.tensors]
-    total = sum(math.prod(tensor.shape) * bytes_each for _, _, tensor in tensors)
-    weight_map = {name: shard for name, shard, _ in tensors}
+def _write_index(shards: Sequence[Shard], folder: Path) -> None:
+    weight_map = {target.name: shard.name for shard in shards for target in shard.targets}
+    total = sum(target.size for shard in shards for target in shard.targets)
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_atomic(folder / INDEX, json.dumps(content, indent=2) + "\n")
