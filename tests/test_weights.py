@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tundish.errors import CheckpointError, SpecError
-from tundish.weights import check_weights, resolve_weights
+from tundish.weights import check_weights, fetch_weights, find_weights
 
 # Of PyTorch's own, on saving: it saves from a single process, which is wanted here, and uses its own old storage class.
 pytestmark = [
@@ -66,7 +66,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_weights_of_the_model_are_taken(save: Callable[..., Path], tiny_weights: Path) -> None:
     """A chain of runs would be refused."""
-    check_weights(resolve_weights(str(save())), str(tiny_weights))
+    check_weights(fetch_weights(str(save())), str(tiny_weights))
 
 
 def test_weights_of_another_model_are_told(save: Callable[..., Path], tiny_weights: Path) -> None:
@@ -78,7 +78,7 @@ def test_weights_of_another_model_are_told(save: Callable[..., Path], tiny_weigh
         state["lm_head.weight"] = torch.zeros(400, 64)
 
     with pytest.raises(CheckpointError) as error:
-        check_weights(resolve_weights(str(save(change))), str(tiny_weights))
+        check_weights(fetch_weights(str(save(change))), str(tiny_weights))
     assert "not a checkpoint of this model: 2 of its 21 weights differ" in error.value.message
     assert "Missing: model.norm.weight." in error.value.message
     assert "lm_head.weight [400, 64] instead of [384, 64]" in error.value.message
@@ -112,13 +112,14 @@ def test_a_pt_file_that_is_no_checkpoint_is_refused(tmp_path: Path, tiny_weights
 def test_custom_weights_are_a_folder_or_what_a_symlink_file_names(checkpoint: Path) -> None:
     """`custom_weights_path` would take only one of the forms that the service took."""
     link = checkpoint.parent / "latest-sharded-rank0.symlink"
-    assert resolve_weights(str(checkpoint)) == checkpoint
+    assert find_weights(str(checkpoint)) == str(checkpoint)
     for content in (str(checkpoint), "ep1-ba10\n"):
         link.write_text(content)
-        assert resolve_weights(str(link)) == checkpoint
+        assert find_weights(str(link)) == str(checkpoint)
+        assert fetch_weights(str(link)) == checkpoint
     plain = checkpoint.parent / "weights.pt"
     plain.write_bytes(b"x")
-    assert resolve_weights(str(plain)) == plain
+    assert find_weights(str(plain)) == str(plain)
 
 
 def test_custom_weights_that_are_none_say_what_is_allowed(checkpoint: Path) -> None:
@@ -128,9 +129,16 @@ def test_custom_weights_that_are_none_say_what_is_allowed(checkpoint: Path) -> N
     with pytest.raises(
         SpecError, match=r"custom_weights_path: .*weights\.bin: is another kind of file; allowed is an ep…-ba… folder"
     ):
-        resolve_weights(str(other))
+        find_weights(str(other))
     with pytest.raises(SpecError, match="there is nothing there"):
-        resolve_weights(str(checkpoint.parent / "ep9-ba9"))
+        find_weights(str(checkpoint.parent / "ep9-ba9"))
+    link = checkpoint.parent / "latest-sharded-rank0.symlink"
+    with pytest.raises(CheckpointError, match=r"latest-sharded-rank0\.symlink: cannot be read"):
+        find_weights(str(link))
+    (checkpoint.parent.parent / "secret").mkdir()
+    link.write_text(f"{checkpoint.parent.parent}/secret")
+    with pytest.raises(SpecError, match="there is nothing there"):
+        find_weights(str(link))
     (checkpoint / "__0_0.distcp").unlink()
     with pytest.raises(CheckpointError, match="is missing"):
-        resolve_weights(str(checkpoint))
+        find_weights(str(checkpoint))

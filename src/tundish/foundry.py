@@ -117,7 +117,8 @@ def render(spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destina
         {"global_train_batch_size": batch_size, "scheduler": {"t_warmup": f"{WARM_UP}dur"}},
         _chosen(memory.chosen.choice),
         _computed(spec, card, paths, destination),
-        *(_nested(key, value) for key, value in spec.overrides.items()),
+        # Where the run's own folder is below it, the destination says.
+        *(_nested(key, value) for key, value in spec.overrides.items() if key != "save_folder"),
     ]
     merged: dict[str, Any] = {}
     for layer in layers:

@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 import yaml
 
-from tundish.paths import yamls_dir
+from tundish.paths import is_uri, resolve, yamls_dir
 
 KEYS = frozenset(
     """model tokenizer optimizer scheduler train_loader eval_loader device_eval_batch_size seed precision dist_timeout
     fsdp_config accumulate_train_batch_on_tokens eval_interval loggers progress_bar log_to_console python_log_level
-    console_log_interval callbacks algorithms save_latest_filename save_overwrite save_weights_only save_interval
+    console_log_interval callbacks algorithms save_folder save_weights_only save_interval save_overwrite
+    save_latest_filename
     save_num_checkpoints_to_keep load_ignore_keys load_strict_model_weights save_ignore_keys train_subset_num_batches
     device_train_microbatch_size global_train_batch_size spin_dataloaders eval_subset_num_batches compile_config
     metadata autoresume""".split()
@@ -40,9 +41,12 @@ REFUSED: Mapping[str, str] = {
     "eval_loader.name": "only tundish_packed reads the prepared data",
     "train_loader.dataset.local": "create() has train_data_path for it",
     "eval_loader.dataset.local": "create() has eval_data_path for it",
+    "save_overwrite": "a complete checkpoint is never written over",
+    "save_latest_filename": "latest-sharded-rank0.symlink is where others look for it",
+    "callbacks.load_checkpoint": "it may run code; create() has custom_weights_path, which runs none",
+    "callbacks.checkpoint_saver": "save_interval is the key for it",
     "save_weights_only": "a run that is killed goes on from its checkpoints",
     "autoresume": "a run goes on from its newest checkpoint by itself; after its end, with resume()",
-    "save_folder": "the export looks for the checkpoints where the run's MLflow artifacts are",
     "save_filename": "the export looks for checkpoints named ep#-ba#",
     "fsdp_config.state_dict_type": "the export reads sharded checkpoints",
     "loggers.mlflow": "create() has experiment_path for it; MLFLOW_TRACKING_URI chooses the store",
@@ -76,6 +80,12 @@ def target_responses(given: Mapping[str, Any]) -> Literal["all", "last"]:
     return "last" if flat(given).get(TARGET_RESPONSES) == "last" else "all"
 
 
+def save_root(given: Mapping[str, Any]) -> str | None:
+    """Where the overrides put the checkpoints: each run has a folder of its own below."""
+    root = flat(given).get("save_folder")
+    return root if root is None or (is_uri(root) and not root.startswith("dbfs:/Volumes/")) else resolve(root)
+
+
 def flat(given: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that is set, by its dotted path; a later one wins."""
     return {path: value for key, top in given.items() for path, value in _leaves(key, top)}
@@ -107,6 +117,8 @@ def _problem(path: str, value: Any, base: Mapping[str, Any], renamed: set[str]) 
         return f"{path!r} is not allowed: {REFUSED[refused]}."
     if path == "save_num_checkpoints_to_keep" and value == 0:
         return f"{path!r} is 0; the export needs a checkpoint. Allowed is 1 or more, or -1 for all."
+    if path == "save_folder" and not (isinstance(value, str) and (value.startswith("/") or is_uri(value))):
+        return f"{path!r} is {value!r}; allowed is an absolute path, or a URI such as s3://bucket/folder."
     if path == "device_train_microbatch_size" and (type(value) is not int or value < 1):
         return f"{path!r} is {value!r}; allowed is a number of rows, 1 or more. Leave it out, and it is planned."
     if path in SWITCHES and not isinstance(value, bool):

@@ -18,6 +18,14 @@ RUN_VARIABLE = "TUNDISH_EVENTS"
 REMOTE_SCHEMES = ("s3://", "gs://", "oci://", "azure://", "azure-dl://", "hf://")
 
 
+_URI = re.compile(r"[a-z][a-z0-9+-]+:/")
+
+
+def is_uri(address: str) -> bool:
+    """Whether an address is on another machine."""
+    return _URI.match(address) is not None
+
+
 def home() -> Path:
     """`$TUNDISH_HOME`, else `~/.tundish`; not created."""
     return Path(os.environ.get("TUNDISH_HOME") or Path.home() / ".tundish").absolute()
@@ -127,6 +135,11 @@ def prepared_dir() -> Path:
 def downloads_dir() -> Path:
     """Copies of data from object stores; one folder for each URI."""
     return home() / "downloads"
+
+
+def copies_dir() -> Path:
+    """This machine's copies of checkpoints that are kept elsewhere; one folder for each place."""
+    return home() / "checkpoints"
 
 
 def mlflow_artifacts_dir() -> Path:

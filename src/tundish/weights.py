@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from tundish.checkpoints import MODEL_PREFIX, StoredTensor, check_complete, read_tensors
+from tundish.checkpoints.places import place_of
 from tundish.errors import CheckpointError, SpecError
-from tundish.paths import resolve
 
 WEIGHT_PREFIX = f"{MODEL_PREFIX}model."
 """Composer's name of the Hugging Face model inside its state dict."""
@@ -14,33 +14,52 @@ SHOWN = 5
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def resolve_weights(given: str) -> Path:
-    """The place that `custom_weights_path` stands for: an `ep#-ba#` folder, a `.pt` file, or what `.symlink` names.
+def find_weights(address: str) -> str:
+    """Look whether there are weights at an address, or at that which a `.symlink` names; returns where they are.
 
-    Loads neither weights nor torch; `check_weights` looks inside.
+    Neither torch nor weights are loaded; `check_weights` looks inside.
+
+    Args:
+        address: path or URI of an `ep#-ba#` folder, a `.symlink` or a `.pt` file.
 
     Raises:
-        SpecError: there is nothing of that kind at the path.
-        CheckpointError: the folder is incomplete or its metadata names what no checkpoint needs.
+        SpecError: there is nothing of that kind.
+        CheckpointError: the folder is incomplete, its metadata names what no checkpoint needs, or its store cannot be
+            asked.
     """
-    path = Path(resolve(given))
-    if path.suffix == ".symlink" and path.is_file():
-        target = Path(path.read_text().strip())
-        path = target if target.is_absolute() else path.parent / target
-    if path.is_dir():
-        check_complete(path)
-        return path
-    if path.suffix == ".pt" and path.is_file():
-        return path
-    found = "is another kind of file" if path.exists() else f"there is nothing there ({path})"
-    raise SpecError(
-        f"custom_weights_path: {given}: {found}; allowed is an ep…-ba… folder, a .symlink or a .pt file. "
-        "Copy the path from get_checkpoints()."
-    )
+    place, name = place_of(address)
+    if name.endswith(".symlink"):
+        # What it names lies beside it, wherever both have been moved to.
+        name = place.read_link(name).rstrip("/").rpartition("/")[2]
+    if place.is_remote:
+        found = place.holds(name)
+    else:
+        path = Path(address).with_name(name)
+        found = path.is_dir() or (path.suffix == ".pt" and path.is_file())
+        if path.is_dir():
+            check_complete(path)
+    if not found:
+        other = not place.is_remote and Path(address).with_name(name).exists()
+        raise SpecError(
+            f"custom_weights_path: {address}: {'is another kind of file' if other else 'there is nothing there'}; "
+            "allowed is an ep…-ba… folder, a .symlink or a .pt file. Copy the path from get_checkpoints()."
+        )
+    return f"{place.address}/{name}"
+
+
+def fetch_weights(address: str) -> Path:
+    """The weights that `find_weights` finds, on this machine.
+
+    Raises:
+        SpecError: there is nothing of that kind.
+        CheckpointError: they are damaged, or cannot be fetched.
+    """
+    place, name = place_of(find_weights(address))
+    return place.fetch(name)
 
 
 def check_weights(path: Path, model: str) -> None:
-    """Make sure that loading `path` (what `resolve_weights` gave) runs no code and gives all weights of `model`.
+    """Make sure that loading `path` (what `fetch_weights` gave) runs no code and gives all weights of `model`.
 
     Raises:
         CheckpointError: it is damaged or unsafe, or another model's.
@@ -68,13 +87,20 @@ def model_config(model: str) -> Any:
 
 def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight that the config asks for, tied ones once; nothing is allocated."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = _hollow(config)
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set[str]()
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def _hollow(config: Any) -> Any:
+    """The model of a config, its weights without memory."""
+    import torch
+    import transformers.modeling_utils  # what it imports cannot be imported while a device is set
+    from transformers import AutoModelForCausalLM
+
+    assert transformers.modeling_utils
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def fit_vocabulary(config: Any, weights: Mapping[str, StoredTensor], tokens: int, checkpoint: Path) -> None:
@@ -83,11 +109,7 @@ def fit_vocabulary(config: Any, weights: Mapping[str, StoredTensor], tokens: int
     Raises:
         CheckpointError: the tokenizer has more tokens than the checkpoint's embedding.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = _hollow(config)
     embedding = model.get_input_embeddings().weight
     name = next(name for name, tensor in model.named_parameters() if tensor is embedding)
     stored = weights.get(name)

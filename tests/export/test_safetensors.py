@@ -360,7 +360,7 @@ def test_what_was_written_is_read_again(
     monkeypatch.setattr(safetensors, "write", lossy)
     monkeypatch.setattr(safetensors, "SAMPLED_TENSORS", 1000)
     folder, out = base(), tmp_path / "exports" / "one"
-    with pytest.raises(CheckpointError, match="lm_head.weight is not what the checkpoint holds"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is not what the checkpoint holds"):
         export(save_checkpoint(_state(_trained(folder))), str(folder), "INSTRUCTION_FINETUNE", out)
     assert not list(out.parent.iterdir())
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tundish.checkpoints.archive import BLOCK_BYTES, find_bytes
+from tundish.checkpoints.archive import find_bytes
 from tundish.checkpoints.manifest import FileFacts, read_manifest, size_problems
 from tundish.checkpoints.metadata import METADATA, Layout, Part, read_layout
 from tundish.errors import CheckpointError
@@ -50,8 +50,8 @@ class StoredTensor:
             whole[place] = read_part(part, self.dtype)
         return whole
 
-    def blocks(self, limit: int = BLOCK_BYTES) -> Iterator["torch.Tensor"]:
-        """All elements in the tensor's order, flat, at most `limit` bytes at a time where its parts are rows.
+    def blocks(self, buffer: bytearray | None = None) -> Iterator["torch.Tensor"]:
+        """All elements in the tensor's order, flat, as many at a time as `buffer` takes where the parts are rows.
 
         Each block may lie in the place of the one before.
 
@@ -63,7 +63,7 @@ class StoredTensor:
             return
         for part in sorted(self.parts, key=lambda part: part.offsets):
             if math.prod(part.sizes):
-                yield from _part_blocks(part, self.dtype, limit)
+                yield from _part_blocks(part, self.dtype, buffer)
 
 
 def read_part(part: Part, dtype: str) -> "torch.Tensor":
@@ -76,16 +76,16 @@ def read_part(part: Part, dtype: str) -> "torch.Tensor":
 
     flat = torch.empty(math.prod(part.sizes), dtype=getattr(torch, dtype))
     done = 0
-    for block in _part_blocks(part, dtype, BLOCK_BYTES) if len(flat) else ():
+    for block in _part_blocks(part, dtype) if len(flat) else ():
         flat[done : done + len(block)] = block
         done += len(block)
     return flat.view(part.sizes)
 
 
-def _part_blocks(part: Part, dtype: str, limit: int) -> Iterator["torch.Tensor"]:
+def _part_blocks(part: Part, dtype: str, buffer: bytearray | None = None) -> Iterator["torch.Tensor"]:
     import torch
 
-    for block in find_bytes(part, dtype).blocks(limit):
+    for block in find_bytes(part, dtype).blocks(buffer):
         yield torch.frombuffer(block, dtype=getattr(torch, dtype))
 
 

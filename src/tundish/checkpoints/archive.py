@@ -23,7 +23,7 @@ from tundish.errors import CheckpointError
 if TYPE_CHECKING:
     pass
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 1 << 20
 """Read, checked and handed on at a time."""
 LARGEST_PICKLE = 1 << 20
 """Bytes of the pickle of one tensor; PyTorch's take some hundred."""
@@ -52,16 +52,17 @@ class Bytes:
     length: int
     crc: int
 
-    def blocks(self, limit: int = BLOCK_BYTES) -> Iterator[memoryview]:
-        """All of them, at most `limit` at a time, each in the place of the one before.
+    def blocks(self, buffer: bytearray | None = None) -> Iterator[memoryview]:
+        """All of them, as many at a time as `buffer` takes, each in the place of the one before.
 
         Raises:
             CheckpointError: they are not those that were written; told after the last block.
         """
-        crc, buffer = 0, memoryview(bytearray(min(limit, self.length)))
+        crc, place = 0, memoryview(bytearray(min(BLOCK_BYTES, self.length)) if buffer is None else buffer)
         with open(self.file, "rb", buffering=0) as file:
-            for start in range(0, self.length, limit):
-                block = buffer[: self.length - start]
+            os.posix_fadvise(file.fileno(), self.start, self.length, os.POSIX_FADV_WILLNEED)
+            for start in range(0, self.length, max(1, len(place))):
+                block = place[: self.length - start]
                 _read(file.fileno(), block, self.start + start, self.file)
                 crc = zlib.crc32(block, crc)
                 yield block

@@ -27,8 +27,9 @@ from typing_extensions import override
 from tundish.checkpoints import NAME, list_checkpoints
 from tundish.checkpoints.manifest import FileFacts, write_manifest
 from tundish.checkpoints.metadata import METADATA
+from tundish.checkpoints.places import Place, hidden
 from tundish.errors import CheckpointError
-from tundish.paths import CHECKPOINT_LINK, write_atomic
+from tundish.paths import write_atomic
 
 Exchange = Callable[[Any], list[Any]]
 """What every rank gives, in the order of the ranks; called by all of them."""
@@ -172,7 +173,7 @@ class Staged(StorageWriter):
         return True
 
 
-def write_checkpoint(staged: Staged, exchange: Exchange, is_first: bool) -> None:
+def write_checkpoint(staged: Staged, place: Place, exchange: Exchange, is_first: bool) -> None:
     """Write what is staged, on every rank; afterwards the checkpoint is there and `latest` names it.
 
     Raises:
@@ -183,21 +184,11 @@ def write_checkpoint(staged: Staged, exchange: Exchange, is_first: bool) -> None
     if is_first:
         try:
             staged.complete(shares)
-            point_latest_at(staged.folder)
+            place.publish(staged.folder)
         except CheckpointError as found:
             error = found.message
     if error := exchange(error)[0]:
         raise CheckpointError(error)
-
-
-def point_latest_at(checkpoint: Path) -> None:
-    """Name the newest checkpoint in the text file beside them."""
-    write_atomic(checkpoint.parent / CHECKPOINT_LINK, str(checkpoint))
-
-
-def hidden(folder: Path) -> Path:
-    """The name under which a checkpoint is not complete."""
-    return folder.with_name(f".{folder.name}.tmp")
 
 
 def clean(save_folder: Path) -> None:
@@ -207,16 +198,6 @@ def clean(save_folder: Path) -> None:
         half = path.name.startswith(".") and path.name.endswith(".tmp") and NAME.fullmatch(path.name[1:-4])
         if half or (NAME.fullmatch(path.name) and path not in complete and not path.is_symlink()):
             shutil.rmtree(path)
-
-
-def keep_newest(save_folder: Path, count: int) -> list[Path]:
-    """Remove the oldest complete checkpoints until `count` (1 or more) are left; returns those removed."""
-    removed = list_checkpoints(save_folder)[: -max(1, count)]
-    for path in removed:
-        # Gone at once: one that is half removed would look like one that is complete.
-        path.rename(hidden(path))
-        shutil.rmtree(hidden(path))
-    return removed
 
 
 def _write_item(file: "_Hashing", data: Any) -> tuple[int, int]:
@@ -249,7 +230,7 @@ def _failure(folder: Path, error: OSError) -> str:
     free = shutil.disk_usage(folder.parent).free if folder.parent.is_dir() else 0
     return (
         f"{folder}: cannot be written ({error.strerror}); {free:,} bytes are free there. Earlier checkpoints are "
-        "untouched. Make room, or keep fewer (overrides: save_num_checkpoints_to_keep), then `tundish resume` the run."
+        "untouched. Make room, then `tundish resume` the run."
     )
 
 

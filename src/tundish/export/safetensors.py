@@ -10,6 +10,7 @@ import math
 import os
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import Any, Literal, cast
 import psutil
 
 from tundish.checkpoints import StoredTensor
+from tundish.checkpoints.archive import BLOCK_BYTES
 from tundish.checkpoints.metadata import DTYPE_BYTES
 from tundish.data.tokenizer import load_tokenizer
 from tundish.errors import CheckpointError, SpecError
@@ -31,9 +33,9 @@ ExportDtype = Literal["bfloat16", "float32"]
 DTYPES: tuple[ExportDtype, ...] = ("bfloat16", "float32")
 SHARD_BYTES = 2_000_000_000
 INDEX = "model.safetensors.index.json"
-THREADS = 4
+THREADS = min(8, 2 * (os.cpu_count() or 1))
 SAMPLED_TENSORS = 16
-SAMPLED_BYTES = 256 << 20
+SAMPLED_BYTES = 64 << 20
 """Of what was written, compared once more with the checkpoint; the last tensor may go beyond."""
 _SAFETENSORS = {
     "float64": "F64",
@@ -162,8 +164,9 @@ def write(shards: Sequence[Shard], folder: Path, progress: Progress | None = Non
     work.sort(key=lambda item: -item[0].size)
     total = sum(target.size for target, _, _ in work)
     tell = None if progress is None else lambda count: progress(count, total)
-    with ThreadPoolExecutor(THREADS, initializer=_compute_alone) as pool:
-        list(pool.map(lambda item: _write_tensor(item[0], item[1], item[2], tell), work))
+    local = threading.local()
+    with ThreadPoolExecutor(THREADS, initializer=_prepare_thread, initargs=(local,)) as pool:
+        list(pool.map(lambda item: _write_tensor(item[0], item[1], item[2], local.buffer, tell), work))
         list(pool.map(lambda shard: _flush(folder / shard.name), shards))
 
 
@@ -204,22 +207,24 @@ def _equal(target: Target, path: Path) -> bool:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         file.seek(8 + length + json.loads(file.read(length))[target.name]["data_offsets"][0])
-        return all(file.read(len(data)) == data for data in _converted(target))
+        return all(file.read(len(data)) == data for data in _converted(target, bytearray(BLOCK_BYTES)))
 
 
-def _converted(target: Target) -> Iterator[memoryview]:
+def _converted(target: Target, buffer: bytearray) -> Iterator[memoryview]:
     """The bytes of a tensor in the type that it is written with."""
     import torch
 
     dtype = getattr(torch, target.dtype)
-    for block in target.source.blocks():
+    for block in target.source.blocks(buffer):
         yield memoryview(cast(Any, block.to(dtype).view(torch.uint8).numpy()))
 
 
-def _write_tensor(target: Target, path: Path, header: int, tell: Callable[[int], None] | None) -> None:
+def _write_tensor(
+    target: Target, path: Path, header: int, buffer: bytearray, tell: Callable[[int], None] | None
+) -> None:
     at = header + target.start
     with open(path, "r+b", buffering=0) as file:
-        for data in _converted(target):
+        for data in _converted(target, buffer):
             if tell is not None:
                 tell(len(data))
             while data:
@@ -227,10 +232,11 @@ def _write_tensor(target: Target, path: Path, header: int, tell: Callable[[int],
                 data, at = data[count:], at + count
 
 
-def _compute_alone() -> None:
-    """Each thread would make a team of threads of its own for its casts."""
+def _prepare_thread(local: threading.local) -> None:
+    """A buffer that is used again and again, and casts that no team of threads is made for."""
     import torch
 
+    local.buffer = bytearray(BLOCK_BYTES)
     torch.set_num_threads(1)
 
 

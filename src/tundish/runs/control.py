@@ -11,7 +11,6 @@ import psutil
 import yaml
 
 from tundish import events
-from tundish.checkpoints import list_checkpoints
 from tundish.compute import Compute
 from tundish.errors import RequestError, SpecError
 from tundish.launch.local import processes_with, stop_all, stop_tree
@@ -89,8 +88,8 @@ def _resume(name: str, paths: RunPaths, compute: object) -> TrainingRun:
     supervisor.end_processes_of(paths)
     reopen_tracking(Tracking.read(paths))
     write_atomic(paths.spec, spec.to_json())
-    checkpoints = list_checkpoints(Path(Tracking.read(paths).save_folder))
-    where = f"from checkpoint {checkpoints[-1].name}" if checkpoints else "from the beginning"
+    checkpoints = selecting.checkpoints(name)
+    where = f"from checkpoint {checkpoints[-1].rpartition('/')[2]}" if checkpoints else "from the beginning"
     paths.supervisor.unlink(missing_ok=True)  # the next one is about to start
     events.append(paths.events, "REQUEUED", f"Run resumed by user. Training that is not finished goes on {where}.")
     supervisor.spawn(paths)

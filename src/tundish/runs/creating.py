@@ -14,15 +14,16 @@ from tundish.errors import CheckpointError, DataError, SpecError
 from tundish.foundry import Destination, isolating_attentions, memory_plan, planned_steps, render, steps_problem
 from tundish.memory import GIB
 from tundish.models import ModelCard
-from tundish.overrides import check_overrides, flat
-from tundish.paths import RunPaths, resolve, write_atomic
+from tundish.overrides import check_overrides, flat, save_root
+from tundish.paths import RunPaths, write_atomic
 from tundish.runs import supervisor
+from tundish.runs.addresses import checkpoint_address
 from tundish.runs.checking import BarOf, CheckedData, check_data, collected, job_of, machine_problems, no_bar
 from tundish.runs.reading import read_run
 from tundish.runs.records import TrainingRun
 from tundish.runs.tracking import Tracking, end_tracking, open_tracking, planned_save_folder, tracking_uri
 from tundish.spec import RunSpec, parse_spec
-from tundish.weights import resolve_weights
+from tundish.weights import find_weights
 
 if TYPE_CHECKING:
     from tundish.data.estimate import Estimate
@@ -55,7 +56,7 @@ def _write_run(spec: RunSpec, paths: RunPaths) -> None:
     paths.result("tracking").parent.mkdir()
     paths.logs.mkdir()
     tags = {"tundish.version": __version__, "tundish.run": spec.run_name}
-    open_tracking(spec.run_name, spec.experiment_path, tags).write(paths)
+    open_tracking(spec.run_name, spec.experiment_path, tags, save_root(spec.overrides)).write(paths)
     events.append(paths.events, "CREATED", "Run created. It waits to be scheduled.")
     # Last before the start: a folder without a spec is no run to anybody who looks.
     write_atomic(paths.spec, spec.to_json())
@@ -182,7 +183,7 @@ def _weights_problems(given: object) -> list[str]:
     if not given:
         return []
     try:
-        resolve_weights(str(given))
+        find_weights(checkpoint_address(str(given)))
     except (SpecError, CheckpointError) as error:
         text = error.message
         return [text if text.startswith("custom_weights_path") else f"custom_weights_path: {text}"]
@@ -202,9 +203,9 @@ def render_only(arguments: Mapping[str, Any]) -> str:
         raise SpecError(problems)
     spec, card = parsed
     destination = Destination(
-        save_folder=planned_save_folder(spec.run_name, spec.experiment_path),
+        save_folder=planned_save_folder(spec.run_name, spec.experiment_path, save_root(spec.overrides)),
         tracking_uri=tracking_uri(),
         experiment_name=spec.experiment_path,
-        load_path=None if spec.custom_weights_path is None else resolve(spec.custom_weights_path),
+        load_path=None if spec.custom_weights_path is None else checkpoint_address(spec.custom_weights_path),
     )
     return render(spec, card, RunPaths.of(spec.run_name), destination, rows=None)

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 
-from tundish.checkpoints import list_checkpoints
+from tundish.checkpoints.places import Place
 from tundish.errors import RequestError, RunNotFoundError
 from tundish.paths import RunPaths
 from tundish.runs.reading import find_run, read_run, run_names
@@ -115,6 +114,10 @@ def select(wanted: Filter, *, limit: int | None = None, include_details: bool = 
 
 
 def checkpoints(name: str) -> list[str]:
-    """Full paths of the run's complete checkpoints, oldest first."""
-    folder = Path(Tracking.read(find_run(name)).save_folder)
-    return [str(path) for path in list_checkpoints(folder)]
+    """Full paths, or URIs, of the run's complete checkpoints, oldest first.
+
+    Raises:
+        RunNotFoundError: there is no such run.
+        CheckpointError: they are on another machine that cannot be asked.
+    """
+    return Place(Tracking.read(find_run(name)).save_folder).list()

@@ -6,12 +6,13 @@ sentence that says why it failed, into the run folder.
 
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from tundish import events
-from tundish.checkpoints import list_checkpoints
+from tundish.checkpoints.places import Place
 from tundish.data import Prepared, prepare
 from tundish.data.report import facts
 from tundish.data.sources import open_source
@@ -19,10 +20,11 @@ from tundish.errors import StageError, TundishError
 from tundish.foundry import Destination, render, steps_problem
 from tundish.models import find_card
 from tundish.paths import RunPaths, write_atomic
+from tundish.runs.addresses import checkpoint_address
 from tundish.runs.checking import job_of
 from tundish.runs.tracking import Tracking, end_tracking
 from tundish.spec import RunSpec
-from tundish.weights import check_weights, resolve_weights
+from tundish.weights import check_weights, fetch_weights
 
 
 def main(stage: str, folder: str) -> int:
@@ -58,7 +60,7 @@ def prepare_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[st
     train = found["train"]
     if problem := steps_problem(spec, train.rows, train.tokens):
         raise StageError(problem)
-    weights = None if spec.custom_weights_path is None else resolve_weights(spec.custom_weights_path)
+    weights = None if spec.custom_weights_path is None else fetch_weights(checkpoint_address(spec.custom_weights_path))
     if weights is not None:
         check_weights(weights, spec.model)
     destination = Destination(
@@ -82,11 +84,12 @@ def export_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[str
     """The Hugging Face folder of the last checkpoint."""
     from tundish.export.safetensors import export
 
-    checkpoints = list_checkpoints(Path(tracking.save_folder))
-    if not checkpoints:
+    checkpoint = Place(tracking.save_folder).newest()
+    if checkpoint is None:
         raise StageError(f"there is no complete checkpoint in {tracking.save_folder}.")
-    export(checkpoints[-1], spec.model, spec.task_type, paths.export)
-    return {"checkpoint": str(checkpoints[-1]), "export": str(paths.export)}
+    shutil.rmtree(paths.export, ignore_errors=True)  # of a run whose supervisor was killed right after it
+    export(checkpoint, spec.model, spec.task_type, paths.export)
+    return {"checkpoint": str(checkpoint), "export": str(paths.export)}
 
 
 def register_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:

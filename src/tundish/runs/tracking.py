@@ -50,13 +50,23 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri()
 
 
-def planned_save_folder(run_name: str, experiment_name: str) -> str:
+def planned_save_folder(run_name: str, experiment_name: str, root: str | None = None) -> str:
     """The save folder before the MLflow run exists; Composer fills in the run's id."""
-    return f"{_artifact_root(experiment_name)}/{{mlflow_run_id}}/artifacts/{run_name}/checkpoints"
+    return _below(root or f"{_artifact_root(experiment_name)}/{{mlflow_run_id}}/artifacts", run_name)
 
 
-def open_tracking(run_name: str, experiment_name: str, tags: dict[str, str]) -> Tracking:
+def _below(root: str, run_name: str) -> str:
+    return f"{root.rstrip('/')}/{run_name}/checkpoints"
+
+
+def open_tracking(run_name: str, experiment_name: str, tags: dict[str, str], root: str | None = None) -> Tracking:
     """Make the experiment, where it does not exist, and the run.
+
+    Args:
+        run_name: tundish's and MLflow's name of the run.
+        experiment_name: MLflow's.
+        tags: of the run.
+        root: path or URI below which the checkpoints go; None = the run's MLflow artifacts.
 
     Raises:
         SpecError: MLflow refuses.
@@ -83,7 +93,7 @@ def open_tracking(run_name: str, experiment_name: str, tags: dict[str, str]) -> 
         experiment_id=experiment_id,
         experiment_name=experiment_name,
         run_id=run.info.run_id,
-        save_folder=str(_local_artifacts(run.info.artifact_uri, run_name) / run_name / "checkpoints"),
+        save_folder=_below(root or _artifacts(run.info.artifact_uri), run_name),
     )
 
 
@@ -130,9 +140,13 @@ def _artifact_root(experiment_name: str) -> Path:
     return mlflow_artifacts_dir() / hashlib.sha256(experiment_name.encode()).hexdigest()[:16]
 
 
-def _local_artifacts(artifact_uri: str, run_name: str) -> Path:
-    """The run's artifact folder where it is on this machine, else one in the run folder."""
+def local_path(artifact_uri: str) -> Path | None:
+    """The folder that MLflow's URI names, where it is one of this machine."""
     parsed = urlparse(artifact_uri)
-    if parsed.scheme in ("", "file"):
-        return Path(unquote(parsed.path))
-    return RunPaths.of(run_name).folder / "artifacts"
+    return Path(unquote(parsed.path)) if parsed.scheme in ("", "file") else None
+
+
+def _artifacts(artifact_uri: str) -> str:
+    """The run's artifact folder, or its URI where it is on another machine."""
+    folder = local_path(artifact_uri)
+    return artifact_uri if folder is None else str(folder)

@@ -38,6 +38,7 @@ from llmfoundry.utils.config_utils import (
 )
 from omegaconf import DictConfig, OmegaConf
 
+from tundish.checkpoints.places import Place
 from tundish.errors import TundishError
 from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
 from tundish.train.gloo import GlooMean
@@ -60,14 +61,15 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     dist.initialize_dist(get_device(None), timeout=config.dist_timeout)
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         single_out_gloo()
-    checkpoint = newest_checkpoint(config.save_folder) if config.save_folder else None
+    place = Place(config.save_folder) if config.save_folder else None
+    checkpoint = newest_checkpoint(place) if place else None
     validate_config(config)
     reproducibility.seed_all(config.seed)
     fsdp = config.fsdp_config
     init_context = process_init_device(config.model, fsdp)
     tokenizer = build_tokenizer(config.tokenizer["name"], config.tokenizer.get("kwargs", {}))
     callbacks = [build_callback(str(name), kwargs, logged) for name, kwargs in (config.callbacks or {}).items()]
-    savers = _saver(config)
+    savers = [_saver(config, place)] if place else []
     train_loader = build_dataloader(config.train_loader, tokenizer, config.device_train_batch_size)
     model_name = config.model.pop("name")
     model = build_composer_model(model_name, config.model, tokenizer, init_context)
@@ -91,11 +93,9 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     return trainer
 
 
-def _saver(config: TrainConfig) -> list[Saver]:
-    if not config.save_folder:
-        return []
+def _saver(config: TrainConfig, place: Place) -> Saver:
     keep = config.save_num_checkpoints_to_keep
-    return [Saver(config.save_folder, config.save_interval, keep, list(config.save_ignore_keys or ()))]
+    return Saver(place, config.save_interval, keep, list(config.save_ignore_keys or ()))
 
 
 def _load(trainer: Trainer, config: TrainConfig, checkpoint: Path | None) -> None:

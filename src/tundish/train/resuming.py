@@ -8,28 +8,38 @@ from composer import State
 from composer.utils import dist, reproducibility
 from composer.utils.checkpoint import glob_filter
 
-from tundish.checkpoints import list_checkpoints, read_checkpoint
+from tundish.checkpoints import read_checkpoint
 from tundish.checkpoints.archive import read_object
 from tundish.checkpoints.loading import load
 from tundish.checkpoints.metadata import Layout
-from tundish.checkpoints.saving import clean, point_latest_at
+from tundish.checkpoints.places import Place
+from tundish.checkpoints.saving import clean
 from tundish.errors import CheckpointError
 
 ALGORITHMS = ("state", "algorithms")
 
 
-def newest_checkpoint(save_folder: str) -> Path | None:
-    """The checkpoint to go on from, the same on every rank; None = begin.
+def newest_checkpoint(place: Place) -> Path | None:
+    """This machine's copy of the checkpoint to go on from, the same on every rank; None = begin.
 
     What a killed process has left half done is put in order.
+
+    Raises:
+        CheckpointError: the place cannot be reached, or what it holds is damaged.
     """
-    found: list[Path | None] = [None]
+    found: list[Path | CheckpointError | None] = [None]
     if dist.get_global_rank() == 0:
-        clean(Path(save_folder))
-        if complete := list_checkpoints(Path(save_folder)):
-            point_latest_at(complete[-1])
-            found = [complete[-1]]
+        try:
+            clean(place.local)
+            newest = place.newest()
+            if newest is not None:
+                place.publish(newest)
+            found = [newest]
+        except CheckpointError as error:
+            found = [error]
     dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], CheckpointError):
+        raise found[0]
     return found[0]
 
 

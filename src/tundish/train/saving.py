@@ -16,7 +16,8 @@ from composer.utils import dist, reproducibility
 from composer.utils.checkpoint import glob_filter
 from torch.distributed.tensor import DTensor
 
-from tundish.checkpoints.saving import Staged, keep_newest, write_checkpoint
+from tundish.checkpoints.places import Place
+from tundish.checkpoints.saving import Staged, write_checkpoint
 from tundish.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -36,13 +37,20 @@ class Saver(CheckpointSaver):
         completed: called on rank 0 with the folder of each complete checkpoint, from another thread.
     """
 
-    def __init__(self, folder: str, interval: Any, keep: int, ignore_keys: list[str] | None) -> None:
+    def __init__(self, place: Place, interval: Any, keep: int, ignore_keys: list[str] | None) -> None:
+        folder = str(place.local)
         super().__init__(folder, save_interval=interval, ignore_keys=ignore_keys, remote_file_name=None)
-        self.keep = keep
+        self.place, self.keep = place, keep
         self.completed: list[Callable[[Path], None]] = []
         self._group = torch.distributed.new_group(backend="gloo", timeout=EXCHANGE_TIMEOUT) if _is_many() else None
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
+
+    def init(self, state: State, logger: Logger) -> None:
+        """A file that is trained by hand may leave the MLflow run's id to Composer, which knows it by now."""
+        super().init(state, logger)
+        if not self.place.is_remote:
+            self.place = Place(self.folder)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """A run that goes on has the checkpoint of this batch: at the end of an epoch it would be saved once more."""
@@ -111,12 +119,12 @@ class Saver(CheckpointSaver):
     def _write(self, staged: Staged) -> None:
         first = dist.get_global_rank() == 0
         try:
-            write_checkpoint(staged, self._exchange, first)
+            write_checkpoint(staged, self.place, self._exchange, first)
             if first:
                 for tell in self.completed:
                     tell(staged.folder)
                 if self.keep > 0:
-                    keep_newest(staged.folder.parent, self.keep)
+                    self.place.keep_newest(self.keep)
         except CheckpointError as error:
             self._error = error
         except Exception as error:

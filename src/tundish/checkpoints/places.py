@@ -1,0 +1,212 @@
+"""Where a run's checkpoints are: a folder of this machine, or one of an object store or an MLflow server.
+
+What is kept elsewhere is written here first, then copied, `.metadata` last: a checkpoint without it is not complete.
+MLflow's artifact clients do the copying (`s3://`, `gs://`, `abfss://`, `wasbs://`, `mlflow-artifacts:/`).
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock
+
+from tundish.checkpoints import NAME, check_complete, in_order, list_checkpoints
+from tundish.checkpoints.manifest import problems, read_manifest
+from tundish.checkpoints.metadata import METADATA
+from tundish.errors import CheckpointError
+from tundish.paths import CHECKPOINT_LINK, copies_dir, is_uri, write_atomic
+
+T = TypeVar("T")
+FILE_NAME = re.compile(r"\.metadata|manifest\.json|[\w-]+\.(distcp|pt)|[\w-]+\.symlink")
+LONGEST_LINK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A folder of checkpoints."""
+
+    address: str
+    """A path of this machine, or a URI."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is on another machine."""
+        return is_uri(self.address)
+
+    @property
+    def local(self) -> Path:
+        """The folder itself, or this machine's copy of it."""
+        if not self.is_remote:
+            return Path(self.address)
+        return copies_dir() / hashlib.sha256(self.address.encode()).hexdigest()[:24]
+
+    def list(self) -> list[str]:
+        """Addresses of the complete checkpoints, oldest first.
+
+        Raises:
+            CheckpointError: the store cannot be asked.
+        """
+        if not self.is_remote:
+            return [str(path) for path in list_checkpoints(self.local)]
+        names = [name for name in in_order(self._names("")) if METADATA in self._names(name)]
+        return [f"{self.address}/{name}" for name in names]
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint on this machine, copied where it is not here; and put where it was not yet.
+
+        Raises:
+            CheckpointError: the store cannot be asked, or what it holds is damaged.
+        """
+        here = [path.name for path in list_checkpoints(self.local)]
+        if not self.is_remote:
+            return self.local / here[-1] if here else None
+        there = [address.rpartition("/")[2] for address in self.list()]
+        if not here and not there:
+            return None
+        name = in_order({*here, *there})[-1]
+        if name not in there:
+            self.publish(self.local / name)
+        return self.fetch(name)
+
+    def fetch(self, name: str) -> Path:
+        """This machine's copy of a checkpoint, or of a file, complete.
+
+        Raises:
+            CheckpointError: there is none of that name, or it is damaged.
+        """
+        copy = self.local / name
+        if not self.is_remote or copy.exists():
+            return copy
+        self.local.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.local / f".{name}.lock"):
+            if not copy.exists():
+                self._download(name, copy)
+        return copy
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a complete checkpoint, or a file, of that name in the store.
+
+        Raises:
+            CheckpointError: the store cannot be asked.
+        """
+        return name in self._names("") if name.endswith(".pt") else METADATA in self._names(name)
+
+    def read_link(self, name: str) -> str:
+        """The content of a `.symlink` file, read anew each time.
+
+        Raises:
+            CheckpointError: there is none, or it is none.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            link = Path(scratch) / name if self.is_remote else self.local / name
+            if self.is_remote:
+                self._get(name, link)
+            try:
+                return link.read_text(errors="strict")[:LONGEST_LINK].strip()
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{self.address}/{name}: cannot be read ({error}). Check the path.") from error
+
+    def publish(self, folder: Path) -> None:
+        """Put a complete checkpoint of this machine where it belongs, and let `latest` name it.
+
+        Raises:
+            CheckpointError: the store does not take it.
+        """
+        link = self.local / CHECKPOINT_LINK
+        if self.is_remote:
+            if METADATA not in self._names(folder.name):
+                for file in sorted(folder.iterdir(), key=lambda file: (file.name == METADATA, file.name)):
+                    self._put(file, folder.name)
+            # Here, only what a resume begins with is kept.
+            remove(list_checkpoints(self.local)[:-1])
+        write_atomic(link, f"{self.address}/{folder.name}")
+        if self.is_remote:
+            self._put(link, "")
+
+    def keep_newest(self, count: int) -> None:
+        """Remove the oldest complete checkpoints until `count` (1 or more) are left.
+
+        Raises:
+            CheckpointError: the store does not let us.
+        """
+        for address in self.list()[: -max(1, count)]:
+            if self.is_remote:
+                name = address.rpartition("/")[2]
+                _try(self.address, lambda name=name: _client(self.address).delete_artifacts(name))
+            else:
+                remove([Path(address)])
+
+    def _names(self, below: str) -> set[str]:
+        found = _try(self.address, lambda: _client(self.address).list_artifacts(below or None))
+        return {info.path.rpartition("/")[2] for info in found}
+
+    def _put(self, file: Path, below: str) -> None:
+        _try(self.address, lambda: _client(self.address).log_artifact(str(file), below or None))
+
+    def _get(self, name: str, target: Path) -> None:
+        if not FILE_NAME.fullmatch(target.name):
+            raise CheckpointError(f"{self.address}/{name}: no name of a checkpoint's file. Use another checkpoint.")
+        _try(self.address, lambda: _client(self.address)._download_file(name, str(target)))
+
+    def _download(self, name: str, copy: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=self.local, prefix=".copy-") as scratch:
+            whole = Path(scratch) / name
+            if not NAME.fullmatch(name):
+                self._get(name, whole)
+            else:
+                whole.mkdir()
+                for file in sorted(self._names(name)):
+                    self._get(f"{name}/{file}", whole / file)
+                _check_copy(whole)
+            whole.rename(copy)
+
+
+def hidden(folder: Path) -> Path:
+    """The name under which a checkpoint is not complete."""
+    return folder.with_name(f".{folder.name}.tmp")
+
+
+def remove(checkpoints: Sequence[Path]) -> None:
+    """Remove checkpoints of this machine, each at once: one that is half removed would look complete."""
+    for path in checkpoints:
+        path.rename(hidden(path))
+        shutil.rmtree(hidden(path))
+
+
+def place_of(address: str) -> tuple[Place, str]:
+    """The folder that a checkpoint or file lies in, and its name there."""
+    parent, _, name = address.rstrip("/").rpartition("/")
+    return Place(parent), name
+
+
+def _check_copy(folder: Path) -> None:
+    if read_manifest(folder) is None:
+        check_complete(folder)
+    elif found := problems(folder):
+        raise CheckpointError(f"{found[0]} The copy was not used; try again, or use another checkpoint.")
+
+
+def _client(address: str) -> Any:
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    # Streaming and Composer have one name for it, MLflow another.
+    if endpoint := os.environ.get("S3_ENDPOINT_URL"):
+        os.environ.setdefault("MLFLOW_S3_ENDPOINT_URL", endpoint)
+    return get_artifact_repository(address)
+
+
+def _try(address: str, action: Callable[[], T]) -> T:
+    try:
+        return action()
+    except Exception as error:  # each store's client has errors of its own
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise CheckpointError(
+            f"{address}: cannot be reached, read or written ({reason}). Check the path, the credentials, "
+            "MLFLOW_TRACKING_URI for a server, and S3_ENDPOINT_URL for a store of your own."
+        ) from error
