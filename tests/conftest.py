@@ -2,8 +2,13 @@
 
 import json
 import os
+import socket
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +95,56 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return folder
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Address of an MLflow server on this machine, and the folder in which it keeps artifacts."""
+    folder = tmp_path_factory.mktemp("mlflow-server")
+    artifacts = folder / "artifacts"
+    artifacts.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(artifacts)]
+    with _serving(command, port, folder / "log"):
+        yield f"http://127.0.0.1:{port}", artifacts
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., AbstractContextManager[None]]:
+    """Runs a server while a block lasts: `with serving(command, port, log): …`."""
+    return _serving
+
+
+@contextmanager
+def _serving(command: Sequence[str], port: int, log: Path) -> Iterator[None]:
+    """A server process and its children, there until the block ends; entered when its port answers."""
+    import psutil
+
+    # MLflow starts gunicorn and uvicorn by their names.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with open(log, "w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, cwd=log.parent, env=os.environ | {"PATH": path})
+    try:
+        for _ in range(1200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        else:
+            pytest.fail(log.read_text())
+        yield
+    finally:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for one in family:
+            one.terminate()
+        _, alive = psutil.wait_procs(family, timeout=10)
+        for one in alive:
+            one.kill()
+        process.wait(10)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tundish.errors import SpecError
-from tundish.models import find_card, foundry_layers, model_cards
+from tundish.models import find_card, foundry_layers, license_of, model_cards
 
 PUBLISHED_PARAMETERS = {
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
@@ -125,6 +125,50 @@ def test_a_folder_gets_a_card_from_its_config(config_folder: Path) -> None:
     assert (card.max_context_length, card.layers, card.hidden_size, card.gated) == (512, 2, 64, False)
     # Embedding and head 2 · 384 · 64; a layer 12,288 + 24,576 + 128; final norm 64.
     assert card.parameters == 2 * 384 * 64 + 2 * (12_288 + 24_576 + 128) + 64
+
+
+LICENSES = {
+    "meta-llama/Llama-3.3-": "llama3.3",
+    "meta-llama/Llama-3.2-": "llama3.2",
+    "meta-llama/Meta-Llama-3.1-": "llama3.1",
+    "meta-llama/Meta-Llama-3-": "llama3",
+    "meta-llama/Llama-2-": "llama2",
+    "codellama/": "llama2",
+    "mistralai/": "apache-2.0",
+    "databricks/": "databricks-open-model-license",
+}
+
+
+def test_every_model_has_its_licence() -> None:
+    """A registered model would carry no licence, or that of its neighbour in the file."""
+    for name, card in model_cards().items():
+        (found,) = (license for start, license in LICENSES.items() if name.startswith(start))
+        assert card.license == license_of(name) == found, name
+    assert license_of("meta-llama/Llama-3.1-8B") == "llama3.1"
+
+
+@pytest.mark.parametrize(
+    ("readme", "license", "found"),
+    [
+        ("---\nlanguage: en\nlicense: apache-2.0\n---\n# A model\n", "MIT", "apache-2.0"),
+        ("---\nlicense: other\nlicense_name: our-own\n---\n", None, "our-own"),
+        ("---\nlicense: other\n---\n", None, "other"),
+        ("# A model\n\n---\nlicense: mit\n---\n", "\n  LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\nText", "LLAMA 3.1"),
+        ("---\nlicense: [a\n---\n", None, "unknown"),
+        ("---\n- license\n---\n", None, "unknown"),
+        (None, None, "unknown"),
+    ],
+    ids=["declared", "named", "other", "only a file", "damaged", "a list", "nothing"],
+)
+def test_a_folder_s_licence_is_what_it_says_of_itself(
+    readme: str | None, license: str | None, found: str, config_folder: Path
+) -> None:
+    """The licence of a local base model would be lost, or a damaged README stop the run."""
+    for name, text in (("README.md", readme), ("LICENSE.txt", license)):
+        if text is not None:
+            (config_folder / name).write_text(text)
+    assert find_card(str(config_folder)).license.startswith(found)
+    assert license_of(str(config_folder / "gone")) == "unknown"
 
 
 def test_parameters_of_a_folder_are_those_that_transformers_makes(tiny_weights: Path) -> None:

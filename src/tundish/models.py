@@ -6,6 +6,7 @@ a card of its own from its `config.json`, by the same family's key names.
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,7 @@ import yaml
 from tundish.errors import SpecError
 from tundish.paths import yamls_dir
 
+UNKNOWN_LICENSE = "unknown"
 DEFAULT_LEARNING_RATE = 5e-7
 """The managed service's peak learning rate for every model whose card names no other."""
 
@@ -34,6 +36,8 @@ class ModelCard:
     """The file in `yamls/model/` that the card comes from."""
     gated: bool
     """Whether the hub asks for a licence agreement and a token."""
+    license: str = UNKNOWN_LICENSE
+    """The hub's identifier of the licence; of a folder, what it says of itself, or UNKNOWN_LICENSE."""
     system_message: bool
     """Whether the family's chat template takes a system message."""
     gpu_attention: str
@@ -150,12 +154,52 @@ def _folder_card(folder: Path) -> ModelCard:
     try:
         return ModelCard(
             name=str(folder.resolve()), display_name=folder.resolve().name, family=family, gated=False,
-            **_common(content), **numbers,
+            license=_folder_license(folder), **_common(content), **numbers,
         )  # fmt: skip
     except TypeError as error:
         optional = ("tied_embeddings", "head_size", "experts", "experts_per_token", "key_value_heads")
         missing = [key for name, key in content["config_keys"].items() if name not in numbers and name not in optional]
         raise SpecError(f"model: {config_path} lacks {', '.join(missing)}. Complete the model's config.") from error
+
+
+def license_of(model: str) -> str:
+    """The licence of a supported model, or of a folder; UNKNOWN_LICENSE where the folder is gone or does not say."""
+    try:
+        return find_card(model).license
+    except SpecError:
+        return UNKNOWN_LICENSE
+
+
+def _folder_license(folder: Path) -> str:
+    """What a folder's README.md declares, in the hub's way, else the title of its licence file."""
+    if declared := _declared_license(folder / "README.md"):
+        return declared
+    for path in sorted(folder.glob("LICENSE*")):
+        if title := next(filter(None, map(str.strip, _text(path).splitlines())), None):
+            return title[:100]
+    return UNKNOWN_LICENSE
+
+
+def _declared_license(readme: Path) -> str | None:
+    """`license` of the front matter; `license_name` where the hub has no identifier for it (`other`)."""
+    parts = re.split(r"^---[ \t]*$", _text(readme), maxsplit=2, flags=re.MULTILINE)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        content = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None  # somebody else's file, which training does not need
+    found = content if isinstance(content, dict) else {}
+    declared = found.get("license_name") if found.get("license") == "other" else None
+    declared = declared or found.get("license")
+    return declared if isinstance(declared, str) else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _lookup(config: Mapping[str, Any], dotted_key: str) -> Any:

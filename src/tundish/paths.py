@@ -117,6 +117,11 @@ class RunPaths:
         return self.folder / "work"
 
     @property
+    def scratch(self) -> Path:
+        """Temporary files of a stage, there while it runs."""
+        return self.work / "scratch"
+
+    @property
     def export(self) -> Path:
         """The Hugging Face folder."""
         return self.folder / "export"

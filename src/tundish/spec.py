@@ -216,7 +216,8 @@ def _read_register_to(given: object) -> str:
     if len(parts) not in (2, 3) or not all(re.fullmatch(r"[\w-]+", part) for part in parts):
         raise ValueError(
             f"found {text!r}; allowed is 'catalog.schema' or 'catalog.schema.name', "
-            "each part of letters, digits, '_' and '-'."
+            "each part of letters, digits, '_' and '-'. Every registry gets a name of three parts, as Unity Catalog "
+            "asks for; the run's name is the third where none is given."
         )
     return text
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tundish.paths import RunPaths
-from tundish.runs.tracking import Tracking, planned_save_folder, tracking_uri
+from tundish.runs.tracking import Tracking, planned_save_folder, registry_uri, tracking_uri
 
 
 def test_what_was_made_in_mlflow_is_read_back(tmp_path: Path) -> None:
@@ -32,3 +32,45 @@ def test_checkpoints_are_planned_in_the_artifacts_of_the_run(home: Path) -> None
     assert planned.startswith(f"{home}/mlflow/artifacts/")
     assert planned.endswith("/{mlflow_run_id}/artifacts/chat-1/checkpoints")
     assert planned != planned_save_folder("chat-1", "/Users/me/chat-2")
+
+
+@pytest.mark.parametrize(
+    ("tracking", "registry", "found"),
+    [
+        (None, None, None),
+        ("http://server:5000", None, None),
+        ("databricks", None, "databricks-uc"),
+        ("databricks://work", None, "databricks-uc://work"),
+        ("databricks", "databricks", "databricks"),
+        ("http://server:5000", "uc:http://catalog:8080", "uc:http://catalog:8080"),
+        (None, "databricks-uc://work", "databricks-uc://work"),
+    ],
+)
+def test_the_registry_is_the_environment_s_or_unity_catalog_or_the_store(
+    tracking: str | None, registry: str | None, found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models would be registered where nobody looks for them."""
+    for name, value in (("MLFLOW_TRACKING_URI", tracking), ("MLFLOW_REGISTRY_URI", registry)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert registry_uri() == found
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("sqlite:///mlflow.db", "sqlite:///{here}/mlflow.db"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("./mlruns", "{here}/mlruns"),
+        ("/data/mlruns", "/data/mlruns"),
+        ("file:///data/mlruns", "file:///data/mlruns"),
+        ("databricks", "databricks"),
+    ],
+)
+def test_a_store_named_from_here_is_the_same_for_the_run(
+    given: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of a run's processes would open a store of its own, in its own working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    assert tracking_uri() == found.format(here=tmp_path)

@@ -90,8 +90,10 @@ def _resume(name: str, paths: RunPaths, compute: object) -> TrainingRun:
     write_atomic(paths.spec, spec.to_json())
     checkpoints = selecting.checkpoints(name)
     where = f"from checkpoint {checkpoints[-1].rpartition('/')[2]}" if checkpoints else "from the beginning"
+    trained = supervisor.is_done(paths, "train")
+    how = "Training is done; what comes after it goes on." if trained else f"Training goes on {where}."
     paths.supervisor.unlink(missing_ok=True)  # the next one is about to start
-    events.append(paths.events, "REQUEUED", f"Run resumed by user. Training that is not finished goes on {where}.")
+    events.append(paths.events, "REQUEUED", f"Run resumed by user. {how}")
     supervisor.spawn(paths)
     return read_run(name)
 

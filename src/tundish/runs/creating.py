@@ -21,7 +21,14 @@ from tundish.runs.addresses import checkpoint_address
 from tundish.runs.checking import BarOf, CheckedData, check_data, collected, job_of, machine_problems, no_bar
 from tundish.runs.reading import read_run
 from tundish.runs.records import TrainingRun
-from tundish.runs.tracking import Tracking, end_tracking, open_tracking, planned_save_folder, tracking_uri
+from tundish.runs.tracking import (
+    Tracking,
+    check_registry,
+    end_tracking,
+    open_tracking,
+    planned_save_folder,
+    tracking_uri,
+)
 from tundish.spec import RunSpec, parse_spec
 from tundish.weights import find_weights
 
@@ -56,6 +63,7 @@ def _write_run(spec: RunSpec, paths: RunPaths) -> None:
     paths.result("tracking").parent.mkdir()
     paths.logs.mkdir()
     tags = {"tundish.version": __version__, "tundish.run": spec.run_name}
+    check_registry(spec.registered_name)
     open_tracking(spec.run_name, spec.experiment_path, tags, save_root(spec.overrides)).write(paths)
     events.append(paths.events, "CREATED", "Run created. It waits to be scheduled.")
     # Last before the start: a folder without a spec is no run to anybody who looks.

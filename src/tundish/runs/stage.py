@@ -96,7 +96,13 @@ def register_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[s
     """The model version in MLflow."""
     from tundish.export.registry import register
 
-    name, version = register(paths.export, spec, tracking.run_id, tracking.tracking_uri)
+    name, version = register(
+        paths.export,
+        spec,
+        mlflow_run_id=tracking.run_id,
+        tracking_uri=tracking.tracking_uri,
+        registry_uri=tracking.registry_uri or tracking.tracking_uri,
+    )
     return {"name": name, "version": version}
 
 

@@ -8,11 +8,12 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -22,13 +23,17 @@ import psutil
 from tundish import events
 from tundish.errors import StageError
 from tundish.launch.command import train_command, train_environment
-from tundish.launch.local import ProcessId, processes_with, start, stop_all
+from tundish.launch.local import ProcessId, processes_with, start, stop_all, stop_tree
 from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
 from tundish.runs.tracking import Tracking
 from tundish.spec import RunSpec
 
 RANKS_GRACE_SECONDS = 1.0
 """A rank without a launcher has nothing left to do."""
+REGISTER_SECONDS = 1800.0
+"""A registration may take so long, whatever the size: MLflow itself gives a dead server up after 4 to 20 minutes."""
+REGISTER_BYTES_PER_SECOND = 10e6
+"""A slow network's; the time for the export's bytes comes on top."""
 STAGES = ("prepare", "train", "export", "register")
 ERROR_LINE = re.compile(r"^(?:\[rank\d+\]: *)?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$")
 
@@ -112,10 +117,44 @@ def run_stage(paths: RunPaths, stage: str) -> None:
     command, environment = _command(paths, stage)
     paths.work.mkdir(exist_ok=True)
     paths.result(stage).unlink(missing_ok=True)
-    returncode = start(command, log, environment, paths.work).wait()
+    limit = _register_seconds(paths.export) if stage == "register" else None
+    with _scratch(paths):
+        returncode = _wait(start(command, log, environment, paths.work), limit)
     if returncode != 0:
         logs = [log, *sorted(paths.logs.glob(f"{stage}-rank*.log"))]
-        raise StageError(f"Stage {stage!r} failed: {_cause(paths, stage, logs, returncode)}", str(log))
+        if returncode is None:
+            cause = f"it was not done after {limit:,.0f} s, and was stopped."
+        else:
+            cause = _cause(paths, stage, logs, returncode)
+        kept = f" The export is kept: {paths.export}. `tundish resume {paths.folder.name}` registers it."
+        raise StageError(f"Stage {stage!r} failed: {cause}{kept if stage == 'register' else ''}", str(log))
+
+
+def _register_seconds(export: Path) -> float:
+    """How long a registration may take: the upload of a large model lasts hours, a server that hangs for ever."""
+    size = sum(path.stat().st_size for path in export.rglob("*") if path.is_file())
+    return REGISTER_SECONDS + size / REGISTER_BYTES_PER_SECOND
+
+
+def _wait(process: subprocess.Popen[bytes], limit: float | None) -> int | None:
+    """The exit code; None if the process, and all that it has started, had to be stopped after `limit` seconds."""
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        stop_tree(psutil.Process(process.pid))
+        process.wait()
+        return None
+
+
+@contextlib.contextmanager
+def _scratch(paths: RunPaths) -> Iterator[None]:
+    """An empty folder for a stage's temporary files; what a stage leaves that was killed goes with it."""
+    shutil.rmtree(paths.scratch, ignore_errors=True)
+    paths.scratch.mkdir()
+    try:
+        yield
+    finally:
+        shutil.rmtree(paths.scratch, ignore_errors=True)
 
 
 def _command(paths: RunPaths, stage: str) -> tuple[Sequence[str], Mapping[str, str]]:
@@ -123,6 +162,9 @@ def _command(paths: RunPaths, stage: str) -> tuple[Sequence[str], Mapping[str, s
     if stage != "train":
         # By the variable, what outlives its supervisor is found.
         environment = {"TOKENIZERS_PARALLELISM": "true", RUN_VARIABLE: str(paths.events)}
+        if stage == "register":
+            # MLflow copies the whole export before it uploads it: /tmp may be small, or memory.
+            environment |= {"TMPDIR": str(paths.scratch), "HF_HUB_OFFLINE": "1"}
         return [sys.executable, "-m", "tundish.runs.stage", stage, str(paths.folder)], environment
     compute = RunSpec.from_json(paths.spec.read_text()).compute
     environment = train_environment(compute, paths, os.cpu_count() or 1) | tracking.environment

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from tundish.errors import SpecError
+from tundish.errors import RequestError, SpecError
 from tundish.paths import RunPaths, default_tracking_uri, home, mlflow_artifacts_dir, write_atomic
 
 
@@ -25,6 +26,8 @@ class Tracking:
     run_id: str
     save_folder: str
     """Where the checkpoints go: `<artifacts>/<run_name>/checkpoints`."""
+    registry_uri: str | None = None
+    """The model registry; None: the tracking store is it."""
 
     @classmethod
     def read(cls, paths: RunPaths) -> "Tracking":
@@ -47,7 +50,30 @@ class Tracking:
 
 def tracking_uri() -> str:
     """`MLFLOW_TRACKING_URI`, else the SQLite file in `$TUNDISH_HOME`."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri()
+    return _absolute(os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri())
+
+
+def registry_uri() -> str | None:
+    """`MLFLOW_REGISTRY_URI`; Unity Catalog where Databricks does the tracking; else None: the tracking store is it."""
+    if given := os.environ.get("MLFLOW_REGISTRY_URI"):
+        return _absolute(given)
+    scheme, separator, profile = tracking_uri().partition("://")
+    return f"databricks-uc{separator}{profile}" if scheme == "databricks" else None
+
+
+def _made(uri: str) -> str:
+    """The same URI; the folder of the default store is made for it."""
+    if uri == default_tracking_uri():
+        (home() / "mlflow").mkdir(parents=True, exist_ok=True)
+    return uri
+
+
+def _absolute(uri: str) -> str:
+    """Relative paths mean the caller's working directory; the run's processes have another one."""
+    if ":" not in uri and uri not in ("databricks", "databricks-uc"):
+        return str(Path(uri).absolute())
+    relative = re.fullmatch(r"(sqlite:///)([^/:?].*)", uri)
+    return relative[1] + str(Path(relative[2]).absolute()) if relative else uri
 
 
 def planned_save_folder(run_name: str, experiment_name: str, root: str | None = None) -> str:
@@ -74,11 +100,9 @@ def open_tracking(run_name: str, experiment_name: str, tags: dict[str, str], roo
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    uri = tracking_uri()
-    if uri == default_tracking_uri():
-        (home() / "mlflow").mkdir(parents=True, exist_ok=True)
+    uri, registry = _made(tracking_uri()), registry_uri()
     try:
-        with _quiet():
+        with _quiet(), _impatient():
             client: Any = MlflowClient(uri)
             experiment = client.get_experiment_by_name(experiment_name)
             experiment_id = experiment.experiment_id if experiment else _create_experiment(client, experiment_name, uri)
@@ -94,7 +118,46 @@ def open_tracking(run_name: str, experiment_name: str, tags: dict[str, str], roo
         experiment_name=experiment_name,
         run_id=run.info.run_id,
         save_folder=_below(root or _artifacts(run.info.artifact_uri), run_name),
+        registry_uri=registry,
     )
+
+
+def check_registry(name: str) -> None:
+    """Ask the model registry for a name, where it is another store than the tracking's, which `create()` uses anyway.
+
+    Raises:
+        SpecError: it does not answer, or refuses the name. Better now than after the training.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    if (uri := registry_uri()) is None:
+        return
+    try:
+        with _quiet(), _impatient():
+            MlflowClient(_made(tracking_uri()), uri).search_model_versions(f"name='{name}'", max_results=1)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):  # the model may be new
+            raise SpecError(
+                f"register_to: the model registry {uri} takes no model {name!r} ({error}). "
+                "Check MLFLOW_REGISTRY_URI and what it needs to log in, or give another name."
+            ) from error
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """A server that is away is told to who waits for it within half a minute; MLflow asks for four, and up to twenty.
+
+    What the environment says of it counts.
+    """
+    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    added = {name: limit for name, limit in limits.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 @contextmanager
@@ -116,10 +179,22 @@ def end_tracking(tracking: Tracking, status: str) -> None:
 
 
 def reopen_tracking(tracking: Tracking) -> None:
-    """Let the MLflow run go on that was closed."""
-    from mlflow import MlflowClient
+    """Let the MLflow run go on that was closed.
 
-    MlflowClient(tracking.tracking_uri).update_run(tracking.run_id, "RUNNING")
+    Raises:
+        RequestError: MLflow does not answer, or does not have it.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with _impatient():
+            MlflowClient(tracking.tracking_uri).update_run(tracking.run_id, "RUNNING")
+    except MlflowException as error:
+        raise RequestError(
+            f"MLflow at {tracking.tracking_uri} does not go on with run {tracking.run_id} ({error}). "
+            "Check that the server runs and can be reached; then resume the run again."
+        ) from error
 
 
 def _create_experiment(client: Any, name: str, uri: str) -> str:

@@ -1,0 +1,141 @@
+"""The register stage, run by the supervisor: what fails keeps the export, and one command registers it."""
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tundish import events
+from tundish import foundation_model as fm
+from tundish.errors import RequestError, SpecError, StageError
+from tundish.launch.local import processes_with
+from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
+from tundish.runs import supervisor
+from tundish.runs.tracking import Tracking, check_registry, open_tracking
+
+MakeRun = Callable[..., RunPaths]
+
+
+@pytest.fixture
+def exported_run(make_run: MakeRun, tiny_weights: Path) -> Callable[[str], RunPaths]:
+    """Makes a run that has failed after its export, with an MLflow run in the store of the environment."""
+
+    def make(name: str) -> RunPaths:
+        paths = make_run(name, ("CREATED", "waits"), ("FAILED", "in register"))
+        open_tracking(name, f"/Users/me/{name}", {}).write(paths)
+        shutil.copytree(tiny_weights, paths.export)
+        for stage in ("prepare", "train", "export"):
+            write_atomic(paths.result(stage), "{}")
+        return paths
+
+    return make
+
+
+def test_a_registration_that_fails_keeps_the_export_and_resume_makes_up_for_it(
+    exported_run: Callable[[str], RunPaths], mlflow_server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Days of training would be lost to a full disk; or COMPLETED be said before there is a version."""
+    from mlflow import MlflowClient
+
+    server, artifacts = mlflow_server
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    client = MlflowClient(server)
+    paths = exported_run("chat-1")
+    # Another shell, which does not know of the server.
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with _no_room(artifacts):
+        failed = fm.resume("chat-1").wait(timeout=120)
+    assert failed.status.display_name == "Failed"
+    for part in (
+        f"the registry {server} has not taken main.lab.chat-1 (API request to",
+        "500 error responses",
+        f"The export is kept: {paths.export}. `tundish resume chat-1` registers it.",
+        str(paths.log("register")),
+    ):
+        assert part in str(failed.details)
+    assert (paths.export / "model.safetensors").is_file() and not paths.scratch.exists()
+    run_id = Tracking.read(paths).run_id
+    assert client.get_run(run_id).info.status == "FAILED"
+
+    done = fm.resume("chat-1").wait(timeout=120)
+    assert done.status.display_name == "Completed", done.details
+    assert done.details == "Run completed. Registered as version 1 of main.lab.chat-1."
+    (version,) = client.search_model_versions("name='main.lab.chat-1'")
+    assert (version.status, version.run_id) == ("READY", run_id)
+    assert client.get_run(run_id).info.status == "FINISHED"
+    messages = [event.message for event in events.read(paths.events) if event.type == "REQUEUED"]
+    assert messages == ["Run resumed by user. Training is done; what comes after it goes on."] * 2
+
+
+@contextmanager
+def _no_room(folder: Path) -> Iterator[None]:
+    """Nothing can be written into a folder, not even by root."""
+    aside = folder.rename(folder.with_name("aside"))
+    folder.write_text("no folder")
+    try:
+        yield
+    finally:
+        folder.unlink()
+        aside.rename(folder)
+
+
+def test_a_server_that_never_answers_is_given_up_with_all_its_processes(
+    exported_run: Callable[[str], RunPaths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that hangs for ever at its last stage, or a copy of the model left behind."""
+    monkeypatch.setattr(supervisor, "REGISTER_SECONDS", 8.0)
+    paths = exported_run("chat-2")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        tracking = json.loads(paths.result("tracking").read_text())
+        write_atomic(paths.result("tracking"), json.dumps(tracking | {"registry_uri": uri}))
+        start = time.monotonic()
+        with pytest.raises(StageError, match=r"was not done after 8 s, and was stopped.*`tundish resume chat-2`"):
+            supervisor.run_stage(paths, "register")
+        assert 8 <= time.monotonic() - start < 30
+        silent.settimeout(1)
+        silent.accept()[0].close()  # it was asked
+    assert not processes_with(RUN_VARIABLE, str(paths.events))
+    assert paths.export.is_dir() and not paths.scratch.exists()
+
+
+def test_a_large_export_may_take_longer(tmp_path: Path) -> None:
+    """The upload of a large model would be stopped before it can be done."""
+    assert supervisor._register_seconds(tmp_path) == 1800
+    with open(tmp_path / "weights", "wb") as file:
+        file.truncate(140 * 10**9)
+    assert supervisor._register_seconds(tmp_path) == 1800 + 14_000
+
+
+def test_resuming_without_the_server_is_refused_in_a_sentence(
+    exported_run: Callable[[str], RunPaths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A traceback after four minutes, and a run that is neither failed nor going on."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    paths = exported_run("chat-3")
+    tracking = json.loads(paths.result("tracking").read_text())
+    write_atomic(paths.result("tracking"), json.dumps(tracking | {"tracking_uri": "http://127.0.0.1:1"}))
+    with pytest.raises(RequestError, match=r"MLflow at http://127\.0\.0\.1:1 does not go on .*then resume the run"):
+        fm.resume("chat-3")
+    assert events.read(paths.events)[-1].type == "FAILED"
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:1", "uc:http://127.0.0.1:1", "databricks-uc"])
+def test_a_registry_that_cannot_be_used_is_told_before_the_training(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be told when the model has been trained."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", uri)
+    for name in [name for name in os.environ if name.startswith("DATABRICKS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", "/nowhere")
+    with pytest.raises(SpecError, match=f"^register_to: the model registry {uri} takes no model 'main.lab.x'"):
+        check_registry("main.lab.x")
