@@ -76,7 +76,18 @@ def build_parser() -> argparse.ArgumentParser:
     events = _command(commands, "events", "show what happened to a run")
     events.add_argument("run", help="run name")
     events.add_argument("--follow", action="store_true", help="go on until the run has ended")
-    _command(commands, "checkpoints", "list a run's checkpoints").add_argument("run", help="run name")
+    checkpoints = _command(commands, "checkpoints", "list a run's checkpoints, or verify them")
+    checkpoints.add_argument("run", help="run name; to verify, also a checkpoint's path or URI, or that of its folder")
+    checkpoints.add_argument(
+        "--verify", action="store_true", help="read every byte and compare it with what was written"
+    )
+    export = _command(commands, "export", "write a checkpoint as a Hugging Face folder")
+    export.add_argument("source", metavar="RUN|CHECKPOINT", help="run name (its newest) or a checkpoint's path or URI")
+    export.add_argument("--out", metavar="DIR", help="folder to make (default: RUN-ep#-ba# in this folder)")
+    export.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (default bfloat16)"
+    )
+    export.add_argument("--model", metavar="NAME", help="base model of a checkpoint that no run here has made")
     _command(commands, "models", "list the supported models")
     return parser
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tundish import cli_data
+from tundish import cli_checkpoints, cli_data
 from tundish import foundation_model as fm
 from tundish.cli_arguments import (
     assignment,
@@ -95,17 +95,6 @@ def events(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def checkpoints(arguments: argparse.Namespace) -> int:
-    """`tundish checkpoints`."""
-    from tundish.runs.selecting import checkpoints as find
-
-    paths = find(arguments.run)
-    if arguments.json:
-        return print_json(paths)
-    print("\n".join(paths) or "No checkpoints created yet for this run. Please try again later.")
-    return 0
-
-
 def models(arguments: argparse.Namespace) -> int:
     """`tundish models`."""
     found = fm.get_models()
@@ -127,7 +116,8 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "cancel": cancel,
     "resume": resume,
     "events": events,
-    "checkpoints": checkpoints,
+    "checkpoints": cli_checkpoints.checkpoints,
+    "export": cli_checkpoints.export,
     "models": models,
 }
 

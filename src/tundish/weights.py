@@ -41,7 +41,7 @@ def find_weights(address: str) -> str:
     if not found:
         other = not place.is_remote and Path(address).with_name(name).exists()
         raise SpecError(
-            f"custom_weights_path: {address}: {'is another kind of file' if other else 'there is nothing there'}; "
+            f"{address}: {'is another kind of file' if other else 'there is nothing there'}; "
             "allowed is an ep…-ba… folder, a .symlink or a .pt file. Copy the path from get_checkpoints()."
         )
     return f"{place.address}/{name}"

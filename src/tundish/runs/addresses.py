@@ -5,7 +5,7 @@ import re
 from tundish.errors import SpecError
 from tundish.paths import RunPaths, is_uri, resolve
 from tundish.runs.reading import run_names
-from tundish.runs.tracking import Tracking
+from tundish.runs.tracking import Tracking, artifact_address, tracking_uri
 
 ARTIFACT = re.compile(r"(?:dbfs:)?/databricks/mlflow-tracking/([^/]+)/([^/]+)/artifacts/(.+)")
 
@@ -40,8 +40,6 @@ def _of_store(given: str, mlflow_run: str, path: str) -> str:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    from tundish.runs.tracking import local_path, tracking_uri
-
     try:
         return resolve(given)
     except SpecError as missing:
@@ -51,5 +49,4 @@ def _of_store(given: str, mlflow_run: str, path: str) -> str:
             raise missing from error
         if ".." in path.split("/"):
             raise SpecError(f"{given}: leaves its run. Copy the path from get_checkpoints().") from missing
-        folder = local_path(root)
-        return f"{root}/{path}" if folder is None else str(folder / path)
+        return f"{artifact_address(root, tracking_uri())}/{path}"

@@ -117,7 +117,7 @@ def open_tracking(run_name: str, experiment_name: str, tags: dict[str, str], roo
         experiment_id=experiment_id,
         experiment_name=experiment_name,
         run_id=run.info.run_id,
-        save_folder=_below(root or _artifacts(run.info.artifact_uri), run_name),
+        save_folder=_below(root or artifact_address(run.info.artifact_uri, uri), run_name),
         registry_uri=registry,
     )
 
@@ -215,13 +215,17 @@ def _artifact_root(experiment_name: str) -> Path:
     return mlflow_artifacts_dir() / hashlib.sha256(experiment_name.encode()).hexdigest()[:16]
 
 
-def local_path(artifact_uri: str) -> Path | None:
-    """The folder that MLflow's URI names, where it is one of this machine."""
+def artifact_address(artifact_uri: str, tracking_uri: str) -> str:
+    """The path or URI of an artifact folder, the same for every process, wherever its MLFLOW_TRACKING_URI points.
+
+    Args:
+        artifact_uri: as MLflow has it for a run.
+        tracking_uri: of the store that has it; serves what is at `mlflow-artifacts:/…`.
+    """
     parsed = urlparse(artifact_uri)
-    return Path(unquote(parsed.path)) if parsed.scheme in ("", "file") else None
-
-
-def _artifacts(artifact_uri: str) -> str:
-    """The run's artifact folder, or its URI where it is on another machine."""
-    folder = local_path(artifact_uri)
-    return artifact_uri if folder is None else str(folder)
+    if parsed.scheme in ("", "file"):
+        return unquote(parsed.path)
+    if parsed.scheme != "mlflow-artifacts":
+        return artifact_uri
+    scheme, _, server = tracking_uri.rstrip("/").partition("://")
+    return f"{scheme}://{parsed.netloc or server}/api/2.0/mlflow-artifacts/artifacts{parsed.path}"

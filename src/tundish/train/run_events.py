@@ -25,6 +25,7 @@ class RunEvents(Callback):
         self.path = Path(events_path)
         self._started_s = self._started_done = 0.0
         self._last_word = 0.0
+        self._savers: list[Saver] = []
 
     def after_load(self, state: State, logger: Logger) -> None:
         """The model and, where there is one, its checkpoint are loaded."""
@@ -35,9 +36,9 @@ class RunEvents(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Training begins, or goes on."""
-        for callback in state.callbacks:
-            if isinstance(callback, Saver):
-                callback.completed.append(self.checkpoint_saved)
+        self._savers = [callback for callback in state.callbacks if isinstance(callback, Saver)]
+        for saver in self._savers:
+            saver.completed.append(self.checkpoint_saved)
         self._started_s, self._started_done = time.monotonic(), _progress(state)[0]
         batch = int(state.timestamp.batch)
         where = f" It goes on from batch {batch}." if batch else ""
@@ -63,7 +64,9 @@ class RunEvents(Callback):
         self._write("CHECKPOINT_SAVED", f"Checkpoint {folder.name} saved.", checkpoint=str(folder))
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """All batches are done."""
+        """All batches are done, and the last checkpoint is complete."""
+        for saver in self._savers:
+            saver.wait()
         batches, tokens = int(state.timestamp.batch), int(state.timestamp.token)
         self._write("TRAIN_FINISHED", f"Training finished after {batches:,} batches and {tokens:,} tokens.")
 

@@ -1,0 +1,81 @@
+"""The commands that look at checkpoints: checkpoints, export."""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+from tundish.cli_arguments import print_json
+from tundish.errors import SpecError
+from tundish.progress import bar
+
+
+def checkpoints(arguments: argparse.Namespace) -> int:
+    """`tundish checkpoints [--verify]`."""
+    from tundish.runs.selecting import checkpoints as find
+
+    if arguments.verify:
+        return _verify(arguments.run, as_json=arguments.json)
+    paths = find(arguments.run)
+    if arguments.json:
+        return print_json(paths)
+    print("\n".join(paths) or "No checkpoints created yet for this run. Please try again later.")
+    return 0
+
+
+def _verify(given: str, *, as_json: bool) -> int:
+    from tundish.checkpoints.manifest import MANIFEST
+    from tundish.checkpoints.verifying import verify
+    from tundish.runs.exporting import local_checkpoints
+
+    found: list[dict[str, object]] = []
+    for folder in local_checkpoints(given):
+        files = [file for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
+        size, done = sum(file.stat().st_size for file in files), [0]
+        with bar(f"Reading {folder.name}") as tell:
+
+            def count(read: int, size: int = size, done: list[int] = done) -> None:
+                done[0] += read
+                tell(done[0], size)
+
+            problems = verify(folder, count)
+        found.append({"checkpoint": str(folder), "bytes": size, "problems": problems})
+        if not as_json:
+            by = "SHA-256 of its manifest" if (folder / MANIFEST).is_file() else "CRC-32 of its tensors; no manifest"
+            print(f"{folder.name}: {'OK' if not problems else 'DAMAGED'}, {size:,} bytes ({by})")
+            for problem in problems:
+                print(f"  {problem}")
+    if as_json:
+        print_json(found)
+    elif not found:
+        print("No checkpoints created yet for this run. Please try again later.")
+    return 1 if any(entry["problems"] for entry in found) else 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """`tundish export`."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from tundish.runs.exporting import export_checkpoint, find_exportable
+
+    found = find_exportable(arguments.source, arguments.model)
+    short = "" if arguments.dtype == "bfloat16" else f"-{arguments.dtype}"
+    out = Path(arguments.out or f"{found.name}-{found.checkpoint.name}{short}")
+    if out.exists():
+        raise SpecError(f"--out: {out} exists already. Name a new folder.")
+    started, done = time.monotonic(), [0]
+    with bar(f"Exporting {found.checkpoint.name}") as tell:
+
+        def count(written: int, total: int) -> None:
+            done[0] += written
+            tell(done[0], total)
+
+        export_checkpoint(found, out, arguments.dtype, count)
+    if arguments.json:
+        facts = {"checkpoint": str(found.checkpoint), "export": str(out.absolute()), "dtype": arguments.dtype}
+        return print_json({**facts, "bytes": done[0]})
+    seconds = time.monotonic() - started
+    print(
+        f"{found.checkpoint.name} of {found.name}: {done[0]:,} bytes of {arguments.dtype} weights in {seconds:.1f} s."
+    )
+    print(out.absolute())
+    return 0

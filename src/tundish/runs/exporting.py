@@ -1,0 +1,115 @@
+"""`tundish export` and `tundish checkpoints`: earlier checkpoints, of a run or of another program."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tundish.checkpoints import in_order
+from tundish.checkpoints.places import Place, place_of
+from tundish.errors import CheckpointError, RunNotFoundError, SpecError
+from tundish.export.safetensors import ExportDtype, Progress, export
+from tundish.paths import RunPaths
+from tundish.runs.addresses import checkpoint_address
+from tundish.runs.reading import find_run, run_names
+from tundish.runs.tracking import Tracking
+from tundish.spec import RunSpec, TaskType
+from tundish.weights import fetch_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Exportable:
+    """A checkpoint on this machine and what it is a checkpoint of."""
+
+    checkpoint: Path
+    model: str
+    task_type: TaskType
+    name: str
+    """Of its run, or of the folder that it lies in."""
+
+
+def find_exportable(given: str, model: str | None = None) -> Exportable:
+    """The checkpoint that is meant by a run's name (its newest) or by a checkpoint's path or URI.
+
+    Args:
+        given: one of them.
+        model: name or folder of the base model; needed where no run of this machine has made the checkpoint.
+
+    Raises:
+        RunNotFoundError: there is neither run nor path.
+        SpecError: there is no such checkpoint, or its model is not known.
+        CheckpointError: it is damaged, or cannot be fetched.
+    """
+    if given in set(run_names()):
+        paths, checkpoint = RunPaths.of(given), Place(Tracking.read(RunPaths.of(given)).save_folder).newest()
+        if checkpoint is None:
+            raise CheckpointError(f"{given}: has no complete checkpoint yet. Wait for its first CHECKPOINT_SAVED.")
+    else:
+        address = _address(given)
+        checkpoint = fetch_weights(address)
+        paths = _run_with(place_of(address)[0].address)
+    if paths is None and model is None:
+        raise SpecError(
+            f"{given}: no run of this machine has made it, so its model is not known. Give --model: name or folder of "
+            "the model that the training started from."
+        )
+    spec = None if paths is None else RunSpec.from_json(paths.spec.read_text())
+    return Exportable(
+        checkpoint=checkpoint,
+        model=model or (spec.model if spec else ""),
+        # Without a run, the tokenizer stays as the model has it.
+        task_type=spec.task_type if spec else "INSTRUCTION_FINETUNE",
+        name=spec.run_name if spec else checkpoint.parent.name,
+    )
+
+
+def export_checkpoint(found: Exportable, out: Path, dtype: ExportDtype, progress: Progress | None = None) -> None:
+    """Write a Hugging Face folder of the checkpoint.
+
+    Raises:
+        SpecError: `out` is there already.
+        CheckpointError: the checkpoint is damaged, or of another model.
+    """
+    if found.checkpoint.suffix == ".pt":
+        raise SpecError(f"{found.checkpoint}: is one file; allowed is an ep…-ba… folder. Load it with transformers.")
+    export(found.checkpoint, found.model, found.task_type, out, dtype, progress)
+
+
+def local_checkpoints(given: str) -> Iterator[Path]:
+    """The checkpoints that are meant by a run's name, a save_folder or a checkpoint, copied here where they are not.
+
+    Raises:
+        RunNotFoundError: there is neither run nor path.
+        CheckpointError: they cannot be fetched.
+    """
+    if given in set(run_names()):
+        place = Place(Tracking.read(RunPaths.of(given)).save_folder)
+    else:
+        place = Place(_address(given).rstrip("/"))
+    if not place.is_remote:
+        # Damaged ones too, which a list of complete ones leaves out.
+        if not place.local.is_dir():
+            raise SpecError(f"{given}: there is no such folder. Copy the path from get_checkpoints().")
+        yield from in_order(place.local.iterdir()) or [place.local]
+        return
+    names = [address.rpartition("/")[2] for address in place.list()]
+    if not names:
+        place, name = place_of(place.address)
+        names = [name]
+    for name in names:
+        yield place.fetch(name)
+
+
+def _address(given: str) -> str:
+    if "/" not in given and not Path(given).exists():
+        find_run(given)  # says which names are near
+        raise RunNotFoundError(f"there is no run {given!r}.")
+    return checkpoint_address(given)
+
+
+def _run_with(save_folder: str) -> RunPaths | None:
+    """The run of this machine that saves there."""
+    for name in run_names():
+        paths = RunPaths.of(name)
+        if Tracking.read(paths).save_folder == save_folder:
+            return paths
+    return None
