@@ -126,9 +126,7 @@ def test_custom_weights_that_are_none_say_what_is_allowed(checkpoint: Path) -> N
     """The run would fail after its data was prepared."""
     other = checkpoint.parent / "weights.bin"
     other.write_bytes(b"x")
-    with pytest.raises(
-        SpecError, match=r"weights\.bin: is another kind of file; allowed is an ep…-ba… folder"
-    ):
+    with pytest.raises(SpecError, match=r"weights\.bin: is another kind of file; allowed is an ep…-ba… folder"):
         find_weights(str(other))
     with pytest.raises(SpecError, match="there is nothing there"):
         find_weights(str(checkpoint.parent / "ep9-ba9"))

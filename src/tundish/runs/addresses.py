@@ -3,7 +3,7 @@
 import re
 
 from tundish.errors import SpecError
-from tundish.paths import RunPaths, is_uri, resolve
+from tundish.paths import RunPaths, default_tracking_uri, is_uri, resolve
 from tundish.runs.reading import run_names
 from tundish.runs.tracking import Tracking, artifact_address, tracking_uri
 
@@ -43,6 +43,8 @@ def _of_store(given: str, mlflow_run: str, path: str) -> str:
     try:
         return resolve(given)
     except SpecError as missing:
+        if tracking_uri() == default_tracking_uri():
+            raise
         try:
             root = str(MlflowClient(tracking_uri()).get_run(mlflow_run).info.artifact_uri)
         except MlflowException as error:

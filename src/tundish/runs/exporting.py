@@ -39,6 +39,7 @@ def find_exportable(given: str, model: str | None = None) -> Exportable:
         SpecError: there is no such checkpoint, or its model is not known.
         CheckpointError: it is damaged, or cannot be fetched.
     """
+    address = ""
     if given in set(run_names()):
         paths, checkpoint = RunPaths.of(given), Place(Tracking.read(RunPaths.of(given)).save_folder).newest()
         if checkpoint is None:
@@ -58,7 +59,7 @@ def find_exportable(given: str, model: str | None = None) -> Exportable:
         model=model or (spec.model if spec else ""),
         # Without a run, the tokenizer stays as the model has it.
         task_type=spec.task_type if spec else "INSTRUCTION_FINETUNE",
-        name=spec.run_name if spec else checkpoint.parent.name,
+        name=spec.run_name if spec else _name(address),
     )
 
 
@@ -104,6 +105,12 @@ def _address(given: str) -> str:
         find_run(given)  # says which names are near
         raise RunNotFoundError(f"there is no run {given!r}.")
     return checkpoint_address(given)
+
+
+def _name(address: str) -> str:
+    """Of the folder that somebody's checkpoints are in."""
+    above = [part for part in address.split("/")[:-1] if part not in ("", ".", "checkpoints")]
+    return above[-1] if above else "checkpoint"
 
 
 def _run_with(save_folder: str) -> RunPaths | None:
