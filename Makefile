@@ -5,10 +5,10 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install format check test test-spark demo bench-data bench-train lock clean
+.PHONY: help install format check test test-spark demo bench-data bench-train bench-checkpoint lock clean
 
 help:  ## show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 install: $(INSTALLED)  ## install tundish and its locked dependencies into .venv (6.4 GB)
 
@@ -45,6 +45,9 @@ bench-data: $(INSTALLED)  ## measure the preparation of data against LLM Foundry
 
 bench-train: $(INSTALLED)  ## measure training against a bare PyTorch loop and LLM Foundry (15 minutes)
 	$(BIN)/python -m benchmarks.train $(OPTIONS)
+
+bench-checkpoint: $(INSTALLED)  ## measure the export and the saving of checkpoints (20 minutes, 24 GB of disk)
+	$(BIN)/python -m benchmarks.checkpoint $(OPTIONS)
 
 lock: $(INSTALLED)  ## resolve the dependencies anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

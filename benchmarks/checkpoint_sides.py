@@ -71,12 +71,9 @@ def _rows(name: str, shape: tuple[int, ...], properties: Any) -> Iterator[Any]:
 
 def ours(checkpoint: str, model: str, out: str) -> Facts:
     """Our export, what was written flushed to the disk and compared with the checkpoint."""
-    import safetensors
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from tundish.export.safetensors import export
 
-    assert all((safetensors, AutoModelForCausalLM, AutoTokenizer))
+    _import_all(model)
     _cool(checkpoint)
     before = _reset_peak()
     start = time.perf_counter()
@@ -112,7 +109,7 @@ def stock(checkpoint: str, model: str, out: str) -> Facts:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     warnings.simplefilter("ignore")
-    tokenizers = AutoTokenizer
+    _import_all(model)
     _cool(checkpoint)
     before = _reset_peak()
     start = time.perf_counter()
@@ -123,11 +120,22 @@ def stock(checkpoint: str, model: str, out: str) -> Facts:
         built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
     built.load_state_dict(_flat(content), assign=True)
     built.to(torch.bfloat16).save_pretrained(out)
-    tokenizers.from_pretrained(model).save_pretrained(out)
+    AutoTokenizer.from_pretrained(model).save_pretrained(out)
     facts = {"seconds": time.perf_counter() - start, "extra": _peak() - before, "written": _size(Path(out))}
     file.unlink()
     shutil.rmtree(out)
     return facts
+
+
+def _import_all(model: str) -> None:
+    """What either side imports when it is first needed, and a tokenizer's own memory."""
+    import safetensors.torch
+    import transformers.modeling_utils
+    import transformers.models.llama.modeling_llama
+    from transformers import AutoTokenizer
+
+    assert safetensors.torch and transformers.modeling_utils and transformers.models.llama.modeling_llama
+    AutoTokenizer.from_pretrained(model)
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
@@ -138,7 +146,7 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def steps(file: str, saver: str, batches: int) -> Facts:
-    """Seconds of each step of a run that saves after every `interval` batches: `ours`, `composer` or `none`."""
+    """For how long each save stops a run, by the saver of `ours` or `composer`; the last, awaited by all, is out."""
     from composer import Callback
     from composer.callbacks import CheckpointSaver
     from omegaconf import OmegaConf
@@ -147,33 +155,27 @@ def steps(file: str, saver: str, batches: int) -> Facts:
 
     cfg: Any = OmegaConf.load(file)
     cfg.max_duration = f"{batches}ba"
-    if saver == "none":
-        del cfg["save_folder"], cfg["save_interval"]
     if saver == "composer":
-        entry._saver = lambda config: [
-            CheckpointSaver(config.save_folder, save_interval=config.save_interval, ignore_keys=["state/integrations"])
-        ]
+        entry._saver = lambda config, place: CheckpointSaver(
+            str(place.local), save_interval=config.save_interval, ignore_keys=["state/integrations"]
+        )
     trainer = entry.build_trainer(cfg)
-    ends: list[tuple[float, float]] = []
+    stalls: list[float] = []
 
     class Clock(Callback):
         def batch_end(self, state: Any, logger: Any) -> None:
             self.at = time.perf_counter()
 
         def batch_checkpoint(self, state: Any, logger: Any) -> None:
-            now = time.perf_counter()
-            ends.append((now, now - self.at))
+            stalls.append(time.perf_counter() - self.at)
 
     trainer.state.callbacks.append(Clock())
-    start = time.perf_counter()
     trainer.fit()
     trainer.close()
-    seconds = time.perf_counter() - start
-    stalls = [stall for _, stall in ends[:-1] if stall > 0.001]
-    written = _size(Path(cfg.save_folder)) if saver != "none" else 0
-    if saver != "none":
-        shutil.rmtree(cfg.save_folder)
-    return {"seconds": seconds, "stalls": stalls, "bytes": written}
+    written = _size(Path(cfg.save_folder))
+    shutil.rmtree(cfg.save_folder)
+    # Batches without a save take next to nothing there.
+    return {"stalls": sorted(stalls[:-1])[-(batches // int(cfg.save_interval[:-2]) - 1) :], "bytes": written}
 
 
 def _size(folder: Path) -> int:

@@ -45,7 +45,9 @@ class Bench:
     """The file of our run."""
 
 
-def make_run(scratch: Path, chats: int) -> Path:
+def make_run(
+    scratch: Path, chats: int, shape: Mapping[str, int] = SHAPE, rows: int = ROWS, save_interval: str | None = None
+) -> Path:
     """The file of a run of ours: a model with random weights, and chats that are packed for it."""
     from tundish.data import Job, prepare
     from tundish.data.sources import open_source
@@ -56,8 +58,8 @@ def make_run(scratch: Path, chats: int) -> Path:
 
     data = write_chats(scratch / "chats.jsonl", chats=chats)
     texts = [message["content"] for line in data.open() for message in json.loads(line)["messages"]]
-    model = make_base_model(scratch / "model", texts, vocabulary=VOCABULARY, **SHAPE)
-    settings = {"global_train_batch_size": ROWS, "device_train_microbatch_size": MICROBATCH}
+    model = make_base_model(scratch / "model", texts, vocabulary=VOCABULARY, **shape)
+    settings = {"global_train_batch_size": rows, "device_train_microbatch_size": min(rows, MICROBATCH)}
     spec, card = parse_spec(
         {
             "model": str(model), "train_data_path": str(data), "register_to": "main.bench", "learning_rate": 1e-4,
@@ -75,8 +77,12 @@ def make_run(scratch: Path, chats: int) -> Path:
         save_folder="unused", tracking_uri=f"sqlite:///{scratch}/mlflow.db", experiment_name="bench"
     )  # fmt: skip
     content = yaml.safe_load(render(spec, card, paths, store, prepared.rows))
-    # A checkpoint is not a step.
-    del content["save_folder"], content["save_interval"]
+    if save_interval:
+        content |= {"save_folder": str(scratch / "checkpoints"), "save_interval": save_interval}
+        del content["loggers"]
+    else:
+        # A checkpoint is not a step.
+        del content["save_folder"], content["save_interval"]
     paths.foundry_yaml.write_text(yaml.safe_dump(content))
     return paths.foundry_yaml
 
