@@ -1,4 +1,4 @@
-"""The sides of `make bench-checkpoint`, one a process: `python -m benchmarks.checkpoint_sides SIDE ARGUMENTS RESULT`."""
+"""The sides of `make bench-checkpoint`, one a process, as those of `benchmarks.sides`."""
 
 import os
 import shutil

@@ -354,6 +354,11 @@ def test_the_file_tells_how_to_train_it_without_tundish(plan: Plan) -> None:
         ({"load_path": "/x/evil.pt"}, "create() has custom_weights_path for it, which checks what is loaded"),
         ({"loggers.mlflow.tracking_uri": "x"}, "create() has experiment_path for it"),
         ({"save_num_checkpoints_to_keep": 0}, "the export needs a checkpoint"),
+        ({"save_num_checkpoints_to_keep": -2}, "Allowed is 1 or more, or -1 for all"),
+        ({"save_num_checkpoints_to_keep": "3"}, "Allowed is 1 or more, or -1 for all"),
+        ({"save_overwrite": True}, "a complete checkpoint is never written over"),
+        ({"save_folder": "checkpoints"}, "allowed is an absolute path, or a URI such as s3://bucket/folder"),
+        ({"callbacks.load_checkpoint": {"load_path": "/x"}}, "it may run code; create() has custom_weights_path"),
         ({"device_train_microbatch_size": "auto"}, "allowed is a number of rows"),
         ({"fsdp_config": {"activation_checkpointing": {}}}, "allowed is true or false"),
         ({"fsdp_config.reshard_after_forward": 1}, "allowed is true or false"),
@@ -379,6 +384,7 @@ def test_all_wrong_overrides_are_told_together() -> None:
 def test_good_overrides_are_no_problem() -> None:
     """A key that LLM Foundry knows would be refused."""
     good = {"seed": 3, "optimizer.lr": 1e-3, "fsdp_config": {"activation_checkpointing": True}, "metadata.team": "x"}
+    good |= {"save_folder": "s3://lab/checkpoints", "save_num_checkpoints_to_keep": -1}
     assert check_overrides(good) == [] and check_overrides({}) == []
 
 

@@ -115,8 +115,8 @@ def _problem(path: str, value: Any, base: Mapping[str, Any], renamed: set[str]) 
     refused = next((key for key in REFUSED if path == key or path.startswith(f"{key}.")), None)
     if refused is not None:
         return f"{path!r} is not allowed: {REFUSED[refused]}."
-    if path == "save_num_checkpoints_to_keep" and value == 0:
-        return f"{path!r} is 0; the export needs a checkpoint. Allowed is 1 or more, or -1 for all."
+    if path == "save_num_checkpoints_to_keep" and (type(value) is not int or (value < 1 and value != -1)):
+        return f"{path!r} is {value!r}; the export needs a checkpoint. Allowed is 1 or more, or -1 for all."
     if path == "save_folder" and not (isinstance(value, str) and (value.startswith("/") or is_uri(value))):
         return f"{path!r} is {value!r}; allowed is an absolute path, or a URI such as s3://bucket/folder."
     if path == "device_train_microbatch_size" and (type(value) is not int or value < 1):

@@ -74,3 +74,16 @@ def test_a_store_named_from_here_is_the_same_for_the_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
     assert tracking_uri() == found.format(here=tmp_path)
+
+
+def test_each_run_saves_below_the_root_that_was_given(home: Path) -> None:
+    """Two runs would write into one folder, or one of them into the root itself."""
+    from tundish.overrides import save_root
+
+    for given, root in (
+        ({"save_folder": "s3://lab/x/"}, "s3://lab/x"),
+        ({"save_folder": "/mnt/big"}, "/mnt/big"),
+        ({"save_folder": "dbfs:/Volumes/main/lab/v"}, f"{home}/Volumes/main/lab/v"),
+    ):
+        assert planned_save_folder("chat-1", "/Users/me/chat-1", save_root(given)) == f"{root}/chat-1/checkpoints"
+    assert save_root({"seed": 1}) is None

@@ -66,11 +66,12 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     """Whoever loses a device would lose the run; or it would train other batches from there on."""
     whole = _run(ranks, plan, tmp_path, "whole", before)
     file = plan("killed", before, samples=43, learning_rate=1e-4)
-    ranks.train(file, before, tmp_path / "first", KILL_RANK=0, KILL_AT=5, KILL_WHEN="batch")
+    # Behind the second checkpoint, which waits for the first to be complete.
+    ranks.train(file, before, tmp_path / "first", KILL_RANK=0, KILL_AT=7, KILL_WHEN="batch")
     text = file.read_text()
     second: Trained = ranks.train(file, after, tmp_path / "second")
     assert second.ok, second.log[-3000:]
-    assert text == file.read_text() and min(second.losses) == 3
+    assert text == file.read_text() and min(second.losses) in (3, 6)
     assert all(math.isclose(loss, whole.losses[batch], rel_tol=CLOSE) for batch, loss in second.losses.items())
 
 
