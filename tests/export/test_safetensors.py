@@ -14,7 +14,8 @@ from tundish.checkpoints.archive import find_bytes
 from tundish.data.templates import CHATML
 from tundish.errors import CheckpointError, SpecError
 from tundish.export import safetensors
-from tundish.export.safetensors import export, plan
+from tundish.export.plan import plan
+from tundish.export.safetensors import export
 
 # Of PyTorch's own, on saving: it saves from a single process, which is wanted here, and uses its own old storage class.
 pytestmark = [
@@ -466,33 +467,13 @@ def test_a_base_models_faulty_generation_settings_do_not_stop_the_export(
     assert json.loads((tmp_path / "export" / "generation_config.json").read_text())["eos_token_id"] == [1, 7]
 
 
-def _stored(*shapes: tuple[int, ...]) -> dict[str, StoredTensor]:
-    return {f"t{number}": StoredTensor(f"t{number}", shape, "float32", ()) for number, shape in enumerate(shapes)}
-
-
-def test_no_shard_is_larger_than_the_limit() -> None:
-    """Files would be larger than what users can store or send at once."""
-    weights = _stored((10,), (5, 2), (3,), (2,), (4, 5), (1,))
-    shards = plan(weights, "bfloat16", 26)
-    names = [[target.name for target in shard.targets] for shard in shards]
-    assert names == [["t0"], ["t1", "t2"], ["t3"], ["t4"], ["t5"]]
-    assert [shard.name for shard in shards] == [f"model-0000{n}-of-00005.safetensors" for n in range(1, 6)]
-    assert plan(weights, "float32", 26) != shards, "the bytes written count, not those stored"
-
-
-def test_a_tensor_as_large_as_the_limit_fills_a_shard() -> None:
-    """One tensor more or less in a shard: the border is the limit itself."""
-    assert [len(shard.targets) for shard in plan(_stored((5,), (5,), (1,)), "bfloat16", 20)] == [2, 1]
-    assert [len(shard.targets) for shard in plan(_stored((50,), (1,), (1,)), "bfloat16", 20)] == [1, 2]
-
-
-def test_every_tensor_is_in_one_shard_in_order() -> None:
-    """Weights would be lost, written twice, or over each other."""
-    weights = _stored(*((n % 7 + 1, 3) for n in range(50)))
-    shards = plan(weights, "bfloat16", 100)
-    targets = [target for shard in shards for target in shard.targets]
-    assert [(target.name, target.source) for target in targets] == [*weights.items()] and len(shards) > 5
-    for shard in shards:
-        ends = [0, *(target.start + target.size for target in shard.targets)]
-        assert [target.start for target in shard.targets] == ends[:-1]
-    assert plan({}, "bfloat16", 100) == []
+def test_the_licence_goes_with_the_weights(
+    base: Callable[..., Path], save_checkpoint: SaveCheckpoint, tmp_path: Path
+) -> None:
+    """Whoever passes the export on would break the licence of the base model."""
+    folder = base()
+    (folder / "LICENSE.txt").write_text("the licence")
+    (folder / "USE_POLICY.md").write_text("the policy")
+    export(save_checkpoint(_state(_trained(folder))), str(folder), "INSTRUCTION_FINETUNE", tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE.txt").read_text() == "the licence"
+    assert (tmp_path / "out" / "USE_POLICY.md").exists()

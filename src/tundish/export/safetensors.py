@@ -6,88 +6,35 @@ appears under its name. The format of the files: https://huggingface.co/docs/saf
 """
 
 import json
-import math
 import os
 import random
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import psutil
 
-from tundish.checkpoints import StoredTensor
 from tundish.checkpoints.archive import BLOCK_BYTES
-from tundish.checkpoints.metadata import DTYPE_BYTES
 from tundish.data.tokenizer import load_tokenizer
 from tundish.errors import CheckpointError, SpecError
+from tundish.export.plan import ExportDtype, Shard, Target, plan
 from tundish.paths import write_atomic
 from tundish.spec import TaskType
 from tundish.weights import check_shapes, expected_shapes, fit_vocabulary, model_config, read_weights
 
-ExportDtype = Literal["bfloat16", "float32"]
-DTYPES: tuple[ExportDtype, ...] = ("bfloat16", "float32")
 SHARD_BYTES = 2_000_000_000
+LICENCE_FILES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 INDEX = "model.safetensors.index.json"
 THREADS = min(8, 2 * (os.cpu_count() or 1))
 SAMPLED_TENSORS = 16
 SAMPLED_BYTES = 64 << 20
 """Of what was written, compared once more with the checkpoint; the last tensor may go beyond."""
-_SAFETENSORS = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
 Progress = Callable[[int, int], None]
 """Told how many bytes of weights were just written, and how many there are in all; from several threads."""
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A tensor and its place in an output file."""
-
-    name: str
-    """The Hugging Face name."""
-    source: StoredTensor
-    dtype: str
-    start: int
-    """Byte in the file's data."""
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return math.prod(self.source.shape) * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One output file and the tensors that go into it."""
-
-    name: str
-    targets: tuple[Target, ...]
-
-    @property
-    def header(self) -> bytes:
-        """The length of the description as eight bytes, and the description."""
-        content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        for target in self.targets:
-            offsets = [target.start, target.start + target.size]
-            entry = {"dtype": _SAFETENSORS[target.dtype], "shape": target.source.shape, "data_offsets": offsets}
-            content[target.name] = entry
-        text = json.dumps(content, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
 
 
 def export(
@@ -126,26 +73,11 @@ def export(
     with _hidden(out) as folder:
         tokenizer.save_pretrained(folder)
         _write_configs(model, config, folder)
+        _copy_licence(model, folder)
         write(shards, folder, progress)
         verify(folder, shards)
         _write_index(shards, folder)
         folder.rename(out)
-
-
-def plan(weights: Mapping[str, StoredTensor], dtype: ExportDtype, limit: int) -> list[Shard]:
-    """Tensors in their order, cut into shards of at most `limit` bytes (a larger tensor has one of its own)."""
-    groups: list[list[Target]] = []
-    filled = 0
-    for name, source in weights.items():
-        kept = dtype if "float" in source.dtype else source.dtype
-        size = math.prod(source.shape) * DTYPE_BYTES[kept]
-        if not groups or filled + size > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(Target(name, source, kept, filled))
-        filled += size
-    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
-    return [Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
 
 
 def write(shards: Sequence[Shard], folder: Path, progress: Progress | None = None) -> None:
@@ -281,6 +213,14 @@ def _write_configs(model: str, config: Any, folder: Path) -> None:
     else:
         # As it stands: transformers refuses to save settings that contradict each other, which base models have.
         shutil.copyfile(given, folder / name)
+
+
+def _copy_licence(model: str, folder: Path) -> None:
+    """Most licences of models must go with every copy."""
+    base = Path(model)
+    for file in base.iterdir() if base.is_dir() else ():
+        if file.name.upper().startswith(LICENCE_FILES) and file.is_file():
+            shutil.copyfile(file, folder / file.name)
 
 
 def _write_index(shards: Sequence[Shard], folder: Path) -> None:

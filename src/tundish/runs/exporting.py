@@ -7,7 +7,8 @@ from pathlib import Path
 from tundish.checkpoints import in_order
 from tundish.checkpoints.places import Place, place_of
 from tundish.errors import CheckpointError, RunNotFoundError, SpecError
-from tundish.export.safetensors import ExportDtype, Progress, export
+from tundish.export.plan import ExportDtype
+from tundish.export.safetensors import Progress, export
 from tundish.paths import RunPaths
 from tundish.runs.addresses import checkpoint_address
 from tundish.runs.reading import find_run, run_names
