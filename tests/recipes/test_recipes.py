@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tundish.checkpoints.verifying import verify
+
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = [path for path in sorted(FOLDER.glob("*.py")) if path.stem != "check_data"]
 """Those that train."""
+WITH_SERVER = "continued_pretrain"
 BEFORE_TRAINING = ["CREATED", "STARTED", "DATA_VALIDATED", "MODEL_INITIALIZED", "TRAIN_STARTED"]
 AT_THE_END = ["CHECKPOINT_SAVED", "TRAIN_FINISHED", "COMPLETED"]
 
@@ -37,6 +40,10 @@ class Finished(NamedTuple):
         return self._replace(run_folders=[self.run_folders[number]])
 
     @property
+    def export(self) -> Path:
+        return self.run_folder / "export"
+
+    @property
     def events(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.run_folder / "events.jsonl").read_text().splitlines()]
 
@@ -46,13 +53,15 @@ class Finished(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def run_recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Finished]:
-    """Runs a recipe once a session and keeps what it left."""
+def run_recipe(tmp_path_factory: pytest.TempPathFactory, mlflow_server: tuple[str, Path]) -> Callable[[str], Finished]:
+    """Runs a recipe once a session and keeps what it left; one of them with an MLflow server, the others without."""
 
     @cache
     def run(name: str) -> Finished:
         folder = tmp_path_factory.mktemp(name)
         environment = {**os.environ, "TUNDISH_HOME": str(folder / "home"), "TMPDIR": str(folder)}
+        if name == WITH_SERVER:
+            environment["MLFLOW_TRACKING_URI"] = mlflow_server[0]
         command = [sys.executable, str(RECIPES[0].parent / f"{name}.py")]
         result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
         assert result.returncode == 0, result.stdout + result.stderr
@@ -104,16 +113,19 @@ def _check_run(finished: Finished) -> None:
 
 @pytest.mark.parametrize(("recipe", "ranks"), [("demo", 1), ("instruction_finetune", 2), ("continued_pretrain", 1)])
 def test_checkpoints_are_sharded_at_every_world_size(
-    recipe: str, ranks: int, run_recipe: Callable[[str], Finished]
+    recipe: str, ranks: int, run_recipe: Callable[[str], Finished], mlflow_server: tuple[str, Path]
 ) -> None:
     """A monolithic file, a missing rank, or a `latest` that names something else."""
-    folder = Path(run_recipe(recipe).tracking["save_folder"])
+    address = run_recipe(recipe).tracking["save_folder"]
+    assert address.startswith("http") == (recipe == WITH_SERVER)
+    folder = mlflow_server[1] / address.split("/artifacts/", 1)[1] if recipe == WITH_SERVER else Path(address)
     found = sorted(path for path in folder.iterdir() if re.fullmatch(r"ep\d+-ba\d+", path.name))
     assert found
+    files = {".metadata", "manifest.json", *(f"__{rank}_0.distcp" for rank in range(ranks))}
     for checkpoint in found:
-        assert {path.name for path in checkpoint.iterdir()} == {".metadata", *(f"__{r}_0.distcp" for r in range(ranks))}
+        assert {path.name for path in checkpoint.iterdir()} == files and verify(checkpoint) == []
     newest = max(found, key=lambda path: int(path.name.split("-ba")[1]))
-    assert (folder / "latest-sharded-rank0.symlink").read_text() == str(newest)
+    assert (folder / "latest-sharded-rank0.symlink").read_text() == f"{address}/{newest.name}"
 
 
 def test_the_demo_learns_what_it_was_not_shown(run_recipe: Callable[[str], Finished]) -> None:
@@ -234,6 +246,23 @@ def test_stock_llm_foundry_trains_the_same_file(run_recipe: Callable[[str], Fini
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     stock = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert _final_loss(stock) == pytest.approx(_final_loss(finished.events), rel=1e-5)
+    _check_stock_checkpoint(tmp_path / "checkpoints", content["tokenizer"]["name"], finished)
+
+
+def _check_stock_checkpoint(folder: Path, model: str, finished: Finished) -> None:
+    """What LLM Foundry's own saver leaves is exported as ours is."""
+    import torch
+    from safetensors.torch import load_file
+
+    from tundish.checkpoints import list_checkpoints
+    from tundish.export.safetensors import export
+
+    newest = list_checkpoints(folder)[-1]
+    assert not (newest / "manifest.json").exists() and verify(newest) == []
+    export(newest, model, "INSTRUCTION_FINETUNE", folder / "export")
+    theirs, ours = (load_file(next(each.glob("*.safetensors"))) for each in (folder / "export", finished.export))
+    assert theirs.keys() == ours.keys() and len(ours) > 10
+    assert all(torch.allclose(tensor, ours[name], atol=0.02) for name, tensor in theirs.items())
 
 
 def test_fine_tuning_begins_with_the_weights_of_the_pretraining(run_recipe: Callable[[str], Finished]) -> None:

@@ -59,9 +59,9 @@ class RunEvents(Callback):
         facts = {"eta_s": round(eta_s, 1), "batch": int(state.timestamp.batch), "loss": loss}
         self._write("TRAIN_UPDATED", text, share=round(min(1.0, done / total), 4), **facts)
 
-    def checkpoint_saved(self, folder: Path) -> None:
-        """The checkpoint is complete."""
-        self._write("CHECKPOINT_SAVED", f"Checkpoint {folder.name} saved.", checkpoint=str(folder))
+    def checkpoint_saved(self, address: str) -> None:
+        """The checkpoint at a path or URI is complete."""
+        self._write("CHECKPOINT_SAVED", f"Checkpoint {address.rpartition('/')[2]} saved.", checkpoint=address)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """All batches are done, and the last checkpoint is complete."""

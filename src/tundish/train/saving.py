@@ -34,14 +34,14 @@ class Saver(CheckpointSaver):
     A checkpoint is complete or absent, whatever happens; the next one, and the end of training, wait for it.
 
     Attributes:
-        completed: called on rank 0 with the folder of each complete checkpoint, from another thread.
+        completed: called on rank 0 with the path or URI of each complete checkpoint, from another thread.
     """
 
     def __init__(self, place: Place, interval: Any, keep: int, ignore_keys: list[str] | None) -> None:
         folder = str(place.local)
         super().__init__(folder, save_interval=interval, ignore_keys=ignore_keys, remote_file_name=None)
         self.place, self.keep = place, keep
-        self.completed: list[Callable[[Path], None]] = []
+        self.completed: list[Callable[[str], None]] = []
         self._group = torch.distributed.new_group(backend="gloo", timeout=EXCHANGE_TIMEOUT) if _is_many() else None
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
@@ -122,7 +122,7 @@ class Saver(CheckpointSaver):
             write_checkpoint(staged, self.place, self._exchange, first)
             if first:
                 for tell in self.completed:
-                    tell(staged.folder)
+                    tell(f"{self.place.address}/{staged.folder.name}")
                 if self.keep > 0:
                     self.place.keep_newest(self.keep)
         except CheckpointError as error:
