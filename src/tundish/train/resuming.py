@@ -9,9 +9,9 @@ from composer.utils import dist, reproducibility
 from composer.utils.checkpoint import glob_filter
 
 from tundish.checkpoints import read_checkpoint
-from tundish.checkpoints.archive import read_object
 from tundish.checkpoints.loading import load
 from tundish.checkpoints.metadata import Layout
+from tundish.checkpoints.objects import read_object
 from tundish.checkpoints.places import Place
 from tundish.checkpoints.saving import clean
 from tundish.errors import CheckpointError
