@@ -175,6 +175,7 @@ def hidden(folder: Path) -> Path:
 def remove(checkpoints: Sequence[Path]) -> None:
     """Remove checkpoints of this machine, each at once: one that is half removed would look complete."""
     for path in checkpoints:
+        shutil.rmtree(hidden(path), ignore_errors=True)  # the rest of one that could not be removed
         path.rename(hidden(path))
         shutil.rmtree(hidden(path))
 

@@ -187,6 +187,8 @@ def write_checkpoint(staged: Staged, place: Place, exchange: Exchange, is_first:
             place.publish(staged.folder)
         except CheckpointError as found:
             error = found.message
+        except OSError as found:  # `latest` could not be moved: the others wait for an answer, too
+            error = _failure(staged.folder, found)
     if error := exchange(error)[0]:
         raise CheckpointError(error)
 
@@ -196,7 +198,7 @@ def clean(save_folder: Path) -> None:
     complete = list_checkpoints(save_folder)
     for path in save_folder.iterdir() if save_folder.is_dir() else ():
         half = path.name.startswith(".") and path.name.endswith(".tmp") and NAME.fullmatch(path.name[1:-4])
-        if half or (NAME.fullmatch(path.name) and path not in complete and not path.is_symlink()):
+        if path.is_dir() and not path.is_symlink() and (half or NAME.fullmatch(path.name)) and path not in complete:
             shutil.rmtree(path)
 
 
