@@ -226,13 +226,16 @@ def _full_disk(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-@pytest.mark.parametrize("size", [0, 100, 3000, 18_000])
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize(
+    ("elements", "size"),
+    [(1000, 0), (1000, 100), (1000, 18_000), (250_000, 100), (250_000, 900_000), (250_000, 3_900_000)],
+)
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, elements: int, size: int) -> None:
     """The checkpoint before would be lost with the one that found no room, or a rest of it fill the disk for good."""
     place = Place(str(tmp_path / "checkpoints"))
     _save(place, 1)
     with _full_disk(size), pytest.raises(CheckpointError) as error:
-        _save(place, 2)
+        _save(place, 2, elements)
     assert error.value.message.startswith(f"{place.local}/ep1-ba2: cannot be written (File too large); ")
     assert "Earlier checkpoints are untouched. Make room, then `tundish resume` the run." in error.value.message
     assert sorted(path.name for path in place.local.iterdir()) == ["ep1-ba1", CHECKPOINT_LINK]

@@ -27,6 +27,7 @@ from typing_extensions import override
 from tundish.checkpoints import NAME, list_checkpoints
 from tundish.checkpoints.manifest import FileFacts, write_manifest
 from tundish.checkpoints.metadata import METADATA
+from tundish.checkpoints.pickles import reason
 from tundish.checkpoints.places import Place, hidden
 from tundish.errors import CheckpointError
 from tundish.paths import write_atomic
@@ -85,6 +86,8 @@ class Staged(StorageWriter):
             return Share(self._file, FileFacts(hashing.size, hashing.digest.hexdigest()), places)
         except OSError as error:
             return Share(error=_failure(self.folder, error))
+        except Exception as error:
+            return Share(error=f"{self.folder}: not written ({reason(error)}). Earlier checkpoints are untouched.")
         finally:
             self._items = []
 
@@ -205,7 +208,11 @@ def clean(save_folder: Path) -> None:
 def _write_item(file: "_Hashing", data: Any) -> tuple[int, int]:
     start = file.size
     if isinstance(data, torch.Tensor):
-        torch.save(data, cast(BinaryIO, file))
+        try:
+            torch.save(data, cast(BinaryIO, file))
+        except RuntimeError as error:
+            # PyTorch ends its archive nevertheless, and complains of that instead of the full disk.
+            raise file.error or error from error
     else:
         file.write(data.getbuffer())
     return start, file.size - start
@@ -216,11 +223,16 @@ class _Hashing:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         count = len(memoryview(data).cast("B"))
         self.digest.update(data)
-        self.file.write(data)
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         self.size += count
         return count
 
