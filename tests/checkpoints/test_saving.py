@@ -193,7 +193,9 @@ def test_only_complete_checkpoints_are_counted_and_removed(tmp_path: Path) -> No
         place.keep_newest(count)
         assert _numbers(place.local) == [4], "the newest is what a resume needs"
     clean(place.local)
-    assert sorted(path.name for path in place.local.iterdir()) == ["ep1-ba4", CHECKPOINT_LINK]
+    names = sorted(path.name for path in place.local.iterdir())
+    assert names == ["ep1-ba4", "ep1-ba5.damaged1", CHECKPOINT_LINK], "what was complete once may be mended"
+    assert _is_as_saved(_save(place, 5))
 
 
 def test_checkpoints_of_an_earlier_attempt_are_counted(tmp_path: Path) -> None:

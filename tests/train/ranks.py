@@ -5,8 +5,8 @@
 ended. Rank 0 leaves `losses.json`, the loss of each batch,
 and `tables.json` in the folder. A rank whose environment has
 KILL_RANK = its number and KILL_AT = a batch kills itself there: KILL_WHEN says whether after the batch (`batch`) or in
-the middle of writing the first checkpoint from that batch on (`saving`). For a rank whose environment has FULL_RANK = its
-number and FULL_AT = a batch, the disk is full from that batch on.
+the middle of writing the first checkpoint from that batch on (`saving`). For a rank whose environment has FULL_RANK =
+its number and FULL_AT = a batch, the disk is full from that batch on.
 """
 
 import json

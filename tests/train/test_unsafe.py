@@ -7,6 +7,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,37 +37,24 @@ def _saved(content: Any) -> bytes:
     return file.getvalue()
 
 
-def _tamper(checkpoint: Path, name: str, content: bytes, path: tuple[Any, ...] | None = None) -> None:
-    """Make an entry hold other bytes, or add one; everything else fits, and there is no manifest to tell."""
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
-
+def _tamper(checkpoint: Path, name: str, content: bytes) -> None:
+    """Make an entry hold other bytes; everything else fits, and there is no manifest to tell."""
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
-    kept = {index: info for index, info in metadata.storage_data.items() if index.fqn != name}
-    kept[MetadataIndex(name)] = _StorageInfo("__99_0.distcp", 0, len(content))
-    if path is not None:
-        metadata.planner_data[name] = path
-        metadata.state_dict_metadata[name] = BytesStorageMetadata()
-    metadata.storage_data = kept
+    ends: dict[str, int] = {}
+    for index, info in metadata.storage_data.items():
+        if index.fqn == name:
+            info.relative_path, info.offset, info.length = "__99_0.distcp", 0, len(content)
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
     (checkpoint / "__99_0.distcp").write_bytes(content)
-    for shard in checkpoint.glob("__*_0.distcp"):
-        os.truncate(shard, max(info.offset + info.length for info in kept.values() if info.relative_path == shard.name))
+    for shard, end in ends.items():
+        os.truncate(checkpoint / shard, end)
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
     (checkpoint / "manifest.json").unlink()
 
 
-def _algorithm(checkpoint: Path, marker: Path) -> None:
-    """An algorithm that Composer has not loaded, whose description it would evaluate."""
-    description = f"GatedLinearUnits.__class__.__base__.__subclasses__() or __import__('os').system('touch {marker}')"
-    _tamper(checkpoint, "state.algorithms.0.0", _saved("GatedLinearUnits"), ("state", "algorithms", 0, 0))
-    (checkpoint / "manifest.json").write_text("{}")
-    shard = checkpoint / "__99_0.distcp"
-    shard.rename(checkpoint / "__98_0.distcp")
-    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
-    for info in metadata.storage_data.values():
-        info.relative_path = info.relative_path.replace("__99_", "__98_")
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    _tamper(checkpoint, "state.algorithms.0.1.repr", _saved(description), ("state", "algorithms", 0, 1, "repr"))
+def _algorithms(marker: Path) -> list[Any]:
+    """An algorithm that the run does not have; Composer would build it by `eval("algorithms." + its description)`."""
+    return [("GatedLinearUnits", {"repr": f"GatedLinearUnits if __import__('os').system('touch {marker}') else 0"})]
 
 
 def _metadata(checkpoint: Path, marker: Path) -> None:
@@ -82,33 +70,42 @@ def _entry(name: str, content: Callable[[Path], Any]) -> Callable[[Path, Path], 
 
 BATCH = "state.timestamp.Timestamp.batch"
 TAMPERED: dict[str, tuple[Callable[[Path, Path], None], str]] = {
-    "code in the metadata": (_metadata, "names posix.system, which no checkpoint needs"),
     "code in the clock": (_entry(BATCH, RunsCode), "names posix.system, which no checkpoint needs"),
-    "an algorithm": (_algorithm, "was trained with the algorithms ['GatedLinearUnits'], this run has []"),
+    "code in an algorithm": (
+        _entry("state.algorithms", _algorithms),
+        "was trained with the algorithms ['GatedLinearUnits'], this run has []",
+    ),
     "a text for the batch": (_entry(BATCH, lambda _: "many"), "cannot be gone on from"),
     "a text for the random state": (_entry("rng.0.python", lambda _: "x"), "cannot be gone on from"),
 }
 
 
 @pytest.fixture(scope="module")
-def finished() -> dict[str, Path]:
-    """The folder of a run with checkpoints, made once."""
-    return {}
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the checkpoints of a finished run are kept for all tests."""
+    return tmp_path_factory.mktemp("finished") / "checkpoints"
+
+
+@pytest.fixture
+def finished(ranks: Any, plan: Plan, tmp_path: Path, kept: Path) -> Path:
+    """The checkpoints of a finished run; trained once."""
+    if not kept.exists():
+        file = plan("first", samples=12, training_duration="1ep")
+        trained = ranks.train(file, 1, tmp_path / "first out")
+        assert trained.ok, trained.log[-3000:]
+        shutil.copytree(file.parent / "checkpoints", kept)
+    return kept
 
 
 @pytest.mark.parametrize("how", TAMPERED)
 def test_a_run_does_not_go_on_from_a_tampered_checkpoint(
-    ranks: Any, plan: Plan, tmp_path: Path, tmp_path_factory: Any, finished: dict[str, Path], how: str
+    ranks: Any, plan: Plan, tmp_path: Path, finished: Path, how: str
 ) -> None:
     """Whoever may write to the checkpoints would run programs on every node, or the run end in a traceback."""
-    if not finished:
-        first = plan("first", samples=12, training_duration="1ep")
-        trained = ranks.train(first, 1, tmp_path / "first out")
-        assert trained.ok, trained.log[-3000:]
-        finished["checkpoints"] = tmp_path_factory.mktemp("finished") / "checkpoints"
-        shutil.copytree(first.parent / "checkpoints", finished["checkpoints"])
+    import torch
+
     file = plan("tampered", samples=12, training_duration="2ep")
-    shutil.copytree(finished["checkpoints"], file.parent / "checkpoints")
+    shutil.copytree(finished, file.parent / "checkpoints")
     checkpoint, marker = list_checkpoints(file.parent / "checkpoints")[-1], tmp_path / "ran"
     change, said = TAMPERED[how]
     change(checkpoint, marker)
@@ -116,20 +113,23 @@ def test_a_run_does_not_go_on_from_a_tampered_checkpoint(
     assert trained.codes == [1] and not marker.exists()
     assert said in json.loads((file.parent / "results" / "train.json").read_text())["error"]
     if "code" in how:
-        for content in (checkpoint / ".metadata", checkpoint / "__99_0.distcp"):
-            if content.exists():
-                _free(content)
+        loaded = torch.load(checkpoint / "__99_0.distcp", weights_only=False)
+        if how == "code in an algorithm":
+            eval(f"algorithms.{loaded[0][1]['repr']}", {"algorithms": SimpleNamespace(GatedLinearUnits=1)})
         assert marker.exists(), "the payload does nothing, so the test would show nothing"
 
 
-def _free(content: Path) -> None:
-    """Load as PyTorch does without `weights_only`."""
-    import torch
-
-    if content.name == ".metadata":
-        pickle.loads(content.read_bytes())
-    else:
-        torch.load(content, weights_only=False)
+def test_code_in_the_metadata_is_not_run(ranks: Any, plan: Plan, tmp_path: Path, finished: Any) -> None:
+    """A run would begin with it: the metadata is what is read first. What cannot be read is kept, and not used."""
+    file, marker = plan("tampered", samples=12, training_duration="1ep"), tmp_path / "ran"
+    shutil.copytree(finished, file.parent / "checkpoints")
+    checkpoint = list_checkpoints(file.parent / "checkpoints")[-1]
+    _metadata(checkpoint, marker)
+    trained = ranks.train(file, 1, tmp_path / "out")
+    assert trained.ok and not marker.exists()
+    assert f"{checkpoint} is damaged or unsafe and is not used" in trained.log
+    pickle.loads((checkpoint.with_name(f"{checkpoint.name}.damaged1") / ".metadata").read_bytes())
+    assert marker.exists(), "the payload does nothing, so the test would show nothing"
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -141,6 +141,6 @@ def test_a_full_disk_ends_the_run_with_a_sentence(ranks: Any, plan: Plan, tmp_pa
     error = json.loads((file.parent / "results" / "train.json").read_text())["error"]
     assert "cannot be written (File too large); " in error and "Earlier checkpoints are untouched." in error
     folder = file.parent / "checkpoints"
-    assert [path.name for path in list_checkpoints(folder)] == ["ep1-ba3"]
-    assert Path((folder / CHECKPOINT_LINK).read_text()).name == "ep1-ba3"
+    assert [path.name for path in list_checkpoints(folder)] == ["ep0-ba3"]
+    assert Path((folder / CHECKPOINT_LINK).read_text()).name == "ep0-ba3"
     assert not [path.name for path in folder.iterdir() if path.name.endswith(".tmp")]

@@ -141,13 +141,17 @@ class Place:
         """
         for address in self.list()[: -max(1, count)]:
             if self.is_remote:
-                # Stores remove all that begins with a name: ep1-ba1 without a slash would be ep1-ba10, too. What is
-                # interrupted is no longer complete.
-                name = address.rpartition("/")[2]
-                for part in (f"{name}/{METADATA}", f"{name}/"):
-                    _try(self.address, lambda part=part: _client(self.address).delete_artifacts(part))
+                self._remove(address.rpartition("/")[2])
             else:
                 remove([Path(address)])
+
+    def _remove(self, name: str) -> None:
+        """Remove a checkpoint of the store, file by file; what is interrupted is no longer complete.
+
+        Stores remove all that begins as they are told: with ep1-ba1, ep1-ba10 would be gone.
+        """
+        for file in sorted(self._names(name), key=lambda file: (file != METADATA, file)):
+            _try(self.address, lambda file=file: _client(self.address).delete_artifacts(f"{name}/{file}"))
 
     def _names(self, below: str) -> set[str]:
         """Names in the folder or, with a slash at their end, of folders in a checkpoint."""

@@ -7,11 +7,13 @@ that is killed at any moment leaves the hidden folder, which the next one remove
 
 import dataclasses
 import hashlib
+import logging
 import os
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -31,6 +33,8 @@ from tundish.checkpoints.pickles import reason
 from tundish.checkpoints.places import Place, hidden
 from tundish.errors import CheckpointError
 from tundish.paths import write_atomic
+
+log = logging.getLogger(__name__)
 
 Exchange = Callable[[Any], list[Any]]
 """What every rank gives, in the order of the ranks; called by all of them."""
@@ -197,12 +201,19 @@ def write_checkpoint(staged: Staged, place: Place, exchange: Exchange, is_first:
 
 
 def clean(save_folder: Path) -> None:
-    """Remove what killed processes have left half written or half removed."""
+    """Remove what killed processes have left half written or half removed, and move aside what is damaged."""
     complete = list_checkpoints(save_folder)
-    for path in save_folder.iterdir() if save_folder.is_dir() else ():
-        half = path.name.startswith(".") and path.name.endswith(".tmp") and NAME.fullmatch(path.name[1:-4])
-        if path.is_dir() and not path.is_symlink() and (half or NAME.fullmatch(path.name)) and path not in complete:
+    for path in sorted(save_folder.iterdir()) if save_folder.is_dir() else ():
+        if not path.is_dir() or path.is_symlink() or path in complete:
+            continue
+        hidden_one = path.name.startswith(".") and path.name.endswith(".tmp") and NAME.fullmatch(path.name[1:-4])
+        if hidden_one or (NAME.fullmatch(path.name) and not (path / METADATA).exists()):
             shutil.rmtree(path)
+        elif NAME.fullmatch(path.name):
+            # It was complete once: somebody may be able to mend it.
+            aside = next(to for n in count(1) if not (to := path.with_name(f"{path.name}.damaged{n}")).exists())
+            path.rename(aside)
+            log.warning("%s is damaged or unsafe and is not used; it was moved to %s.", path, aside.name)
 
 
 def _write_item(file: "_Hashing", data: Any) -> tuple[int, int]:
