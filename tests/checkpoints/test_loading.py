@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tundish.checkpoints import read_tensors
 from tundish.checkpoints.loading import load, read_model_file
 from tundish.errors import CheckpointError
 
@@ -165,3 +166,82 @@ def test_code_in_a_pt_file_is_refused_and_not_run(tmp_path: Path, runs_code: Any
     torch.load(path, weights_only=False)
     assert runs_code.marker.exists(), "the payload does nothing, so the test would show nothing"
     assert "is no file" in _refusal(state(), tmp_path / "none.pt")
+
+
+def _rank(rank: int, world: int, port: int, folder: Path, how: str) -> None:
+    """Save a model's state as this rank of `world`, in a process of its own."""
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from tundish.checkpoints.places import Place
+    from tundish.checkpoints.saving import Staged, write_checkpoint
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    model = _model()
+    if how != "plain":
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    state = {"state": {"model": get_model_state_dict(model), "timestamp": {"batch": 3}}}
+    if how == "ours":
+        staged = Staged(state, folder, copy=False)
+
+        def exchange(given: Any) -> list[Any]:
+            found: list[Any] = [None] * world
+            dist.all_gather_object(found, given)
+            return found
+
+        write_checkpoint(staged, Place(str(folder.parent)), exchange, rank == 0)
+    else:
+        dcp.save(state, checkpoint_id=folder)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _model() -> Any:
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 7), torch.nn.Linear(7, 2, bias=False))
+    for number, weight in enumerate(model.parameters()):
+        torch.nn.init.constant_(weight, number)
+        weight.data.flatten()[::2] = 0.5
+    return model
+
+
+@pytest.mark.parametrize("how", ["plain", "FSDP2", "ours"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_checkpoints_of_any_number_of_ranks_are_loaded(tmp_path: Path, world: int, how: str) -> None:
+    """A guard that refuses what is honest would end every run that goes on."""
+    import socket
+
+    import torch
+
+    folder = tmp_path / "checkpoints" / "ep1-ba3"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(world):
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                _rank(rank, world, port, folder, how)
+                code = 0
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * world
+    expected = _model().state_dict()
+    given = {"state": {"model": {name: torch.zeros_like(t) for name, t in expected.items()}, "timestamp": {"batch": 0}}}
+    load(given, folder)
+    assert given["state"]["timestamp"]["batch"] == 3
+    read = {name: tensor.read() for name, tensor in read_tensors(folder).items()}
+    assert len(expected) == 3
+    for name, tensor in expected.items():
+        assert given["state"]["model"][name].equal(tensor) and read[f"state.model.{name}"].equal(tensor)
+    if how != "plain":
+        assert len(read_tensors(folder)["state.model.0.weight"].parts) == world
