@@ -7,7 +7,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,20 +114,53 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[st
 
 
 @pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Endpoint and log of an S3 server: a process of its own, as delta-rs holds the interpreter while it waits."""
+    from tests.s3 import ENVIRONMENT, PAGE
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("s3-server") / "log"
+    settings = ENVIRONMENT | {"MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE)}
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with _serving(command, port, log, settings):
+        yield f"http://127.0.0.1:{port}", log
+
+
+@pytest.fixture
+def bucket(s3_server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An empty bucket; the environment names its server."""
+    import boto3
+    from tests.s3 import ENVIRONMENT, Bucket
+
+    endpoint, log = s3_server
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("S3_ENDPOINT_URL", endpoint)
+    client = boto3.client("s3", endpoint_url=endpoint)
+    name = f"lab-{uuid.uuid4().hex[:12]}"
+    client.create_bucket(Bucket=name)
+    return Bucket(name, client, log)
+
+
+@pytest.fixture(scope="session")
 def serving() -> Callable[..., AbstractContextManager[None]]:
     """Runs a server while a block lasts: `with serving(command, port, log): …`."""
     return _serving
 
 
 @contextmanager
-def _serving(command: Sequence[str], port: int, log: Path) -> Iterator[None]:
+def _serving(command: Sequence[str], port: int, log: Path, settings: Mapping[str, str] = {}) -> Iterator[None]:
     """A server process and its children, there until the block ends; entered when its port answers."""
     import psutil
 
     # MLflow starts gunicorn and uvicorn by their names.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with open(log, "w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, cwd=log.parent, env=os.environ | {"PATH": path})
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, cwd=log.parent, env=os.environ | settings | {"PATH": path}
+        )
     try:
         for _ in range(1200):
             with socket.socket() as probe:

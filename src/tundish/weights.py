@@ -1,16 +1,20 @@
 """Weights of a checkpoint: which ones it has, and whether they are those of a model."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tundish.checkpoints import MODEL_PREFIX, StoredTensor, check_complete, read_tensors
+from tundish.checkpoints.pickles import shown
 from tundish.checkpoints.places import place_of
 from tundish.errors import CheckpointError, SpecError
 
 WEIGHT_PREFIX = f"{MODEL_PREFIX}model."
 """Composer's name of the Hugging Face model inside its state dict."""
 SHOWN = 5
+LINKED = re.compile(r"[\w-][\w.=+-]{0,250}")
+"""What a `.symlink` file may name."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -31,6 +35,8 @@ def find_weights(address: str) -> str:
     if name.endswith(".symlink"):
         # What it names lies beside it, wherever both have been moved to.
         name = place.read_link(name).rstrip("/").rpartition("/")[2]
+        if not LINKED.fullmatch(name):
+            raise CheckpointError(f"{address}: names {shown(name)!r}, which is no checkpoint. Give another path.")
     if place.is_remote:
         found = place.holds(name)
     else:
@@ -144,7 +150,9 @@ def check_shapes(checkpoint: Path, found: Shapes, expected: Shapes) -> None:
 
 def _pt_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     from tundish.checkpoints.loading import read_model_file
+    from tundish.checkpoints.objects import verify_file
 
+    verify_file(path)
     return {_plain(name): tuple(tensor.shape) for name, tensor in read_model_file(path).items()}
 
 

@@ -3,18 +3,14 @@
 import gzip
 import json
 import os
-import re
 import socket
-import subprocess
-import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.s3 import PAGE, Bucket
 
 from tundish.data import Job, prepare
 from tundish.data.records import Problem
@@ -22,81 +18,12 @@ from tundish.data.sources import Source, open_source
 from tundish.errors import DataError, SpecError
 from tundish.spec import TaskType
 
-ENVIRONMENT = {
-    "AWS_ACCESS_KEY_ID": "nobody",
-    "AWS_SECRET_ACCESS_KEY": "nothing",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
-PAGE = 5
-"""Keys in a page of a listing; S3 has a thousand."""
 Prepare = Callable[[Source], Path]
 
 
 def _lines(*numbers: int) -> bytes:
     pairs = ({"prompt": f"{number}: two and two? ", "response": f"four {number}"} for number in numbers)
     return "".join(json.dumps(pair) + "\n" for pair in pairs).encode()
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """A bucket of the server, for one test."""
-
-    name: str
-    client: Any
-    log: Path
-    """Where the server writes a line for each request."""
-
-    def uri(self, key: str) -> str:
-        return f"s3://{self.name}/{key}"
-
-    def put(self, key: str, content: bytes) -> str:
-        """Store an object; returns its URI."""
-        self.client.put_object(Bucket=self.name, Key=key, Body=content)
-        return self.uri(key)
-
-    def downloads(self, key: str) -> int:
-        """How often the server has sent an object's content."""
-        return len(re.findall(rf"GET /{self.name}/{re.escape(key)} HTTP/1\.1\S* 20\d", self.log.read_text()))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """Endpoint and log of an S3 server: a process of its own, as delta-rs holds the interpreter while it waits."""
-    log = tmp_path_factory.mktemp("server") / "log"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    environment = os.environ | ENVIRONMENT | {"MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE)}
-    with open(log, "w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
-    try:
-        for _ in range(600):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}", log
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.fixture
-def bucket(server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    """An empty bucket; the environment names its server."""
-    import boto3
-
-    endpoint, log = server
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("S3_ENDPOINT_URL", endpoint)
-    client = boto3.client("s3", endpoint_url=endpoint)
-    name = f"lab-{uuid.uuid4().hex[:12]}"
-    client.create_bucket(Bucket=name)
-    return Bucket(name, client, log)
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@
 ended. Rank 0 leaves `losses.json`, the loss of each batch,
 and `tables.json` in the folder. A rank whose environment has
 KILL_RANK = its number and KILL_AT = a batch kills itself there: KILL_WHEN says whether after the batch (`batch`) or in
-the middle of writing the first checkpoint from that batch on (`saving`).
+the middle of writing the first checkpoint from that batch on (`saving`). For a rank whose environment has FULL_RANK =
+its number and FULL_AT = a batch, the disk is full from that batch on.
 """
 
 import json
@@ -45,6 +46,21 @@ def _killer() -> Any:
     return Killer()
 
 
+def _filler() -> Any:
+    """The callback that FULL_RANK and FULL_AT ask for: the system refuses to let files grow."""
+    import resource
+
+    from composer import Callback, Logger, State
+
+    class Filler(Callback):
+        def batch_start(self, state: State, logger: Logger) -> None:
+            if int(state.timestamp.batch) >= int(os.environ["FULL_AT"]):
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+    return Filler()
+
+
 def _rank(run: dict[str, Any], rank: int, port: int) -> None:
     """Train in this process, as the composer launcher starts it."""
     world = run["world"]
@@ -73,6 +89,8 @@ def _rank(run: dict[str, Any], rank: int, port: int) -> None:
         trainer.logger.destinations = (*trainer.logger.destinations, memory)
         if os.environ.get("KILL_RANK") == str(rank):
             trainer.state.callbacks.append(_killer())
+        if os.environ.get("FULL_RANK") == str(rank):
+            trainer.state.callbacks.append(_filler())
         build.memory = memory
         return trainer
 

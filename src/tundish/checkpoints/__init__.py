@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tundish.checkpoints.archive import find_bytes
+from tundish.checkpoints.archive import Bytes, find_bytes
 from tundish.checkpoints.manifest import FileFacts, read_manifest, size_problems
 from tundish.checkpoints.metadata import METADATA, Layout, Part, read_layout
 from tundish.errors import CheckpointError
@@ -44,8 +44,9 @@ class StoredTensor:
         """
         import torch
 
+        parts = [part for part in self.parts if math.prod(part.sizes)]
         whole = torch.empty(self.shape, dtype=dtype or getattr(torch, self.dtype))
-        for part in self.parts:
+        for part in parts:
             place = tuple(slice(start, start + size) for start, size in zip(part.offsets, part.sizes, strict=True))
             whole[place] = read_part(part, self.dtype)
         return whole
@@ -63,7 +64,7 @@ class StoredTensor:
             return
         for part in sorted(self.parts, key=lambda part: part.offsets):
             if math.prod(part.sizes):
-                yield from _part_blocks(part, self.dtype, buffer)
+                yield from _part_blocks(find_bytes(part, self.dtype), self.dtype, buffer)
 
 
 def read_part(part: Part, dtype: str) -> "torch.Tensor":
@@ -74,18 +75,19 @@ def read_part(part: Part, dtype: str) -> "torch.Tensor":
     """
     import torch
 
+    found = find_bytes(part, dtype)
     flat = torch.empty(math.prod(part.sizes), dtype=getattr(torch, dtype))
     done = 0
-    for block in _part_blocks(part, dtype) if len(flat) else ():
+    for block in _part_blocks(found, dtype) if len(flat) else ():
         flat[done : done + len(block)] = block
         done += len(block)
     return flat.view(part.sizes)
 
 
-def _part_blocks(part: Part, dtype: str, buffer: bytearray | None = None) -> Iterator["torch.Tensor"]:
+def _part_blocks(found: Bytes, dtype: str, buffer: bytearray | None = None) -> Iterator["torch.Tensor"]:
     import torch
 
-    for block in find_bytes(part, dtype).blocks(buffer):
+    for block in found.blocks(buffer):
         yield torch.frombuffer(block, dtype=getattr(torch, dtype))
 
 

@@ -1,46 +1,39 @@
 """Reading `torch.save` archives by byte ranges: what DCP keeps of each object and each part of a tensor.
 
 An archive is a zip file without compression: a pickle that says which bytes make up the tensor, and the bytes. The
-pickle is read with stand-ins that only note what they are told; the bytes are compared with the archive's CRC-32,
-which PyTorch writes and does not look at.
+pickle is read as data (see contents.py); the bytes are compared with the archive's CRC-32, which PyTorch writes and
+does not look at. What PyTorch's own reader is given has been read here first, and it cannot read it in another way: the
+directory is at the end, each entry there once, none compressed.
 """
 
 import io
 import math
 import os
-import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import Any
 
+from tundish.checkpoints.contents import Described, describe
 from tundish.checkpoints.metadata import DTYPE_BYTES, Part
+from tundish.checkpoints.pickles import reason, shown
 from tundish.errors import CheckpointError
-
-if TYPE_CHECKING:
-    pass
 
 BLOCK_BYTES = 1 << 20
 """Read, checked and handed on at a time."""
 LARGEST_PICKLE = 1 << 20
 """Bytes of the pickle of one tensor; PyTorch's take some hundred."""
+LARGEST_OBJECT = 256 << 20
+"""Bytes of an entry that is no tensor; Composer's take some thousand."""
+LARGEST_DIRECTORY = 16 << 20
+"""Bytes; an entry takes about 100 of them."""
 _LOCAL_HEADER = struct.Struct("<26xHH")
-_STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64",
-}
+_END = struct.Struct("<4s8xLLH")
+_LOCATOR = struct.Struct("<4sLQL")
+_END_64 = struct.Struct("<4s36xQQ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +60,7 @@ class Bytes:
                 crc = zlib.crc32(block, crc)
                 yield block
         if crc != self.crc:
-            raise _damaged(self.file, self.start, "its bytes are not those that were written (CRC-32)")
+            raise damaged(self.file, self.start, "its bytes are not those that were written (CRC-32)")
 
 
 def find_bytes(part: Part, dtype: str) -> Bytes:
@@ -76,8 +69,8 @@ def find_bytes(part: Part, dtype: str) -> Bytes:
     Raises:
         CheckpointError: the archive is damaged, holds what is no tensor, or another one than the metadata says.
     """
-    with _opened(part) as archive:
-        names = {name.partition("/")[2]: info for name, info in archive.infos.items()}
+    with Archive(part) as archive:
+        names = archive.names
         found = _described(part, archive.content(names.get("data.pkl"), LARGEST_PICKLE))
         if found.dtype != dtype or found.size != part.sizes or not found.is_contiguous:
             raise CheckpointError(
@@ -85,81 +78,24 @@ def find_bytes(part: Part, dtype: str) -> Bytes:
                 f"{dtype} {part.sizes}. Do not use this checkpoint."
             )
         if archive.content(names.get("byteorder"), 6, b"little") != b"little":
-            raise _damaged(part.file, part.start, "its numbers are big-endian; allowed is little")
+            raise damaged(part.file, part.start, "its numbers are big-endian; allowed is little")
         info = names.get(f"data/{found.key}")
         wanted = math.prod(part.sizes) * DTYPE_BYTES[dtype]
         if info is None or info.file_size != wanted:
             size = "none" if info is None else f"{info.file_size:,}"
-            raise _damaged(part.file, part.start, f"it should hold {wanted:,} bytes of a tensor and has {size}")
+            raise damaged(part.file, part.start, f"it should hold {wanted:,} bytes of a tensor and has {size}")
         return Bytes(part.file, archive.position(info), info.file_size, info.CRC)
 
 
-def read_object(part: Part) -> Any:
-    """An object that is no tensor; classes that Composer's state does not need are refused.
-
-    Raises:
-        CheckpointError: it is damaged or unsafe.
-    """
-    import torch
-
-    with _opened(part) as archive:
-        for info in archive.infos.values():
-            archive.content(info, part.length)
-        archive.window.seek(0)
-        with torch.serialization.safe_globals(_harmless()):
-            return _refusing(
-                part, lambda: torch.load(cast(BinaryIO, archive.window), map_location="cpu", weights_only=True)
-            )
-
-
-def load_file(path: Path) -> Any:
-    """The content of a `.pt` file, its tensors left on the disk until they are used.
-
-    Raises:
-        CheckpointError: it is damaged or unsafe.
-    """
-    import torch
-
-    part = Part((), (), path, 0, path.stat().st_size)
-    with _opened(part) as archive:
-        # Tensors stay on the disk: a size that is not there would be found by a crash.
-        for info in archive.infos.values():
-            archive.position(info)
-    with torch.serialization.safe_globals(_harmless()):
-        return _refusing(part, lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-
-
-def _harmless() -> list[Any]:
-    """What Composer's timestamps, versions and NumPy's random state need beyond what `weights_only` lets in."""
-    import datetime
-
-    import numpy as np
-    from torch.torch_version import TorchVersion
-
-    rebuild = np.empty(0).__reduce__()[0]  # its module's name depends on NumPy's version
-    return [
-        datetime.timedelta,
-        TorchVersion,
-        np.ndarray,
-        np.dtype,
-        np.dtypes.UInt32DType,
-        (rebuild, "numpy.core.multiarray._reconstruct"),
-        (rebuild, "numpy._core.multiarray._reconstruct"),
-    ]
-
-
-def _refusing(part: Part, load: Callable[[], Any]) -> Any:
+def _described(part: Part, content: bytes) -> Described:
     try:
-        return load()
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{part.file}, byte {part.start:,}: cannot be loaded without running code from it ({reason}). "
-            "It is damaged or unsafe; use another checkpoint."
-        ) from error
+        return describe(content)
+    except CheckpointError as error:
+        raise damaged(part.file, part.start, f"not a readable tensor ({error.message})") from error
 
 
-def _damaged(file: Path, start: int, what: str) -> CheckpointError:
+def damaged(file: Path, start: int, what: str) -> CheckpointError:
+    """The error of bytes that are not what they should be."""
     return CheckpointError(f"{file}, byte {start:,}: {what}. The file is damaged or unsafe; use another checkpoint.")
 
 
@@ -168,7 +104,7 @@ def _read(descriptor: int, target: memoryview, start: int, file: Path) -> None:
     while done < len(target):
         count = os.preadv(descriptor, [target[done:]], start + done)
         if not count:
-            raise _damaged(file, start, "it ends too early")
+            raise damaged(file, start, "it ends too early")
         done += count
 
 
@@ -193,6 +129,14 @@ class _Window(io.RawIOBase):
         self.at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence])
         return self.at
 
+    def read(self, size: int = -1) -> bytes:
+        """At most so many bytes; none are allocated for what is not there, nor for more than an object may have."""
+        rest = max(0, self.length - self.at)
+        wanted = rest if size < 0 else min(size, rest)
+        if wanted > LARGEST_OBJECT:
+            raise ValueError(f"{wanted:,} bytes at once")
+        return super().read(wanted) or b""
+
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)[: max(0, self.length - self.at)]
         count = os.preadv(self.file.fileno(), [view], self.start + self.at) if len(view) else 0
@@ -204,19 +148,44 @@ class _Window(io.RawIOBase):
         super().close()
 
 
-class _opened:
-    """The archive of a part: a context manager around its directory."""
+class Archive:
+    """The archive of a part: a context manager around its directory.
+
+    Raises:
+        CheckpointError: it is none, or readers could differ about what is in it.
+    """
 
     def __init__(self, part: Part) -> None:
-        self.part, self.window = part, _Window(part)
+        self.part = part
         try:
+            self.window = _Window(part)
+        except OSError as error:
+            raise damaged(part.file, part.start, f"cannot be read ({error.strerror})") from error
+        try:
+            _check_end(self.window)
             with zipfile.ZipFile(self.window) as archive:
-                self.infos = {info.filename: info for info in archive.infolist()}
+                self.entries = archive.infolist()
+            self.names = {entry.filename.partition("/")[2]: entry for entry in self.entries}
+            self._check_entries()
+        except CheckpointError:
+            self.window.close()
+            raise
         except Exception as error:
             self.window.close()
-            raise _damaged(part.file, part.start, f"not a readable tensor ({error})") from error
+            raise damaged(part.file, part.start, f"not a readable tensor ({reason(error)})") from error
 
-    def __enter__(self) -> "_opened":
+    def _check_entries(self) -> None:
+        """Make sure that all readers find the same entries, and that no bytes belong to two of them."""
+        # PyTorch's reader takes capital letters for small ones.
+        if len({name.lower() for name in self.names}) < len(self.entries):
+            raise ValueError("two entries have one name")
+        end = 0
+        for entry in sorted(self.entries, key=lambda entry: entry.header_offset):
+            if entry.header_offset < end:
+                raise ValueError("two entries overlap")
+            end = self.position(entry) + entry.file_size - self.part.start
+
+    def __enter__(self) -> "Archive":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -230,7 +199,7 @@ class _opened:
         start = info.header_offset + 30 + sum(_LOCAL_HEADER.unpack(header))
         plain = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
         if short or not plain or start + info.file_size > self.part.length:
-            raise _damaged(self.part.file, self.part.start, f"{info.filename} is compressed or cut off")
+            raise damaged(self.part.file, self.part.start, f"{shown(info.filename)} is compressed or cut off")
         return self.part.start + start
 
     def content(self, info: zipfile.ZipInfo | None, limit: int, default: bytes = b"") -> bytes:
@@ -238,64 +207,36 @@ class _opened:
         if info is None:
             return default
         if info.file_size > limit:
-            raise _damaged(self.part.file, self.part.start, f"{info.filename} has {info.file_size:,} bytes")
+            raise damaged(self.part.file, self.part.start, f"{shown(info.filename)} has {info.file_size:,} bytes")
         found = Bytes(self.part.file, self.position(info), info.file_size, info.CRC)
         return b"".join(bytes(block) for block in found.blocks())
 
-
-@dataclass(frozen=True, slots=True)
-class _Described:
-    """What the pickle of a tensor says of it."""
-
-    dtype: str
-    key: str
-    numel: int
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    @property
-    def is_contiguous(self) -> bool:
-        expected = 1
-        for size, stride in zip(reversed(self.size), reversed(self.stride), strict=True):
-            if size != 1 and stride != expected:
-                return False
-            expected *= size
-        return not self.numel or (self.offset == 0 and self.numel == math.prod(self.size))
+    def verify(self) -> None:
+        """Compare the bytes of every entry with its CRC-32."""
+        for info in self.entries:
+            for _ in Bytes(self.part.file, self.position(info), info.file_size, info.CRC).blocks():
+                pass
 
 
-class _Note:
-    """Stands for the function that would build a tensor; keeps its arguments."""
+def _check_end(window: _Window) -> None:
+    """Make sure that the directory is where every reader looks for it, as PyTorch writes it.
 
-    def __init__(self, *given: Any) -> None:
-        self.given = given
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _Note
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        raise CheckpointError(f"it names {module}.{name}, which no tensor needs; it may hold code and was not loaded")
-
-    def persistent_load(self, pid: Any) -> tuple[str, str, int]:
-        kind, dtype, key, _location, numel = pid
-        if kind != "storage" or type(dtype) is not str or type(key) is not str or type(numel) is not int:
-            raise CheckpointError("it names a storage in another way than PyTorch does")
-        return dtype, key, numel
-
-
-def _described(part: Part, content: bytes) -> _Described:
-    try:
-        (dtype, key, numel), offset, size, stride, *_ = _TensorUnpickler(io.BytesIO(content)).load().given
-        return _Described(dtype, key, numel, int(offset), tuple(map(int, size)), tuple(map(int, stride)))
-    except CheckpointError as error:
-        raise _damaged(part.file, part.start, f"not a readable tensor ({error.message})") from error
-    except Exception as error:
-        raise _damaged(part.file, part.start, f"not a readable tensor ({type(error).__name__}: {error})") from error
+    Python's reader takes what comes right before the end for the directory, PyTorch's what the end points to: an
+    archive with two of them would be checked in one and loaded from the other.
+    """
+    window.seek(0)
+    if window.read(4) != b"PK\x03\x04":
+        raise ValueError("it does not begin as torch.save's files do")
+    window.seek(-98, os.SEEK_END)
+    tail = window.read(98).rjust(98, b"\0")
+    mark, size, offset, comment = _END.unpack(tail[-22:])
+    end = window.length - 22
+    locator, _, record, _ = _LOCATOR.unpack(tail[-42:-22])
+    if locator == b"PK\x06\x07":
+        end = window.length - 98
+        mark_64, size, offset = _END_64.unpack(tail[:56])
+        if record != end or mark_64 != b"PK\x06\x06":
+            raise ValueError("its end is not where its end is said to be")
+    if mark != b"PK\x05\x06" or comment or offset + size != end or size > LARGEST_DIRECTORY:
+        raise ValueError("its directory is not at its end")
+    window.seek(0)

@@ -26,8 +26,8 @@ from torch.futures import Future
 from typing_extensions import override
 
 from tundish.checkpoints import MODEL_PREFIX, read_checkpoint, read_part
-from tundish.checkpoints.archive import load_file, read_object
 from tundish.checkpoints.metadata import Layout, Part
+from tundish.checkpoints.objects import load_file, read_object
 from tundish.errors import CheckpointError, TundishError
 
 
@@ -64,8 +64,11 @@ class _Planner(DefaultLoadPlanner):
         raise TypeError("pickles are never handed to the planner")
 
     def take(self, read_item: ReadItem, value: Any) -> None:
-        """Put an object that is no tensor into its place."""
-        set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], value)
+        """Put an object that is no tensor into its place, which is none of a tensor."""
+        name = read_item.dest_index.fqn
+        if isinstance(self.state_dict[name], torch.Tensor):
+            raise CheckpointError(f"{name}: is no tensor in the checkpoint. Use a checkpoint of the same model.")
+        set_element(self.original_state_dict, self.mappings[name], value)
 
 
 class _Reader(StorageReader):

@@ -11,6 +11,8 @@ from tundish.paths import inside, write_atomic
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+LARGEST_MANIFEST = 64 << 20
+"""Bytes; a file takes about 150 of them."""
 BLOCK_BYTES = 8 << 20
 Progress = Callable[[int], None]
 """Told the number of bytes that were just read."""
@@ -42,25 +44,48 @@ def write_manifest(folder: Path, files: Mapping[str, FileFacts]) -> None:
     write_atomic(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
+def member(folder: Path, name: str) -> Path:
+    """The path of a file that a checkpoint names; it need not be there.
+
+    Raises:
+        CheckpointError: it would lie outside of the folder, or no file can have that name.
+    """
+    try:
+        if not name.isprintable():
+            raise ValueError("it has control characters")
+        path = inside(folder, name)
+        path.is_file()  # says whether the system takes such a name
+        return path
+    except SpecError as error:
+        raise CheckpointError(f"{folder}: {error.message} Do not use this checkpoint.") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: names a file {name[:120]!a}, which cannot be one ({type(error).__name__}). "
+            "Do not use this checkpoint."
+        ) from error
+
+
 def read_manifest(folder: Path) -> dict[str, FileFacts] | None:
     """File names with what each should be; None if there is no manifest (another program's checkpoint).
 
     Raises:
         CheckpointError: it is damaged, or names files outside of the folder.
     """
-    path = folder / MANIFEST
+    path = member(folder, MANIFEST)
     if not path.is_file():
         return None
     try:
+        if (size := path.stat().st_size) > LARGEST_MANIFEST:
+            raise ValueError(f"it has {size:,} bytes")
         files = json.loads(path.read_text())["files"]
         found = {str(name): FileFacts(int(facts["bytes"]), str(facts["sha256"])) for name, facts in files.items()}
-        for name in found:
-            inside(folder, name)
-        return found
-    except SpecError as error:
-        raise CheckpointError(f"{path}: {error.message}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a manifest ({type(error).__name__}: {error}). Use another one.") from error
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: not a manifest ({type(error).__name__}: {str(error)[:120]!a}). Use another checkpoint."
+        ) from error
+    for name in found:
+        member(folder, name)
+    return found
 
 
 def size_problems(folder: Path, files: Mapping[str, FileFacts]) -> list[str]:

@@ -1,22 +1,26 @@
 """A checkpoint's `.metadata`: which tensor lies where, read without building anything that it names.
 
 PyTorch unpickles `.metadata` freely, so that whoever made it may run code. Here the names that DCP needs are the only
-ones allowed, and each of them stands for a record that does nothing; what comes out is checked piece by piece, against
-the files too, and copied into the classes below.
+ones allowed, and each of them stands for a record that does nothing (see pickles.py); what comes out is checked piece
+by piece, against the files too, and copied into the classes below.
 """
 
-import io
 import math
-import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tundish.errors import CheckpointError, SpecError
-from tundish.paths import inside
+from tundish.checkpoints.manifest import member
+from tundish.checkpoints.pickles import Call, PlainUnpickler, Record, empty_dict, reason, same, shown
+from tundish.errors import CheckpointError
 
 METADATA = ".metadata"
+LARGEST_METADATA = 512 << 20
+"""Bytes; a part of a tensor takes about 150 of them."""
+LARGEST_NUMBER = 1 << 63
+MOST_DIMENSIONS = 64
 DTYPE_BYTES: Mapping[str, int] = {
     **dict.fromkeys(("float64", "int64", "uint64", "complex64"), 8),
     **dict.fromkeys(("float32", "int32", "uint32"), 4),
@@ -59,87 +63,69 @@ def read_layout(folder: Path) -> Layout:
     root = _load(folder)
     try:
         return _layout(folder, root.state)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{folder / METADATA}: not a DCP checkpoint's metadata ({type(error).__name__}: {error}). "
-            "Use another checkpoint."
+            f"{folder / METADATA}: not a DCP checkpoint's metadata ({reason(error)}). Use another checkpoint."
         ) from error
-
-
-class _Record:
-    """Stands for any object of the metadata; keeps its arguments and its state, and does nothing."""
-
-    state: Any = None
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        # Always there, so that unpickling sets no attribute of its own choice.
-        self.state = state
 
 
 _DCP = "torch.distributed.checkpoint"
+_RECORD = Call(Record)
 _TENSOR_PROPERTIES = ("TensorProperties", "_MEM_FORMAT_ENCODING", "MEM_FORMAT_ENCODING")
-_STAND_INS: Mapping[str, Mapping[str, Any]] = {
-    f"{_DCP}.metadata": {
-        **dict.fromkeys(("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", *_TENSOR_PROPERTIES), _Record),
-        **dict.fromkeys(("ChunkStorageMetadata", "MetadataIndex", "StorageMeta"), _Record),
+_NAMES: Mapping[str, Any] = {
+    **{
+        f"{_DCP}.metadata.{name}": _RECORD
+        for name in ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", *_TENSOR_PROPERTIES)
     },
+    **{f"{_DCP}.metadata.{name}": _RECORD for name in ("ChunkStorageMetadata", "MetadataIndex", "StorageMeta")},
     # Where PyTorch 2.2 and older have them.
-    "torch.distributed._shard.sharded_tensor.metadata": dict.fromkeys(_TENSOR_PROPERTIES, _Record),
-    f"{_DCP}.filesystem": {"_StorageInfo": _Record},
-    "torch.serialization": {"_get_layout": _Record},
-    "pathlib": {"PosixPath": _Record},
-    "torch": {"Size": tuple, **{name: name for name in DTYPE_BYTES}},
-    "collections": {"OrderedDict": dict},
+    **{f"torch.distributed._shard.sharded_tensor.metadata.{name}": _RECORD for name in _TENSOR_PROPERTIES},
+    f"{_DCP}.filesystem._StorageInfo": _RECORD,
+    "torch.serialization._get_layout": _RECORD,
+    "pathlib.PosixPath": _RECORD,
+    "torch.Size": Call(same),
+    **{f"torch.{name}": name for name in DTYPE_BYTES},
+    "collections.OrderedDict": Call(empty_dict),
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        found = _STAND_INS.get(module, {}).get(name)
-        if found is None:
-            raise CheckpointError(
-                f"the metadata names {module}.{name}, which no checkpoint needs; it may hold code. "
-                "It was not loaded. Do not use this checkpoint."
-            )
-        return found
-
-
 def _load(folder: Path) -> Any:
-    path = folder / METADATA
+    path = member(folder, METADATA)
     if not path.is_file():
         raise CheckpointError(f"{folder}: there is no {METADATA}, so the checkpoint is not complete. Use another one.")
+    if (size := path.stat().st_size) > LARGEST_METADATA:
+        raise CheckpointError(f"{path}: has {size:,} bytes; allowed are {LARGEST_METADATA:,}. Use another checkpoint.")
     try:
-        return _Unpickler(io.BytesIO(path.read_bytes())).load()
+        return PlainUnpickler(path.read_bytes(), _NAMES).load()
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error.message}") from error
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({type(error).__name__}: {error}). Use another checkpoint."
-        ) from error
+        raise CheckpointError(f"{path}: cannot be read: {error.message}. Do not use this checkpoint.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)}). Use another checkpoint.") from error
 
 
 def _layout(folder: Path, state: Mapping[str, Any]) -> Layout:
     places = {
-        (_text(index.state["fqn"]), _numbers(index.state.get("offset"))): info.state
+        (_text(index.state["fqn"]), _offsets(index.state.get("offset"))): info.state
         for index, info in state["storage_data"].items()
     }
     files = _Files(folder, places.values())
     tensors: dict[str, tuple[str, tuple[int, ...], tuple[Part, ...]]] = {}
     objects: dict[str, Part] = {}
-    for name, entry in state["state_dict_metadata"].items():
+    for given, entry in state["state_dict_metadata"].items():
+        name = _text(given)
         if not isinstance(entry.state, dict) or "chunks" not in entry.state:
-            objects[_text(name)] = files.part(places[name, None])
+            objects[name] = files.part(places[name, None])
             continue
-        chunks = [(_sizes(chunk.state["offsets"]), _sizes(chunk.state["sizes"])) for chunk in entry.state["chunks"]]
+        chunks = [(numbers(chunk.state["offsets"]), numbers(chunk.state["sizes"])) for chunk in entry.state["chunks"]]
         parts = tuple(
             files.part(places.get((name, offsets)) or places[name, None], offsets, sizes) for offsets, sizes in chunks
         )
-        dtype, shape = entry.state["properties"].state[0], _sizes(entry.state["size"])
+        dtype, shape = _dtype(entry.state["properties"].state[0]), numbers(entry.state["size"])
         _check_parts(folder, name, dtype, shape, parts)
-        tensors[_text(name)] = dtype, shape, parts
+        tensors[name] = dtype, shape, parts
+    _check_places(folder, [part for _, _, parts in tensors.values() for part in parts])
     return Layout(tensors, objects, dict(_paths(state.get("planner_data") or {})))
 
 
@@ -147,34 +133,32 @@ class _Files:
     """The files of a checkpoint, looked at once each."""
 
     def __init__(self, folder: Path, infos: Iterable[Mapping[str, Any]]) -> None:
-        self.folder = folder
         self.paths: dict[str, Path] = {}
         ends: dict[str, int] = {}
         for info in infos:
             name = _text(info["relative_path"])
-            start, length = _sizes((info["offset"], info["length"]))
+            start, length = numbers((info["offset"], info["length"]))
             ends[name] = max(ends.get(name, 0), start + length)
             if info.get("transform_descriptors"):
                 raise CheckpointError(f"{folder / METADATA}: {name} is compressed; allowed are plain files.")
         for name, end in ends.items():
-            self.paths[name] = self._checked(name, end)
-
-    def _checked(self, name: str, end: int) -> Path:
-        try:
-            file = inside(self.folder, name)
-        except SpecError as error:
-            raise CheckpointError(f"{self.folder / METADATA}: {error.message}") from error
-        size = file.stat().st_size if file.is_file() else -1
-        if size != end:
-            found = f"has {size:,} bytes" if size >= 0 else "is missing"
-            what = "incomplete" if size < end else "damaged"
-            raise CheckpointError(
-                f"{file}: {found}, but its last entry ends at byte {end:,}. The checkpoint is {what}; use another one."
-            )
-        return file
+            self.paths[name] = _checked(folder, name, end)
 
     def part(self, info: Mapping[str, Any], offsets: tuple[int, ...] = (), sizes: tuple[int, ...] = ()) -> Part:
         return Part(offsets, sizes, self.paths[info["relative_path"]], info["offset"], info["length"])
+
+
+def _checked(folder: Path, name: str, end: int) -> Path:
+    """A file that is there, in the folder, and ends where its last entry does."""
+    file = member(folder, name)
+    size = file.stat().st_size if file.is_file() else -1
+    if size != end:
+        found = f"has {size:,} bytes" if size >= 0 else "is missing"
+        what = "incomplete" if size < end else "damaged"
+        raise CheckpointError(
+            f"{file}: {found}, but its last entry ends at byte {end:,}. The checkpoint is {what}; use another one."
+        )
+    return file
 
 
 def _check_parts(folder: Path, name: str, dtype: str, shape: tuple[int, ...], parts: tuple[Part, ...]) -> None:
@@ -186,57 +170,77 @@ def _check_parts(folder: Path, name: str, dtype: str, shape: tuple[int, ...], pa
     where = f"{folder / METADATA}: {name}"
     if any(part.length < math.prod(part.sizes) * DTYPE_BYTES[dtype] for part in parts):
         raise CheckpointError(f"{where} is larger than the bytes that its file has for it. Do not use this checkpoint.")
-    if not _covers(shape, parts):
+    same_dims = all(len(part.offsets) == len(part.sizes) == len(shape) for part in parts)
+    addressable = math.prod(max(1, size) for size in shape) * DTYPE_BYTES[dtype] < LARGEST_NUMBER
+    if not same_dims or not addressable or not _covers(shape, [part for part in parts if math.prod(part.sizes)]):
         raise CheckpointError(
             f"{where}: its parts do not make up its shape {shape}. The checkpoint is incomplete; use another one."
         )
 
 
-def _covers(shape: tuple[int, ...], parts: tuple[Part, ...]) -> bool:
-    filled = sorted((part for part in parts if math.prod(part.sizes)), key=lambda part: part.offsets)
-    if sum(math.prod(part.sizes) for part in filled) != math.prod(shape):
-        return False
-    for number, part in enumerate(filled):
-        if len(part.offsets) != len(shape) or len(part.sizes) != len(shape):
+def _covers(shape: tuple[int, ...], parts: Sequence[Part], dim: int = 0) -> bool:
+    """Whether the parts are the cells of a grid, as sharded tensors are, whose rows may be divided differently."""
+    if not parts:
+        return not math.prod(shape)
+    if dim == len(shape):
+        return len(parts) == 1
+    rows: dict[tuple[int, int], list[Part]] = {}
+    for part in parts:
+        rows.setdefault((part.offsets[dim], part.sizes[dim]), []).append(part)
+    end = 0
+    for (start, size), row in sorted(rows.items(), key=lambda item: item[0]):
+        if start != end or not _covers(shape, row, dim + 1):
             return False
-        if any(start + size > whole for start, size, whole in zip(part.offsets, part.sizes, shape, strict=True)):
-            return False
-        # Shards along the first dimension end before the next one begins; only others are compared with all.
-        if any(_overlap(part, other) for other in _until_behind(filled[number + 1 :], part)):
-            return False
-    return True
+        end += size
+    return end == shape[dim]
 
 
-def _until_behind(following: list[Part], part: Part) -> Iterator[Part]:
-    for other in following:
-        if part.offsets and other.offsets[0] >= part.offsets[0] + part.sizes[0]:
-            return
-        yield other
+def _check_places(folder: Path, parts: Sequence[Part]) -> None:
+    """Make sure that no bytes are those of two parts: few bytes would make up any number of tensors.
 
-
-def _overlap(one: Part, other: Part) -> bool:
-    pairs = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
-    return all(a < b + size_b and b < a + size_a for a, size_a, b, size_b in pairs)
+    Raises:
+        CheckpointError: some are.
+    """
+    found = sorted((str(part.file), part.start, part.start + part.length) for part in parts)
+    for (file, _, end), (other, start, _) in pairwise(found):
+        if file == other and start < end:
+            raise CheckpointError(
+                f"{folder / METADATA}: byte {start:,} of {file} is said to be of two tensors. "
+                "Do not use this checkpoint."
+            )
 
 
 def _paths(given: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str | int, ...]]]:
     for name, path in given.items():
-        if not all(type(key) in (str, int) for key in path):
-            raise TypeError(f"{name} has a key that is neither text nor a number")
+        if not path or not all(type(key) in (str, int) for key in path):
+            raise TypeError("the path of an entry has a key that is neither text nor a number")
         yield _text(name), tuple(path)
 
 
 def _text(given: Any) -> str:
-    if type(given) is not str:
-        raise TypeError(f"a name is a {type(given).__name__}")
+    if type(given) is not str or not given.isprintable():
+        raise TypeError(f"a name is {shown(given) if type(given) is str else f'a {type(given).__name__}'}")
     return given
 
 
-def _numbers(given: Any) -> tuple[int, ...] | None:
-    return None if given is None else _sizes(given)
+def _dtype(given: Any) -> str:
+    if type(given) is not str or given not in DTYPE_BYTES:
+        raise TypeError("a tensor's elements are no numbers")
+    return given
 
 
-def _sizes(given: Any) -> tuple[int, ...]:
-    if not all(type(number) is int and number >= 0 for number in given):
-        raise ValueError(f"{given!r} are no sizes")
+def _offsets(given: Any) -> tuple[int, ...] | None:
+    return None if given is None else numbers(given)
+
+
+def numbers(given: Any) -> tuple[int, ...]:
+    """Sizes, offsets or lengths of a checkpoint.
+
+    Raises:
+        ValueError: they are none.
+    """
+    if type(given) not in (tuple, list) or len(given) > MOST_DIMENSIONS:
+        raise ValueError("sizes are no tuple of numbers")
+    if not all(type(number) is int and 0 <= number < LARGEST_NUMBER for number in given):
+        raise ValueError("a size is no number that a file can have")
     return tuple(given)

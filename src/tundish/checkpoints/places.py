@@ -19,6 +19,7 @@ from filelock import FileLock
 from tundish.checkpoints import NAME, check_complete, in_order, list_checkpoints
 from tundish.checkpoints.manifest import problems, read_manifest
 from tundish.checkpoints.metadata import METADATA
+from tundish.checkpoints.pickles import shown
 from tundish.errors import CheckpointError
 from tundish.paths import CHECKPOINT_LINK, copies_dir, is_uri, write_atomic
 
@@ -108,7 +109,10 @@ class Place:
             if self.is_remote:
                 self._get(name, link)
             try:
-                return link.read_text(errors="strict")[:LONGEST_LINK].strip()
+                if not link.is_file():
+                    raise FileNotFoundError("there is no such file")
+                with open(link) as file:
+                    return file.read(LONGEST_LINK).strip()
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{self.address}/{name}: cannot be read ({error}). Check the path.") from error
 
@@ -137,21 +141,31 @@ class Place:
         """
         for address in self.list()[: -max(1, count)]:
             if self.is_remote:
-                name = address.rpartition("/")[2]
-                _try(self.address, lambda name=name: _client(self.address).delete_artifacts(name))
+                self._remove(address.rpartition("/")[2])
             else:
                 remove([Path(address)])
 
+    def _remove(self, name: str) -> None:
+        """Remove a checkpoint of the store, file by file; what is interrupted is no longer complete.
+
+        Stores remove all that begins as they are told: with ep1-ba1, ep1-ba10 would be gone.
+        """
+        for file in sorted(self._names(name), key=lambda file: (file != METADATA, file)):
+            _try(self.address, lambda file=file: _client(self.address).delete_artifacts(f"{name}/{file}"))
+
     def _names(self, below: str) -> set[str]:
+        """Names in the folder or, with a slash at their end, of folders in a checkpoint."""
         found = _try(self.address, lambda: _client(self.address).list_artifacts(below or None))
-        return {info.path.rpartition("/")[2] for info in found}
+        return {info.path.rpartition("/")[2] + ("/" if below and info.is_dir else "") for info in found}
 
     def _put(self, file: Path, below: str) -> None:
         _try(self.address, lambda: _client(self.address).log_artifact(str(file), below or None))
 
     def _get(self, name: str, target: Path) -> None:
-        if not FILE_NAME.fullmatch(target.name):
-            raise CheckpointError(f"{self.address}/{name}: no name of a checkpoint's file. Use another checkpoint.")
+        if not FILE_NAME.fullmatch(name.removeprefix(f"{target.parent.name}/")):
+            raise CheckpointError(
+                f"{self.address}/{shown(name)}: no name of a checkpoint's file. Use another checkpoint."
+            )
         _try(self.address, lambda: _client(self.address)._download_file(name, str(target)))
 
     def _download(self, name: str, copy: Path) -> None:
@@ -175,6 +189,7 @@ def hidden(folder: Path) -> Path:
 def remove(checkpoints: Sequence[Path]) -> None:
     """Remove checkpoints of this machine, each at once: one that is half removed would look complete."""
     for path in checkpoints:
+        shutil.rmtree(hidden(path), ignore_errors=True)  # the rest of one that could not be removed
         path.rename(hidden(path))
         shutil.rmtree(hidden(path))
 

@@ -7,11 +7,13 @@ that is killed at any moment leaves the hidden folder, which the next one remove
 
 import dataclasses
 import hashlib
+import logging
 import os
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -27,9 +29,12 @@ from typing_extensions import override
 from tundish.checkpoints import NAME, list_checkpoints
 from tundish.checkpoints.manifest import FileFacts, write_manifest
 from tundish.checkpoints.metadata import METADATA
+from tundish.checkpoints.pickles import reason
 from tundish.checkpoints.places import Place, hidden
 from tundish.errors import CheckpointError
 from tundish.paths import write_atomic
+
+log = logging.getLogger(__name__)
 
 Exchange = Callable[[Any], list[Any]]
 """What every rank gives, in the order of the ranks; called by all of them."""
@@ -85,6 +90,8 @@ class Staged(StorageWriter):
             return Share(self._file, FileFacts(hashing.size, hashing.digest.hexdigest()), places)
         except OSError as error:
             return Share(error=_failure(self.folder, error))
+        except Exception as error:
+            return Share(error=f"{self.folder}: not written ({reason(error)}). Earlier checkpoints are untouched.")
         finally:
             self._items = []
 
@@ -187,23 +194,36 @@ def write_checkpoint(staged: Staged, place: Place, exchange: Exchange, is_first:
             place.publish(staged.folder)
         except CheckpointError as found:
             error = found.message
+        except OSError as found:  # `latest` could not be moved: the others wait for an answer, too
+            error = _failure(staged.folder, found)
     if error := exchange(error)[0]:
         raise CheckpointError(error)
 
 
 def clean(save_folder: Path) -> None:
-    """Remove what killed processes have left half written or half removed."""
+    """Remove what killed processes have left half written or half removed, and move aside what is damaged."""
     complete = list_checkpoints(save_folder)
-    for path in save_folder.iterdir() if save_folder.is_dir() else ():
-        half = path.name.startswith(".") and path.name.endswith(".tmp") and NAME.fullmatch(path.name[1:-4])
-        if half or (NAME.fullmatch(path.name) and path not in complete and not path.is_symlink()):
+    for path in sorted(save_folder.iterdir()) if save_folder.is_dir() else ():
+        if not path.is_dir() or path.is_symlink() or path in complete:
+            continue
+        hidden_one = path.name.startswith(".") and path.name.endswith(".tmp") and NAME.fullmatch(path.name[1:-4])
+        if hidden_one or (NAME.fullmatch(path.name) and not (path / METADATA).exists()):
             shutil.rmtree(path)
+        elif NAME.fullmatch(path.name):
+            # It was complete once: somebody may be able to mend it.
+            aside = next(to for n in count(1) if not (to := path.with_name(f"{path.name}.damaged{n}")).exists())
+            path.rename(aside)
+            log.warning("%s is damaged or unsafe and is not used; it was moved to %s.", path, aside.name)
 
 
 def _write_item(file: "_Hashing", data: Any) -> tuple[int, int]:
     start = file.size
     if isinstance(data, torch.Tensor):
-        torch.save(data, cast(BinaryIO, file))
+        try:
+            torch.save(data, cast(BinaryIO, file))
+        except RuntimeError as error:
+            # PyTorch ends its archive nevertheless, and complains of that instead of the full disk.
+            raise file.error or error from error
     else:
         file.write(data.getbuffer())
     return start, file.size - start
@@ -214,11 +234,16 @@ class _Hashing:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         count = len(memoryview(data).cast("B"))
         self.digest.update(data)
-        self.file.write(data)
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         self.size += count
         return count
 

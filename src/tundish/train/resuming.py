@@ -1,5 +1,7 @@
 """Loading: the newest complete checkpoint of a run that was killed, or the weights that a run starts from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,10 @@ from composer.utils import dist, reproducibility
 from composer.utils.checkpoint import glob_filter
 
 from tundish.checkpoints import read_checkpoint
-from tundish.checkpoints.archive import read_object
 from tundish.checkpoints.loading import load
 from tundish.checkpoints.metadata import Layout
+from tundish.checkpoints.objects import read_object
+from tundish.checkpoints.pickles import reason, shown
 from tundish.checkpoints.places import Place
 from tundish.checkpoints.saving import clean
 from tundish.errors import CheckpointError
@@ -37,6 +40,10 @@ def newest_checkpoint(place: Place) -> Path | None:
             found = [newest]
         except CheckpointError as error:
             found = [error]
+        except OSError as error:
+            found = [
+                CheckpointError(f"{place.local}: cannot be put in order ({reason(error)}). Check its permissions.")
+            ]
     dist.broadcast_object_list(found, src=0)
     if isinstance(found[0], CheckpointError):
         raise found[0]
@@ -60,7 +67,7 @@ def load_all(state: State, logger: Any, checkpoint: Path, ignore_keys: list[str]
     """
     layout = read_checkpoint(checkpoint)
     check_algorithms(state, layout, checkpoint)
-    ranks = {path[1] for path in layout.paths.values() if path[0] == "rng"}
+    ranks = {path[1] for path in layout.paths.values() if path[0] == "rng" and len(path) > 1}
     content: dict[str, Any] = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()[: len(ranks)]}
     # Facts for people; and Composer evaluates what a checkpoint says of its algorithms.
     del content["state"]["metadata"], content["state"]["algorithms"]
@@ -68,8 +75,22 @@ def load_all(state: State, logger: Any, checkpoint: Path, ignore_keys: list[str]
         glob_filter(ignore_keys)(content)
     with torch.no_grad():
         load(content, checkpoint)
-        state.load_state_dict(content["state"], logger, strict=True)
-    return content["rng"]
+        with _fitting(checkpoint):
+            state.load_state_dict(content["state"], logger, strict=True)
+            # Composer sets it when training begins, where what is wrong with it would end in a traceback.
+            reproducibility.load_rng_state(content.get("rng", []))
+    return content.get("rng", [])
+
+
+@contextmanager
+def _fitting(checkpoint: Path) -> Iterator[None]:
+    """What Composer finds wrong with a checkpoint's values is an error of the checkpoint."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint}: cannot be gone on from ({reason(error)}). Use another checkpoint of the same run."
+        ) from error
 
 
 def load_weights(state: State, logger: Any, path: Path, strict: bool) -> None:
@@ -87,7 +108,8 @@ def load_weights(state: State, logger: Any, path: Path, strict: bool) -> None:
     content: dict[str, Any] = {"state": {"model": state.get_model_state_dict()}}
     with torch.no_grad():
         load(content, path)
-        state.load_state_dict(content["state"], logger, strict=strict)
+        with _fitting(path):
+            state.load_state_dict(content["state"], logger, strict=strict)
 
 
 def check_algorithms(state: State, layout: Layout, checkpoint: Path) -> None:
@@ -98,12 +120,24 @@ def check_algorithms(state: State, layout: Layout, checkpoint: Path) -> None:
     Raises:
         CheckpointError: they differ.
     """
-    said = {path[2:]: read_object(layout.objects[n]) for n, path in layout.paths.items() if path[:2] == ALGORITHMS}
-    found = said.get(()) or [value for path, value in sorted(said.items(), key=str) if path[1:] == (0,)]
-    names = [str(entry[0]) if isinstance(entry, list | tuple) and entry else str(entry) for entry in found]
+    said = {path[2:]: layout.objects.get(name) for name, path in layout.paths.items() if path[:2] == ALGORITHMS}
+    # One entry for all of them, or one for each part of each.
+    whole = said.get(())
+    found = (
+        read_object(whole)
+        if whole
+        else [read_object(part) for path, part in sorted(said.items(), key=str) if path[1:] == (0,) and part]
+    )
+    names = [_name(entry) for entry in (found if isinstance(found, list | tuple) else [found])]
     wanted = [type(algorithm).__qualname__ for algorithm in state.algorithms]
     if names != wanted:
         raise CheckpointError(
             f"{checkpoint}: was trained with the algorithms {names}, this run has {wanted}. They were not loaded. "
             "Set the same ones (overrides: algorithms), or use another checkpoint."
         )
+
+
+def _name(entry: Any) -> str:
+    """What a checkpoint calls an algorithm: the first of a pair, or all there is."""
+    name = entry[0] if isinstance(entry, list | tuple) and entry else entry
+    return shown(name) if isinstance(name, str) else f"a {type(name).__name__}"

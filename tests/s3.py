@@ -1,0 +1,37 @@
+"""A bucket of the S3 server that tests run (its fixtures are in conftest.py)."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "nobody",
+    "AWS_SECRET_ACCESS_KEY": "nothing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+PAGE = 5
+"""Keys in a page of a listing; S3 has a thousand."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket of the server, for one test."""
+
+    name: str
+    client: Any
+    log: Path
+    """Where the server writes a line for each request."""
+
+    def uri(self, key: str) -> str:
+        return f"s3://{self.name}/{key}"
+
+    def put(self, key: str, content: bytes) -> str:
+        """Store an object; returns its URI."""
+        self.client.put_object(Bucket=self.name, Key=key, Body=content)
+        return self.uri(key)
+
+    def downloads(self, key: str) -> int:
+        """How often the server has sent an object's content."""
+        return len(re.findall(rf"GET /{self.name}/{re.escape(key)} HTTP/1\.1\S* 20\d", self.log.read_text()))
