@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -13,6 +14,7 @@ from tundish.errors import RequestError
 from tundish.paths import RUN_VARIABLE, RunPaths
 from tundish.runs.reading import supervisor
 from tundish.runs.records import TrainingRun
+from tundish.weights import fetch_weights, find_weights
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
 
@@ -42,15 +44,16 @@ def _count(run: TrainingRun, type: str) -> int:
 
 
 def test_a_run_survives_the_death_of_all_its_processes(
-    tiny_weights: Path, tmp_path: Path, write_lines: WriteLines
+    tiny_weights: Path, tmp_path: Path, write_lines: WriteLines, bucket: Any
 ) -> None:
-    """Days of training would be lost, or a version be registered twice."""
+    """Days of training would be lost, or a version be registered twice; with checkpoints in an object store too."""
     pairs = [{"prompt": f"{n}: ", "response": "fox " * 20} for n in range(40)]
     data = write_lines(tmp_path / "train.jsonl", pairs)
     run = fm.create(
         model=str(tiny_weights), train_data_path=str(data), register_to="main.lab", task_type="INSTRUCTION_FINETUNE",
         context_length=64, training_duration="120ba", learning_rate=1e-4, compute={"device": "cpu"},
-        overrides={"global_train_batch_size": 4, "save_interval": "10ba"},
+        overrides={"global_train_batch_size": 4, "save_interval": "10ba", "save_folder": bucket.uri("kept"),
+                   "save_num_checkpoints_to_keep": 2},
     )  # fmt: skip
     assert run.run_dir is not None
     paths = RunPaths(run.run_dir)
@@ -82,5 +85,9 @@ def test_a_run_survives_the_death_of_all_its_processes(
     assert _count(run, "DATA_VALIDATED") == 1, "what was done is not done again"
     assert "Registered as version 1 of main.lab." in str(done.details)
     assert not _ranks(paths)
+    kept = fm.get_checkpoints(run)
+    assert [path.rpartition("-ba")[2] for path in kept] == ["110", "120"], "complete ones of all three processes count"
+    assert all(path.startswith(bucket.uri(f"kept/{run.name}/checkpoints/ep")) for path in kept)
+    assert fetch_weights(find_weights(kept[0])).name == kept[0].rpartition("/")[2]
     with pytest.raises(RequestError, match="nothing is left to do"):
         fm.resume(run)
