@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.checkpoints.processes import start
 
 from tundish.checkpoints import read_tensors
 from tundish.checkpoints.loading import load, read_model_file
@@ -170,7 +171,6 @@ def test_code_in_a_pt_file_is_refused_and_not_run(tmp_path: Path, runs_code: Any
 
 def _rank(rank: int, world: int, port: int, folder: Path, how: str) -> None:
     """Save a model's state as this rank of `world`, in a process of its own."""
-    import torch
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -180,7 +180,6 @@ def _rank(rank: int, world: int, port: int, folder: Path, how: str) -> None:
     from tundish.checkpoints.places import Place
     from tundish.checkpoints.saving import Staged, write_checkpoint
 
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     model = _model()
     if how != "plain":
@@ -223,18 +222,10 @@ def test_checkpoints_of_any_number_of_ranks_are_loaded(tmp_path: Path, world: in
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pids = []
-    for rank in range(world):
-        pid = os.fork()
-        if not pid:
-            code = 1
-            try:
-                _rank(rank, world, port, folder, how)
-                code = 0
-            finally:
-                os._exit(code)
-        pids.append(pid)
-    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * world
+    processes = [start(_rank, rank, world, port, folder, how) for rank in range(world)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * world
     expected = _model().state_dict()
     given = {"state": {"model": {name: torch.zeros_like(t) for name, t in expected.items()}, "timestamp": {"batch": 0}}}
     load(given, folder)

@@ -241,6 +241,7 @@ def _publish_and_die(place: Place, folder: Path, after: int) -> None:
         done.append(file)
         put(self, file, below)
 
+    signal.alarm(60)  # should the fork have broken something
     Place._put = counted  # type: ignore[method-assign]
     try:
         place.publish(folder)

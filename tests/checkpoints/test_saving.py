@@ -1,7 +1,6 @@
 """checkpoints/saving.py: a checkpoint is there complete or not at all, whatever happens while it is written."""
 
 import json
-import os
 import pickle
 import random
 import resource
@@ -9,12 +8,13 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.checkpoints.processes import start
 
 from tundish.checkpoints import list_checkpoints, read_tensors
 from tundish.checkpoints.manifest import problems, read_manifest
@@ -68,28 +68,8 @@ def _latest(folder: Path) -> str:
     return Path((folder / CHECKPOINT_LINK).read_text()).name
 
 
-def _fork(action: Callable[[], object]) -> int:
-    """Run something in a process of its own, which has torch already."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        action()
-        os._exit(0)
-    except BaseException as error:
-        os.write(2, f"{type(error).__name__}: {error}\n".encode())
-        os._exit(1)
-
-
-def _end(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def _go_on(folder: Path) -> None:
     """As each attempt of a run does: put in order what was killed, then save one after another."""
-    import torch
-
-    torch.set_num_threads(1)  # threads do not survive the fork
     place = Place(str(folder))
     clean(folder)
     number = max(_numbers(folder), default=0)
@@ -98,16 +78,15 @@ def _go_on(folder: Path) -> None:
     while True:
         number += 1
         _save(place, number, ELEMENTS, keep=3)
-        os.utime(folder)
 
 
 def _seconds_of_a_save(folder: Path) -> float:
-    pid = _fork(lambda: _go_on(folder))
+    process = start(_go_on, folder)
     _wait_for(folder, 1)
     started = time.monotonic()
     _wait_for(folder, 3)
-    os.kill(pid, signal.SIGKILL)
-    _end(pid)
+    process.kill()
+    process.join()
     return (time.monotonic() - started) / 2
 
 
@@ -128,12 +107,13 @@ def test_a_kill_at_any_moment_leaves_complete_checkpoints(tmp_path: Path) -> Non
     half = 0
     for kill in range(KILLS):
         before = max(_numbers(folder), default=0)
-        pid = _fork(lambda: _go_on(folder))
+        process = start(_go_on, folder)
         _wait_for(folder, before + 1)
         # All moments of a save are hit, one part after another: its writing, its end, and the removal of old ones.
         time.sleep(seconds * (kill + dice.random()) / KILLS)
-        os.kill(pid, signal.SIGKILL)
-        assert _end(pid) == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         names = sorted(path.name for path in folder.iterdir())
         found = {path.name: path for path in list_checkpoints(folder)}
         assert {name for name in names if name.startswith("ep")} == set(found), "each that is seen is complete"
@@ -201,7 +181,10 @@ def test_only_complete_checkpoints_are_counted_and_removed(tmp_path: Path) -> No
 def test_checkpoints_of_an_earlier_attempt_are_counted(tmp_path: Path) -> None:
     """Each attempt of a run would keep as many as it may, until the disk is full."""
     place = Place(str(tmp_path / "checkpoints"))
-    assert _end(_fork(lambda: [_save(place, number) for number in (1, 2, 10)])) == 0
+    for number in (1, 2, 10):
+        process = start(_save, place, number)
+        process.join(60)
+        assert process.exitcode == 0
     _save(place, 11, keep=2)
     assert _numbers(place.local) == [10, 11]
 
