@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from tundish.cli_arguments import print_json
-from tundish.errors import SpecError
+from tundish.errors import CheckpointError, SpecError
 from tundish.progress import bar
 
 
@@ -29,7 +29,12 @@ def _verify(given: str, *, as_json: bool) -> int:
     from tundish.runs.exporting import local_checkpoints
 
     found: list[dict[str, object]] = []
-    for folder in local_checkpoints(given):
+    for name, folder in local_checkpoints(given):
+        if isinstance(folder, CheckpointError):
+            found.append({"checkpoint": name, "bytes": None, "problems": [folder.message]})
+            if not as_json:
+                print(f"{name}: DAMAGED\n  {folder.message}")
+            continue
         files = [file for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
         size, done = sum(file.stat().st_size for file in files), [0]
         with bar(f"Reading {folder.name}") as tell:

@@ -243,3 +243,15 @@ def test_an_attention_that_lets_samples_see_each_other_is_refused(arguments: dic
         creating.create(arguments | {"overrides": {"model.attn_implementation": attention}})
     (problem,) = caught.value.problems
     assert repr(attention) in problem and problem.endswith("allowed is sdpa or eager.")
+
+
+def test_a_run_does_not_go_on_from_another_of_its_name(arguments: dict[str, Any], tmp_path: Path, home: Path) -> None:
+    """A colleague's checkpoint in the same root would be exported as this run's, or be trained on."""
+    folder = tmp_path / "shared" / "sft" / "checkpoints" / "ep1-ba1"
+    folder.mkdir(parents=True)
+    (folder / ".metadata").write_bytes(b"x")
+    (folder / "manifest.json").write_text('{"files": {".metadata": {"bytes": 1, "sha256": "0"}}}')
+    fm.validate(**arguments)  # prepares the data, which stays
+    given = arguments | {"run_name": "sft", "overrides": {"save_folder": str(tmp_path / "shared")}}
+    error = _refused(given, home)
+    assert f"{folder}: another run of the name 'sft' has saved there" in error.message

@@ -146,3 +146,22 @@ def test_verifying_reads_every_byte(run: RunPaths, capsys: Capture) -> None:
 
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def test_what_is_in_a_store_is_verified_there(
+    save: Callable[[Path, float], Path], bucket: Any, capsys: Capture, home: Path
+) -> None:
+    """This machine's copy would be praised while the store's is damaged; or one damaged one would hide the others."""
+    from tundish.checkpoints.places import Place
+
+    place = Place(bucket.uri("kept"))
+    for name in ("ep0-ba5", "ep1-ba10"):
+        place.publish(save(place.local / name, 0.5))
+    key = "kept/ep1-ba10/__0_0.distcp"
+    content = bytearray(bucket.client.get_object(Bucket=bucket.name, Key=key)["Body"].read())
+    content[len(content) // 2] ^= 1
+    bucket.client.put_object(Bucket=bucket.name, Key=key, Body=bytes(content))
+    assert main(["checkpoints", bucket.uri("kept"), "--verify"]) == 1
+    shown = capsys.readouterr().out
+    assert "ep0-ba5: OK" in shown and "ep1-ba10: DAMAGED" in shown and "(SHA-256)" in shown
+    assert [path.name for path in (home / "checkpoints").iterdir()] == [place.local.name], "copies are removed"

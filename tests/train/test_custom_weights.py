@@ -14,7 +14,7 @@ def test_a_run_starts_from_a_folder_as_from_a_file(ranks: Any, plan: Plan, tmp_p
     """One form would start from other weights than the other, or from the base model's; of any number of ranks."""
     import torch
 
-    first = plan("first", 2, training_duration="3ba", learning_rate=1e-2)
+    first = plan("first #1?", 2, training_duration="3ba", learning_rate=1e-2)  # as no URI would have it
     assert ranks.train(first, 2, tmp_path / "first out").ok
     folder = next((first.parent / "checkpoints").glob("ep*-ba3"))
     model = {name.removeprefix("state.model."): t for name, t in weights(first).items() if name.startswith("state.m")}

@@ -26,6 +26,8 @@ from tundish.paths import CHECKPOINT_LINK, copies_dir, is_uri, write_atomic
 T = TypeVar("T")
 FILE_NAME = re.compile(r"\.metadata|manifest\.json|[\w-]+\.(distcp|pt)|[\w-]+\.symlink")
 LONGEST_LINK = 4096
+READ = "read"
+"""Folder of copies for readers, beside those that a run goes on from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +75,27 @@ class Place:
         name = in_order({*here, *there})[-1]
         if name not in there:
             self.publish(self.local / name)
-        return self.fetch(name)
+        elif name not in here:
+            self.copy(name, self.local)
+        return self.local / name
 
     def fetch(self, name: str) -> Path:
-        """This machine's copy of a checkpoint, or of a file, complete.
+        """A checkpoint or a file on this machine, complete, for reading: not among those that its own run removes.
 
         Raises:
             CheckpointError: there is none of that name, or it is damaged.
         """
-        copy = self.local / name
-        if not self.is_remote or copy.exists():
-            return copy
-        self.local.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.local / f".{name}.lock"):
+        return self.copy(name, self.local / READ) if self.is_remote else self.local / name
+
+    def copy(self, name: str, folder: Path) -> Path:
+        """A copy of a checkpoint or a file of the store in a folder of this machine, made where it is not there.
+
+        Raises:
+            CheckpointError: there is none of that name, or it is damaged.
+        """
+        copy = folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f".{name}.lock"):
             if not copy.exists():
                 self._download(name, copy)
         return copy
@@ -169,7 +179,10 @@ class Place:
         _try(self.address, lambda: _client(self.address)._download_file(name, str(target)))
 
     def _download(self, name: str, copy: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=self.local, prefix=".copy-") as scratch:
+        begin = f".copy-{name}-"
+        for left in copy.parent.glob(f"{begin}*"):  # of a process that was killed: nobody else holds the lock
+            shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(dir=copy.parent, prefix=begin) as scratch:
             whole = Path(scratch) / name
             if not NAME.fullmatch(name):
                 self._get(name, whole)

@@ -9,6 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from tundish import __version__, events
+from tundish.checkpoints import list_checkpoints
+from tundish.checkpoints.places import Place
 from tundish.data.sources import open_source
 from tundish.errors import CheckpointError, DataError, SpecError
 from tundish.foundry import Destination, isolating_attentions, memory_plan, planned_steps, render, steps_problem
@@ -64,11 +66,33 @@ def _write_run(spec: RunSpec, paths: RunPaths) -> None:
     paths.logs.mkdir()
     tags = {"tundish.version": __version__, "tundish.run": spec.run_name}
     check_registry(spec.registered_name)
+    _check_save_folder(spec)
     open_tracking(spec.run_name, spec.experiment_path, tags, save_root(spec.overrides)).write(paths)
     events.append(paths.events, "CREATED", "Run created. It waits to be scheduled.")
     # Last before the start: a folder without a spec is no run to anybody who looks.
     write_atomic(paths.spec, spec.to_json())
     supervisor.spawn(paths)
+
+
+def _check_save_folder(spec: RunSpec) -> None:
+    """Make sure that a root of the caller's own holds no other run of that name: training would go on from it.
+
+    Raises:
+        SpecError: it does, or cannot be asked.
+    """
+    root = save_root(spec.overrides)
+    if root is None:
+        return
+    place = Place(planned_save_folder(spec.run_name, spec.experiment_path, root))
+    try:
+        found = [*place.list(), *map(str, list_checkpoints(place.local))]
+    except CheckpointError as error:
+        raise SpecError(f"overrides: save_folder: {error.message}") from error
+    if found:
+        raise SpecError(
+            f"overrides: save_folder: {found[0]}: another run of the name {spec.run_name!r} has saved there. "
+            "Choose another run_name or save_folder, or remove what is there."
+        )
 
 
 def check(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> RunSpec:

@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tundish.checkpoints import in_order
 from tundish.checkpoints.places import Place, place_of
 from tundish.errors import CheckpointError, RunNotFoundError, SpecError
 from tundish.export.plan import ExportDtype
 from tundish.export.safetensors import Progress, export
-from tundish.paths import RunPaths
+from tundish.paths import RunPaths, copies_dir
 from tundish.runs.addresses import checkpoint_address
 from tundish.runs.reading import find_run, run_names
 from tundish.runs.tracking import Tracking
@@ -76,12 +77,14 @@ def export_checkpoint(found: Exportable, out: Path, dtype: ExportDtype, progress
     export(found.checkpoint, found.model, found.task_type, out, dtype, progress)
 
 
-def local_checkpoints(given: str) -> Iterator[Path]:
-    """The checkpoints that are meant by a run's name, a save_folder or a checkpoint, copied here where they are not.
+def local_checkpoints(given: str) -> Iterator[tuple[str, Path | CheckpointError]]:
+    """The checkpoints that are meant by a run's name, a save_folder or a checkpoint: name, and path on this machine.
+
+    What is kept elsewhere is copied anew, and the copy removed before the next one; or what is wrong with it is told.
 
     Raises:
         RunNotFoundError: there is neither run nor path.
-        CheckpointError: they cannot be fetched.
+        CheckpointError: the store cannot be asked.
     """
     if given in set(run_names()):
         place = Place(Tracking.read(RunPaths.of(given)).save_folder)
@@ -91,14 +94,20 @@ def local_checkpoints(given: str) -> Iterator[Path]:
         # Damaged ones too, which a list of complete ones leaves out.
         if not place.local.is_dir():
             raise SpecError(f"{given}: there is no such folder. Copy the path from get_checkpoints().")
-        yield from in_order(place.local.iterdir()) or [place.local]
+        yield from ((path.name, path) for path in in_order(place.local.iterdir()) or [place.local])
         return
     names = [address.rpartition("/")[2] for address in place.list()]
     if not names:
         place, name = place_of(place.address)
         names = [name]
     for name in names:
-        yield place.fetch(name)
+        copies_dir().mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=copies_dir(), prefix=".verify-") as scratch:
+            try:
+                found: Path | CheckpointError = place.copy(name, Path(scratch))
+            except CheckpointError as error:
+                found = error
+            yield name, found
 
 
 def _address(given: str) -> str:

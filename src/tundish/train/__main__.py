@@ -143,7 +143,8 @@ def main() -> None:
 def _note(result: dict[str, Any]) -> None:
     """Leave the result of the stage in the run folder."""
     run = os.environ.get(RUN_VARIABLE)
-    if run and dist.get_global_rank() == 0:
+    # A refusal may reach another rank first.
+    if run and ("error" in result or dist.get_global_rank() == 0):
         write_atomic(RunPaths(Path(run).parent).result("train"), json.dumps(result) + "\n")
 
 

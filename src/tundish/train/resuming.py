@@ -18,6 +18,7 @@ from tundish.checkpoints.pickles import reason, shown
 from tundish.checkpoints.places import Place
 from tundish.checkpoints.saving import clean
 from tundish.errors import CheckpointError
+from tundish.train.saving import patient_group
 
 ALGORITHMS = ("state", "algorithms")
 
@@ -44,7 +45,8 @@ def newest_checkpoint(place: Place) -> Path | None:
             found = [
                 CheckpointError(f"{place.local}: cannot be put in order ({reason(error)}). Check its permissions.")
             ]
-    dist.broadcast_object_list(found, src=0)
+    if (group := patient_group()) is not None:
+        torch.distributed.broadcast_object_list(found, src=0, group=group)
     if isinstance(found[0], CheckpointError):
         raise found[0]
     return found[0]
@@ -67,8 +69,7 @@ def load_all(state: State, logger: Any, checkpoint: Path, ignore_keys: list[str]
     """
     layout = read_checkpoint(checkpoint)
     check_algorithms(state, layout, checkpoint)
-    ranks = {path[1] for path in layout.paths.values() if path[0] == "rng" and len(path) > 1}
-    content: dict[str, Any] = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()[: len(ranks)]}
+    content: dict[str, Any] = {"state": state.state_dict(), "rng": _random_states(layout)}
     # Facts for people; and Composer evaluates what a checkpoint says of its algorithms.
     del content["state"]["metadata"], content["state"]["algorithms"]
     if ignore_keys:
@@ -80,6 +81,13 @@ def load_all(state: State, logger: Any, checkpoint: Path, ignore_keys: list[str]
             # Composer sets it when training begins, where what is wrong with it would end in a traceback.
             reproducibility.load_rng_state(content.get("rng", []))
     return content.get("rng", [])
+
+
+def _random_states(layout: Layout) -> list[dict[str, Any]]:
+    """Of as many ranks as the checkpoint knows, with what it knows of each: a processor has no state of a GPU's."""
+    known = {path[1:3] for path in layout.paths.values() if path[0] == "rng" and len(path) > 2}
+    states = reproducibility.get_rng_state()[: len({rank for rank, _ in known})]
+    return [{key: value for key, value in each.items() if (rank, key) in known} for rank, each in enumerate(states)]
 
 
 @contextmanager

@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 COPY_SHARE = 0.5
 """Of the free memory that copies of all ranks of a node may take; else training waits until all is written."""
-EXCHANGE_TIMEOUT = timedelta(hours=2)
-"""For the slowest rank's writing."""
+PATIENCE = timedelta(days=1)
+"""For the slowest rank's writing, and for copies to and from a store."""
 
 
 class Saver(CheckpointSaver):
@@ -40,11 +40,12 @@ class Saver(CheckpointSaver):
     def __init__(self, place: Place, interval: Any, keep: int, ignore_keys: list[str] | None) -> None:
         folder = str(place.local)
         super().__init__(folder, save_interval=interval, ignore_keys=ignore_keys, remote_file_name=None)
+        self.folder = folder  # which Composer has taken for a URI: '#' and '?' would end it
         self.place, self.keep = place, keep
         self.completed: list[Callable[[str], None]] = []
-        self._group = torch.distributed.new_group(backend="gloo", timeout=EXCHANGE_TIMEOUT) if _is_many() else None
+        self._group = patient_group()
         self._thread: threading.Thread | None = None
-        self._error: CheckpointError | None = None
+        self._error: Exception | None = None
 
     def init(self, state: State, logger: Logger) -> None:
         """A file that is trained by hand may leave the MLflow run's id to Composer, which knows it by now."""
@@ -120,16 +121,19 @@ class Saver(CheckpointSaver):
         first = dist.get_global_rank() == 0
         try:
             write_checkpoint(staged, self.place, self._exchange, first)
-            if first:
-                for tell in self.completed:
-                    tell(f"{self.place.address}/{staged.folder.name}")
-                if self.keep > 0:
-                    self.place.keep_newest(self.keep)
-        except CheckpointError as error:
+        except Exception as error:  # of another rank's death, too: raised where training looks
             self._error = error
-        except Exception as error:
-            log.exception("Checkpoint %s", staged.folder)
-            self._error = CheckpointError(f"{staged.folder}: not written ({type(error).__name__}: {error}).")
+            return
+        if not first:
+            return
+        try:
+            for tell in self.completed:
+                tell(f"{self.place.address}/{staged.folder.name}")
+            if self.keep > 0:
+                self.place.keep_newest(self.keep)
+        except (CheckpointError, OSError):
+            # It is complete; the next one tries to remove the old ones again.
+            log.warning("Checkpoint %s is complete, but not all is done after it.", staged.folder, exc_info=True)
 
     def _exchange(self, given: Any) -> list[Any]:
         if self._group is None:
@@ -144,8 +148,11 @@ def checkpoint_name(timestamp: Timestamp) -> str:
     return f"ep{int(timestamp.epoch)}-ba{int(timestamp.batch)}"
 
 
-def _is_many() -> bool:
-    return dist.get_world_size() > 1
+def patient_group() -> Any:
+    """A process group of its own for what may take hours; None with one rank. Made by all ranks at once."""
+    if dist.get_world_size() == 1:
+        return None
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def _has_room(content: Any) -> bool:
