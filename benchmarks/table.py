@@ -1,11 +1,14 @@
 """How results are printed: one row a measure, on a terminal or as the README has it."""
 
+import argparse
 import importlib.metadata
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 HEAD = ("measure", "ours", "theirs", "ratio", "target")
 WIDTHS = (58, 38, 40, 7, 16)
@@ -40,6 +43,23 @@ def show(measures: Mapping[int, Callable[[], Iterator[Row]]], names: Mapping[int
         for row in measure():
             first, *others = astuple(row)
             print(_line([f"{number}. {first}", *others], markdown=markdown), flush=True)
+
+
+def options(description: str, measures: Mapping[int, Callable[..., Any]]) -> argparse.ArgumentParser:
+    """The command line that benchmarks have in common."""
+    parser = argparse.ArgumentParser(description=description)
+    names = ", ".join(f"{number} {measure.__name__}" for number, measure in measures.items())
+    parser.add_argument("--only", default="", metavar="1,3", help=f"measures to run: {names}")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each side; medians are compared (default: 3)")
+    parser.add_argument("--markdown", action="store_true", help="print the table as the README has it")
+    return parser
+
+
+def show_chosen(measures: Mapping[int, Callable[..., Iterator[Row]]], bench: Any, given: argparse.Namespace) -> None:
+    """Run and print the measures that the command line names."""
+    wanted = [int(number) for number in given.only.split(",") if number] or list(measures)
+    names = {number: measure.__name__ for number, measure in measures.items()}
+    show({number: partial(measures[number], bench) for number in wanted}, names, markdown=given.markdown)
 
 
 def promised(met: bool, text: str) -> str:

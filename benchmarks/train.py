@@ -3,12 +3,11 @@
 Model, tokenizer and data are made on the spot, in a scratch folder that is removed at the end.
 """
 
-import argparse
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ import yaml
 from benchmarks.corpus import write_chats
 from benchmarks.processes import Lab
 from benchmarks.sides import Facts
-from benchmarks.table import Row, machine, promised, show
+from benchmarks.table import Row, machine, options, promised, show_chosen
 
 PACKAGES = ("tundish", "llm-foundry", "mosaicml", "transformers", "torch", "numpy")
 LEAST_SHARE = 0.95
@@ -154,27 +153,18 @@ def optimizer(bench: Bench) -> Iterator[Row]:
 MEASURES: dict[int, Callable[[Bench], Iterator[Row]]] = dict(enumerate((bare, stock, optimizer), 1))
 
 
-def _arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Benchmarks of training.")
-    names = ", ".join(f"{number} {measure.__name__}" for number, measure in MEASURES.items())
-    parser.add_argument("--only", default="", metavar="1,3", help=f"measures to run: {names}")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each side; medians are compared (default: 3)")
-    parser.add_argument("--chats", type=int, default=240, help="chats of the data (default: 240)")
-    parser.add_argument("--markdown", action="store_true", help="print the table as the README has it")
-    return parser.parse_args(given)
-
-
 def main() -> None:
     """Run the measures that the command line names."""
-    options = _arguments()
+    parser = options("Benchmarks of training.", MEASURES)
+    parser.add_argument("--chats", type=int, default=240, help="chats of the data (default: 240)")
+    given = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="tundish-bench-"))
     os.environ["TUNDISH_HOME"] = str(scratch / "home")
     try:
         print(machine(len(os.sched_getaffinity(0)), PACKAGES) + "\n", flush=True)
-        bench = Bench(Lab(scratch, "benchmarks.steps"), options.runs, make_run(scratch, options.chats))
-        wanted = [int(number) for number in options.only.split(",") if number] or list(MEASURES)
-        names = {number: measure.__name__ for number, measure in MEASURES.items()}
-        show({number: partial(MEASURES[number], bench) for number in wanted}, names, markdown=options.markdown)
+        show_chosen(
+            MEASURES, Bench(Lab(scratch, "benchmarks.steps"), given.runs, make_run(scratch, given.chats)), given
+        )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -3,8 +3,9 @@
 import io
 import os
 import pickle
+import resource
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,15 @@ def archived() -> Callable[[Any], bytes]:
         return file.getvalue()
 
     return save
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """What allocates before it has checked fails here, instead of taking the machine's memory."""
+    import torch.distributed.checkpoint  # noqa: F401  its libraries are mapped before the limit
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)

@@ -3,13 +3,12 @@
 import io
 import os
 import pickle
-import resource
 import socket
 import struct
 import tarfile
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,11 @@ from tundish.checkpoints import archive, objects, read_part
 from tundish.checkpoints.metadata import Part
 from tundish.errors import CheckpointError
 
-pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # PyTorch's own, on saving
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),  # PyTorch's own, on saving
+    pytest.mark.usefixtures("little_memory"),
+]
 Archived = Callable[[Any], bytes]
-
-
-@pytest.fixture(autouse=True)
-def little_memory() -> Iterator[None]:
-    """What allocates before it has checked fails here, instead of taking the machine's memory."""
-    import torch  # noqa: F401  its libraries are mapped before the limit
-
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@
 
 import os
 import pickle
-import resource
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,10 @@ from tundish.errors import CheckpointError
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
+    pytest.mark.usefixtures("little_memory"),
 ]
 Change = Callable[[Path, Callable[[Any], None]], None]
 EMBED, NORM = "state.model.model.embed", "state.model.model.norm"
-
-
-@pytest.fixture(autouse=True)
-def little_memory() -> Iterator[None]:
-    """What allocates before it has checked fails here, instead of taking the machine's memory."""
-    import torch.distributed.checkpoint  # noqa: F401  its libraries are mapped before the limit
-
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def _refusal(folder: Path) -> str:
