@@ -189,7 +189,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         pytest.fail("a run was accepted")
 
-    monkeypatch.setattr(creating.supervisor, "spawn", refuse)
+    monkeypatch.setattr(creating.launch, "submit", refuse)
     monkeypatch.setattr(creating, "open_tracking", refuse)
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from tundish import events
 from tundish import foundation_model as fm
-from tundish.launch.local import ProcessId
 from tundish.paths import RunPaths
+from tundish.processes import ProcessId
 from tundish.progress import watch
 from tundish.runs.records import RunStatus
 
@@ -40,7 +40,7 @@ def test_following_returns_the_events(make_run: MakeRun, capsys: pytest.CaptureF
 def test_events_are_shown_as_they_come(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     """Events that are written while one watches would be missing, or shown twice."""
     paths = make_run("ift-1", ("STARTED", "zero"))
-    paths.supervisor.write_text(json.dumps(asdict(ProcessId.of(os.getpid()))))
+    paths.supervisor.write_text(json.dumps({"launcher": "local", **asdict(ProcessId.of(os.getpid()))}))
 
     def go_on() -> None:
         for type, message in [("DATA_VALIDATED", "one"), ("TRAIN_STARTED", "two"), ("COMPLETED", "three")]:

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,9 +22,15 @@ class Compute:
     devices_per_node: int
     """Processes on each node: one a GPU, or ranks that share the processor."""
     nodes: int = 1
-    launcher: Literal["local"] = "local"
+    launcher: Literal["local", "slurm"] = "local"
     device_memory_gib: float = PLANNED_GIB
     """Of one device; on a CPU, a rank's share of the machine's."""
+    time_limit: str | None = None
+    """Of a Slurm job, as sbatch takes it: `12:00:00`, `2-00:00:00`; None = the partition's own."""
+    grace_s: int = 300
+    """Seconds before a Slurm job's time limit at which it saves a checkpoint and goes back into the queue."""
+    sbatch: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Further options of sbatch, without their dashes: `{"partition": "gpu", "account": "lab"}`."""
 
     @property
     def devices(self) -> int:
@@ -48,33 +54,79 @@ class Compute:
         known = [f.name for f in dataclasses.fields(cls)]
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"found unknown key {', '.join(unknown)}; allowed are {', '.join(known)}.")
-        gpus = count_gpus()
-        device = given.setdefault("device", "gpu" if gpus else "cpu")
-        given.setdefault("devices_per_node", gpus if device == "gpu" and gpus else 1)
-        for key, allowed in (("device", ("gpu", "cpu")), ("launcher", ("local",))):
+        for key, allowed in (("device", ("gpu", "cpu")), ("launcher", ("local", "slurm"))):
             if key in given and given[key] not in allowed:
                 raise ValueError(f"found {key} {given[key]!r}; allowed is {' or '.join(allowed)}.")
-        for key in ("nodes", "devices_per_node"):
+        elsewhere = given.get("launcher") == "slurm"
+        if elsewhere and "devices_per_node" not in given:
+            raise ValueError("devices_per_node is missing; with launcher 'slurm', say how many GPUs of a node to use.")
+        gpus = count_gpus()
+        device = given.setdefault("device", "gpu" if gpus or elsewhere else "cpu")
+        given.setdefault("devices_per_node", gpus if device == "gpu" and gpus else 1)
+        for key in ("nodes", "devices_per_node", "grace_s"):
             if type(given.get(key, 1)) is not int or given.get(key, 1) < 1:
                 raise ValueError(f"found {key} {given[key]!r}; allowed is a whole number from 1.")
-        memory = given.setdefault("device_memory_gib", _device_memory_gib(device, given["devices_per_node"]))
+        memory = given.setdefault("device_memory_gib", _device_memory_gib(device, given["devices_per_node"], elsewhere))
         if type(memory) not in (int, float) or not 0 < memory < 1e6:
             raise ValueError(f"found device_memory_gib {memory!r}; allowed is a number above 0.")
+        _check_job(given)
         return cls(**given)
 
 
-def count_gpus() -> int:
-    """GPUs of this machine that this process may use, without loading torch."""
-    found = [path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+TIME_LIMIT = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
+JOB_OPTIONS = frozenset(
+    "account comment constraint cpus-per-gpu cpus-per-task dependency deadline exclude "
+    "exclusive gres gpus-per-node hint licenses mail-type mail-user mem mem-per-cpu mem-per-gpu network nice nodelist "
+    "oversubscribe partition prefer priority qos reservation switches tmp wckey begin".split()
+)
+"""Options of sbatch that a caller may set; the others are tundish's to set, or change what the script means."""
+
+
+def _check_job(given: dict[str, Any]) -> None:
+    """Make text of the values of `sbatch`.
+
+    Raises:
+        ValueError: what would not be one option of the job, or is there without Slurm.
+    """
+    options = given.get("sbatch", {})
+    if given.get("launcher") != "slurm" and (options or given.get("time_limit") is not None):
+        raise ValueError("found sbatch or time_limit; they go with launcher 'slurm'. Add it, or leave them out.")
+    limit = given.get("time_limit")
+    if limit is not None and not TIME_LIMIT.fullmatch(str(limit)):
+        raise ValueError(f"found time_limit {limit!r}; allowed is text like '12:00:00' or '2-00:00:00'.")
+    given["time_limit"] = None if limit is None else str(limit)
+    if not isinstance(options, Mapping):
+        raise ValueError(f"found sbatch {options!r}; allowed is a mapping. For example {{'partition': 'gpu'}}.")
+    chosen = cast(Mapping[object, object], options)
+    texts = {str(name).lstrip("-"): "" if value is True else str(value) for name, value in chosen.items()}
+    for name, value in texts.items():
+        if name not in JOB_OPTIONS:
+            raise ValueError(f"found option {name!r} in sbatch; allowed are {', '.join(sorted(JOB_OPTIONS))}.")
+        if not re.fullmatch(r"[\w.,:=@%/+*&|()\[\]-]*", value, re.ASCII):
+            raise ValueError(f"found {value!r} as {name} in sbatch; allowed is text without blanks and quotes.")
+    given["sbatch"] = texts
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs of this machine that this process may use; torch is not loaded."""
+    found = [path.name for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return len(found)
+        return [str(number) for number in range(len(found))]
     # CUDA stops at the first entry that names none.
-    return min(len(found), len(list(takewhile(lambda entry: entry.strip() not in ("", "-1"), visible.split(",")))))
+    entries = takewhile(lambda entry: entry not in ("", "-1"), (entry.strip() for entry in visible.split(",")))
+    return list(entries)[: len(found)]
 
 
-def _device_memory_gib(device: str, devices_per_node: int) -> float:
-    """GiB of one device of this machine."""
+def count_gpus() -> int:
+    """GPUs of this machine that this process may use."""
+    return len(visible_gpus())
+
+
+def _device_memory_gib(device: str, devices_per_node: int, elsewhere: bool) -> float:
+    """GiB of one device of this machine; of a GPU elsewhere, what is planned for."""
+    if device == "gpu" and elsewhere:
+        return PLANNED_GIB
     if device == "cpu":
         import psutil
 

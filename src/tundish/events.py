@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tundish.paths import flush_folder
+
 TERMINAL_TYPES = frozenset({"COMPLETED", "FAILED", "STOPPED", "CANCELED"})
 
 
@@ -33,6 +35,8 @@ def append(path: Path, type: str, message: str, **facts: Any) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         size = os.fstat(descriptor).st_size
+        if not size:
+            flush_folder(path.parent)
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
             # A writer was killed in the middle of its line: that one is lost, not this one.
             line = b"\n" + line

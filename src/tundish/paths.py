@@ -15,6 +15,7 @@ CHECKPOINT_LINK = "latest-sharded-rank0.symlink"
 """A text file beside the checkpoints that holds the newest one's path."""
 RUN_VARIABLE = "TUNDISH_EVENTS"
 """Environment variable with which a run's supervisor lets the ranks write its events: the path of events.jsonl."""
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 REMOTE_SCHEMES = ("s3://", "gs://", "oci://", "azure://", "azure-dl://", "hf://")
 
 
@@ -61,6 +62,16 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make sure that names made, moved or removed in a folder are so after a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +102,18 @@ class RunPaths:
 
     @property
     def supervisor(self) -> Path:
-        """Process id and start time of the supervisor, as JSON."""
+        """Which launcher has the run, and what it is called there (process, Slurm job), as JSON."""
         return self.folder / "supervisor.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the run's supervisor while it lives: there is never a second one."""
+        return self.folder / "supervisor.lock"
+
+    @property
+    def job(self) -> Path:
+        """The batch script of a run that Slurm has."""
+        return self.folder / "job.sbatch"
 
     @property
     def logs(self) -> Path:
@@ -115,6 +136,11 @@ class RunPaths:
     def work(self) -> Path:
         """Working directory of the ranks."""
         return self.folder / "work"
+
+    @property
+    def stop_request(self) -> Path:
+        """While it is there, the ranks save a checkpoint after their batch and end."""
+        return self.work / "stop"
 
     @property
     def scratch(self) -> Path:

@@ -20,7 +20,7 @@ from typing import Any, Literal, cast, get_args
 from tundish.compute import Compute
 from tundish.errors import SpecError
 from tundish.models import ModelCard, find_card
-from tundish.paths import RunPaths
+from tundish.paths import RUN_NAME, RunPaths
 
 TaskType = Literal["CHAT_COMPLETION", "INSTRUCTION_FINETUNE", "CONTINUED_PRETRAIN"]
 TASK_PREFIXES: Mapping[TaskType, str] = {
@@ -201,7 +201,7 @@ def _read_run_name(given: object, task_type: TaskType, card: ModelCard | None) -
         suffix = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(6))
         return f"{TASK_PREFIXES[task_type]}-{slug or 'model'}-{suffix}"
     name = _required_text(given)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name):
+    if not RUN_NAME.fullmatch(name):
         raise ValueError(
             f"found {name!r}; allowed are up to 100 letters, digits, '-' and '_', the first not '-' or '_'."
         )

@@ -12,8 +12,8 @@ import pytest
 from tundish import events
 from tundish import foundation_model as fm
 from tundish.errors import RequestError
-from tundish.launch.local import ProcessId
 from tundish.paths import RUN_VARIABLE, RunPaths
+from tundish.processes import ProcessId
 from tundish.runs.control import cancel_message
 
 MakeRun = Callable[..., RunPaths]
@@ -49,15 +49,13 @@ def test_the_message_says_what_was_not_canceled() -> None:
     assert cancel_message(["a"], 3) == "Canceled a successfully. 2 run(s) were not found or already terminated."
 
 
-def test_what_outlives_its_supervisor_is_ended(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_outlives_its_supervisor_is_ended(make_run: MakeRun) -> None:
     """Ranks would hold their devices for days after a supervisor was killed, and nobody could cancel them."""
-    # The run is in no MLflow store.
-    monkeypatch.setattr("tundish.runs.control.end_tracking", lambda tracking, status: None)
     paths = make_run("ift-1", ("STARTED", "on here"), ("TRAIN_STARTED", "on 1 device"))
     # A supervisor that has ended.
     with subprocess.Popen(["true"]) as ended:
         owner = ProcessId.of(ended.pid)
-    paths.supervisor.write_text(json.dumps(asdict(owner)))
+    paths.supervisor.write_text(json.dumps({"launcher": "local", **asdict(owner)}))
     environment = {**os.environ, RUN_VARIABLE: str(paths.events)}
     with subprocess.Popen(["sleep", "60"], env=environment) as orphan:
         assert fm.get("ift-1").status.display_name == "Failed"

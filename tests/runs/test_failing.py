@@ -7,9 +7,9 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.runs.processes import supervisor
 
 from tundish import foundation_model as fm
-from tundish.runs.reading import supervisor
 from tundish.runs.records import TrainingRun
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
@@ -38,8 +38,7 @@ def _family(run: TrainingRun) -> list[psutil.Process]:
     assert run.run_dir is not None
     from tundish.paths import RunPaths
 
-    owner = supervisor(RunPaths(run.run_dir))
-    process = owner.process() if owner else None
+    process = supervisor(RunPaths(run.run_dir))
     return [process, *process.children(recursive=True)] if process else []
 
 

@@ -14,8 +14,8 @@ import pytest
 from tundish import events
 from tundish import foundation_model as fm
 from tundish.errors import RunNotFoundError
-from tundish.launch.local import ProcessId
 from tundish.paths import RunPaths
+from tundish.processes import ProcessId
 from tundish.runs.reading import find_run, read_run, run_names, wait
 from tundish.runs.records import RunStatus
 
@@ -23,7 +23,7 @@ MakeRun = Callable[..., RunPaths]
 
 
 def _supervised_by(paths: RunPaths, pid: int) -> None:
-    paths.supervisor.write_text(json.dumps(asdict(ProcessId.of(pid))))
+    paths.supervisor.write_text(json.dumps({"launcher": "local", **asdict(ProcessId.of(pid))}))
 
 
 def test_a_run_is_read_with_all_that_was_asked_for(make_run: MakeRun, arguments: dict[str, Any]) -> None:
@@ -87,7 +87,7 @@ def test_a_run_whose_supervisor_died_has_failed(make_run: MakeRun) -> None:
         process.kill()
     run = read_run("ift-1")
     assert run.status is RunStatus.FAILED
-    assert "the supervisor ended without a word after TRAIN_STARTED" in (run.details or "")
+    assert "The supervisor ended without a word after TRAIN_STARTED" in (run.details or "")
 
 
 def test_a_run_that_ended_stays_ended_when_its_supervisor_is_gone(make_run: MakeRun) -> None:

@@ -14,8 +14,8 @@ import pytest
 from tundish import events
 from tundish import foundation_model as fm
 from tundish.errors import RequestError, SpecError, StageError
-from tundish.launch.local import processes_with
 from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
+from tundish.processes import processes_with
 from tundish.runs import supervisor
 from tundish.runs.tracking import Tracking, check_registry, open_tracking
 

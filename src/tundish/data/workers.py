@@ -1,6 +1,5 @@
 """Processes that share the work of preparation; as many as this machine gives."""
 
-import ctypes
 import gc
 import multiprocessing
 import os
@@ -15,10 +14,9 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from tundish.errors import StageError
+from tundish.processes import die_with
 
 Result = TypeVar("Result")
-PR_SET_PDEATHSIG = 1
-"""Linux, prctl(2): the signal that a process gets when its parent dies."""
 
 
 class Workers:
@@ -93,9 +91,7 @@ def one_thread_each() -> Iterator[None]:
 
 
 def _start_worker(parent: int) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)  # it died before
+    die_with(parent)
     # The parent is interrupted, and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -1,19 +1,56 @@
-"""The launcher's command line and environment; pure."""
+"""The command lines and environment with which each node starts its ranks; pure."""
 
+import shlex
 import sys
 
 from tundish.compute import Compute
 from tundish.paths import RUN_VARIABLE, RunPaths
 
+STOPPED = 75
+"""Exit code of ranks that have saved a checkpoint and ended because they were asked to (EX_TEMPFAIL of sysexits.h)."""
+
 
 def train_command(compute: Compute, paths: RunPaths) -> list[str]:
-    """The composer launcher's argv for one node; rank 0 prints to the launcher's own output, the others to logs."""
+    """The composer launcher's argv for a run of one node; rank 0 prints to the launcher's own output, the others to
+    logs. The launcher chooses a free port.
+    """
+    return [*_launcher(compute, paths), *_ranks(paths)]
+
+
+def node_script(compute: Compute, paths: RunPaths, *, rank: str, address: str, port: str) -> str:
+    """A shell script that starts the composer launcher on one of several nodes.
+
+    Args:
+        compute: where to train.
+        paths: of the run.
+        rank: the node's number, from 0, or a shell variable that holds it.
+        address: of the first node, or a shell variable.
+        port: of the first node, or a shell variable.
+    """
+    first = f'train-rank"$(({rank} * {compute.devices_per_node}))".log'
+    nodes = f'--world_size {compute.devices} --node_rank "{rank}" --master_addr "{address}" --master_port "{port}"'
+    return f"""\
+# Asked to end, the ranks save a checkpoint first; the launcher must not end before them.
+trap '' TERM USR1
+# A folder of the node's own: in a shared one, the nodes' ranks remove each other's signal files.
+folder=$(mktemp -d) && cd "$folder" || exit 1
+{shlex.join(_launcher(compute, paths))} \\
+  {nodes} \\
+  {shlex.join(_ranks(paths))} >> {shlex.quote(str(paths.logs))}/{first} 2>&1
+code=$?
+rm -rf "$folder"
+exit $code
+"""
+
+
+def _launcher(compute: Compute, paths: RunPaths) -> list[str]:
     rank_log = str(paths.logs / "train-rank{rank}.log")
-    return [
-        *(sys.executable, "-m", "composer.cli.launcher"),
-        *("-n", str(compute.devices_per_node), "--stdout", rank_log, "--stderr", rank_log),
-        *("-m", "tundish.train", str(paths.foundry_yaml)),
-    ]
+    launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", str(compute.devices_per_node)]
+    return [*launcher, "--stdout", rank_log, "--stderr", rank_log]
+
+
+def _ranks(paths: RunPaths) -> list[str]:
+    return ["-m", "tundish.train", str(paths.foundry_yaml)]
 
 
 def train_environment(compute: Compute, paths: RunPaths, cores: int) -> dict[str, str]:

@@ -1,90 +1,74 @@
-"""Processes of this machine: start with a log, wait, stop with everything that they have started."""
+"""Runs of this machine: each has a supervisor process of its own, detached from whoever has called `create()`."""
 
+import json
 import os
-import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+import signal
+import sys
+import threading
+from dataclasses import asdict
+from typing import Any
 
 import psutil
 
-GRACE_SECONDS = 4.0
+from tundish.compute import Compute
+from tundish.errors import RequestError
+from tundish.launch import queue
+from tundish.launch.life import Life
+from tundish.paths import RunPaths, write_atomic
+from tundish.processes import ProcessId, start, stop_all, stop_tree
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessId:
-    """A process that cannot be mistaken for a later one of the same number."""
-
-    pid: int
-    started: float
-    """Seconds since 1970, as the kernel tells."""
-
-    @classmethod
-    def of(cls, pid: int) -> "ProcessId":
-        """The process that has this number now."""
-        return cls(pid, psutil.Process(pid).create_time())
-
-    def process(self) -> psutil.Process | None:
-        """The running process, or None when it has ended."""
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) < 1.0
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-        except psutil.NoSuchProcess:
-            return None
+def submit(paths: RunPaths, compute: Compute) -> None:
+    """Take a place in the line for the devices, and start the supervisor, which waits in it."""
+    queue.enter(paths.folder.name, compute, ProcessId.of(os.getpid()))
+    command = [sys.executable, "-m", "tundish.runs.supervisor", str(paths.folder)]
+    process = start(command, paths.log("supervisor"), {}, paths.folder, detached=True)
+    note(paths, compute, ProcessId.of(process.pid))
+    # Reaped when it ends, should the caller still live by then.
+    threading.Thread(target=process.wait, daemon=True).start()
 
 
-def start(
-    command: Sequence[str], log: Path, environment: Mapping[str, str], cwd: Path, *, detached: bool = False
-) -> subprocess.Popen[bytes]:
-    """Start a process whose output is appended to `log`; `detached` ones outlive their starter."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as output:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
-            cwd=cwd,
-            start_new_session=detached,
-        )
+def note(paths: RunPaths, compute: Compute, owner: ProcessId) -> None:
+    """Keep who supervises the run. The supervisor does it too: whoever starts it may be killed in between."""
+    write_atomic(paths.supervisor, json.dumps({"launcher": "local", **asdict(owner)}) + "\n")
+    queue.enter(paths.folder.name, compute, owner)
 
 
-def processes_with(variable: str, value: str) -> list[psutil.Process]:
-    """The user's processes in whose environment a variable has a value; not this one."""
-    found: list[psutil.Process] = []
-    for process in cast(Iterator[psutil.Process], cast(Any, psutil).process_iter()):
-        try:
-            if process.pid != os.getpid() and process.environ().get(variable) == value:
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue  # ended meanwhile, or somebody else's
-    return found
+def state(paths: RunPaths, record: dict[str, Any]) -> Life:
+    """From the process table, and the line."""
+    owner = _owner(record)
+    if not owner.is_here:
+        return Life(alive=True)  # its own machine knows; what it has written is all that can be told here
+    if owner.process() is None:
+        return Life(alive=False)
+    place = queue.place(paths.folder.name)
+    return Life(alive=True, waiting="" if place is None else _waiting(*place))
 
 
-def stop_tree(root: psutil.Process, *, grace_s: float = GRACE_SECONDS) -> None:
-    """End a process and all its descendants: first asked, then killed after `grace_s` seconds."""
-    try:
-        processes = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
+def _waiting(position: int, others: list[str]) -> str:
+    shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+    behind = f": behind {shown}" if others else ""
+    return f"Waits for its devices, number {position} in line{behind}."
+
+
+def cancel(paths: RunPaths, record: dict[str, Any], seconds: float) -> None:
+    """Ask the supervisor to end its stage and itself, and kill what is left."""
+    owner = _owner(record)
+    if not owner.is_here:
+        text = f"{paths.folder.name} runs on {owner.host}; a process can only be ended on its own machine."
+        raise RequestError(f"{text} Cancel it there.")
+    if (process := owner.process()) is None:
+        queue.leave(paths.folder.name)
         return
-    stop_all(processes, grace_s=grace_s)
-
-
-def stop_all(processes: Sequence[psutil.Process], *, grace_s: float = GRACE_SECONDS) -> None:
-    """End processes: first asked, then killed after `grace_s` seconds."""
-    for process in processes:
-        _signal(process, kill=False)
-    _, alive = psutil.wait_procs(processes, timeout=grace_s)
-    for process in alive:
-        _signal(process, kill=True)
-    psutil.wait_procs(alive, timeout=grace_s)
-
-
-def _signal(process: psutil.Process, *, kill: bool) -> None:
+    family = [process, *process.children(recursive=True)]
+    process.send_signal(signal.SIGINT)
     try:
-        process.kill() if kill else process.terminate()
-    except psutil.NoSuchProcess:
-        return
+        process.wait(seconds)
+    except psutil.TimeoutExpired:
+        stop_tree(process, grace_s=0)
+    stop_all(family, grace_s=0)
+    queue.leave(paths.folder.name)
+
+
+def _owner(record: dict[str, Any]) -> ProcessId:
+    return ProcessId(**{name: value for name, value in record.items() if name != "launcher"})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from tundish.compute import Compute, count_gpus
 from tundish.errors import DataError, InputError, SpecError
+from tundish.launch import slurm
 from tundish.models import ModelCard
 from tundish.overrides import target_responses
 from tundish.paths import REMOTE_SCHEMES, resolve
@@ -142,10 +143,14 @@ def _report(
 
 def machine_problems(compute: Compute) -> list[str]:
     """What this machine cannot give."""
+    if compute.launcher == "slurm":
+        problem = slurm.problem()
+        return [f"compute: launcher 'slurm': {problem}"] if problem else []
     problems: list[str] = []
     if compute.nodes > 1:
         problems.append(
-            f"compute: found {compute.nodes} nodes; a run on this machine has one. `tundish render` plans more."
+            f"compute: found {compute.nodes} nodes; a run on this machine has one. With Slurm, add launcher 'slurm'; "
+            "without, `tundish render --launch` prints what to start on each."
         )
     if compute.device == "gpu" and compute.devices_per_node > count_gpus():
         text = f"found {compute.devices_per_node} GPU(s) asked for; this machine has {count_gpus()} to give."

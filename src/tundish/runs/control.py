@@ -1,29 +1,31 @@
 """Stopping runs, and going on with them."""
 
-import fcntl
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import yaml
 
-from tundish import events
+from tundish import events, launch
 from tundish.compute import Compute
-from tundish.errors import RequestError, SpecError
-from tundish.launch.local import processes_with, stop_all, stop_tree
+from tundish.errors import RequestError, RunNotFoundError, SpecError
 from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
-from tundish.runs import selecting, supervisor
+from tundish.processes import locked, processes_with, start
+from tundish.runs import running, selecting, supervisor
 from tundish.runs.checking import machine_problems
-from tundish.runs.reading import find_run, read_run, run_names
-from tundish.runs.reading import supervisor as supervisor_of
+from tundish.runs.reading import find_run, read_run
 from tundish.runs.records import RunStatus, TrainingRun
-from tundish.runs.tracking import Tracking, end_tracking, reopen_tracking
+from tundish.runs.tracking import Tracking, reopen_tracking
 from tundish.spec import RunSpec
 
-CANCEL_SECONDS = 6.0
+CANCEL_SECONDS = 5.0
+"""For the supervisor to end its stage and itself; then it is killed."""
+CLOSE_SECONDS = 6.0
+"""How long `cancel()` waits for MLflow to note the end; a store that is away notes it when it can, or not."""
 
 
 def cancel(
@@ -48,8 +50,13 @@ def cancel(
     else:
         given = [runs] if isinstance(runs, str | TrainingRun) else list(runs or ())
         names = [selecting.name_of(run) for run in given]
-    existing = set(run_names())
-    return [name for name in names if name in existing and _cancel_one(name)], len(names)
+    canceled = [name for name in names if _cancel_one(name)]
+    closing = [_close(find_run(name)) for name in canceled]
+    end = time.monotonic() + CLOSE_SECONDS
+    for process in closing:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, end - time.monotonic()))
+    return canceled, len(names)
 
 
 def resume(name: str, compute: object = None) -> TrainingRun:
@@ -61,19 +68,8 @@ def resume(name: str, compute: object = None) -> TrainingRun:
         SpecError: `compute` is wrong, or the run's batches cannot be shared by so many devices.
     """
     paths = find_run(name)
-    with _locked(paths.folder):
+    with locked(paths.folder):  # two who resume a run at once do it once; nobody cancels it meanwhile
         return _resume(name, paths, compute)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Two who resume a run at once do it once; nobody cancels what is being resumed."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _resume(name: str, paths: RunPaths, compute: object) -> TrainingRun:
@@ -90,11 +86,11 @@ def _resume(name: str, paths: RunPaths, compute: object) -> TrainingRun:
     write_atomic(paths.spec, spec.to_json())
     checkpoints = selecting.checkpoints(name)
     where = f"from checkpoint {checkpoints[-1].rpartition('/')[2]}" if checkpoints else "from the beginning"
-    trained = supervisor.is_done(paths, "train")
+    trained = running.is_done(paths, "train")
     how = "Training is done; what comes after it goes on." if trained else f"Training goes on {where}."
     paths.supervisor.unlink(missing_ok=True)  # the next one is about to start
     events.append(paths.events, "REQUEUED", f"Run resumed by user. {how}")
-    supervisor.spawn(paths)
+    launch.submit(paths, spec.compute)
     return read_run(name)
 
 
@@ -127,21 +123,29 @@ def cancel_message(canceled: Sequence[str], asked: int) -> str:
 
 
 def _cancel_one(name: str) -> bool:
-    paths = find_run(name)
-    with _locked(paths.folder):
+    """Whether the run was stopped; one that has ended, or does not exist, is not."""
+    try:
+        paths = find_run(name)
+    except RunNotFoundError:
+        return False
+    with locked(paths.folder):
         return _cancel(name, paths)
 
 
 def _cancel(name: str, paths: RunPaths) -> bool:
     if read_run(name).status.is_terminal() and not _orphans(paths):
         return False
-    _stop_supervisor(paths)
+    launch.cancel(paths, CANCEL_SECONDS)
     supervisor.end_processes_of(paths)
-    found = events.read(paths.events)
-    if not found or found[-1].type not in events.TERMINAL_TYPES:
+    if events.read(paths.events)[-1].type not in events.TERMINAL_TYPES:
         events.append(paths.events, "CANCELED", "Canceled by user.")
-    end_tracking(Tracking.read(paths), "KILLED")
     return events.read(paths.events)[-1].type == "CANCELED"
+
+
+def _close(paths: RunPaths) -> subprocess.Popen[bytes]:
+    """Let MLflow know, from a process that goes on should its store not answer for a while."""
+    command = [sys.executable, "-m", "tundish.runs.stage", "canceled", str(paths.folder)]
+    return start(command, paths.log("close"), {}, paths.folder, detached=True)
 
 
 def _orphans(paths: RunPaths) -> list[psutil.Process]:
@@ -149,18 +153,3 @@ def _orphans(paths: RunPaths) -> list[psutil.Process]:
     found = events.read(paths.events)
     said = bool(found) and found[-1].type in events.TERMINAL_TYPES
     return [] if said else processes_with(RUN_VARIABLE, str(paths.events))
-
-
-def _stop_supervisor(paths: RunPaths) -> None:
-    """Ask the supervisor to end its stage and itself; kill what is left after CANCEL_SECONDS."""
-    owner = supervisor_of(paths)
-    process = owner.process() if owner else None
-    if process is None:
-        return
-    family = [process, *process.children(recursive=True)]
-    process.terminate()
-    try:
-        process.wait(CANCEL_SECONDS)
-    except psutil.TimeoutExpired:
-        stop_tree(process, grace_s=0.5)
-    stop_all(family, grace_s=0.5)

@@ -2,13 +2,15 @@
 
 import math
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tundish import __version__, events
+from tundish import __version__, events, launch
 from tundish.checkpoints import list_checkpoints
 from tundish.checkpoints.places import Place
 from tundish.data.sources import open_source
@@ -17,8 +19,7 @@ from tundish.foundry import Destination, isolating_attentions, memory_plan, plan
 from tundish.memory import GIB
 from tundish.models import ModelCard
 from tundish.overrides import check_overrides, flat, save_root
-from tundish.paths import RunPaths, write_atomic
-from tundish.runs import supervisor
+from tundish.paths import RunPaths, flush_folder, runs_dir, write_atomic
 from tundish.runs.addresses import checkpoint_address
 from tundish.runs.checking import BarOf, CheckedData, check_data, collected, job_of, machine_problems, no_bar
 from tundish.runs.reading import read_run
@@ -47,31 +48,46 @@ def create(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> TrainingRu
     """
     spec = check(arguments, progress)
     paths = RunPaths.of(spec.run_name)
+    check_registry(spec.registered_name)
+    _check_save_folder(spec)
+    runs_dir().mkdir(parents=True, exist_ok=True)
+    # Made beside and moved as a whole: whoever is killed here leaves no half a run, and its name free.
+    draft = RunPaths(Path(tempfile.mkdtemp(prefix=".", dir=runs_dir())))
     try:
-        paths.folder.mkdir(parents=True)
-    except FileExistsError:
-        raise SpecError(f"run_name: there is a run {spec.run_name!r} already. Choose another name.") from None
-    try:
-        _write_run(spec, paths)
+        _write_run(spec, draft)
+        try:
+            draft.folder.rename(paths.folder)
+        except OSError:
+            raise SpecError(f"run_name: there is a run {spec.run_name!r} already. Choose another name.") from None
+        flush_folder(runs_dir())
+        _submit(spec, paths)
     except BaseException:
-        if paths.result("tracking").exists():
-            end_tracking(Tracking.read(paths), "FAILED")
-        shutil.rmtree(paths.folder, ignore_errors=True)
+        if draft.result("tracking").exists():
+            end_tracking(Tracking.read(draft), "FAILED")
         raise
+    finally:
+        shutil.rmtree(draft.folder, ignore_errors=True)
     return read_run(spec.run_name)
 
 
 def _write_run(spec: RunSpec, paths: RunPaths) -> None:
+    paths.folder.chmod(0o755)
     paths.result("tracking").parent.mkdir()
     paths.logs.mkdir()
     tags = {"tundish.version": __version__, "tundish.run": spec.run_name}
-    check_registry(spec.registered_name)
-    _check_save_folder(spec)
     open_tracking(spec.run_name, spec.experiment_path, tags, save_root(spec.overrides)).write(paths)
     events.append(paths.events, "CREATED", "Run created. It waits to be scheduled.")
-    # Last before the start: a folder without a spec is no run to anybody who looks.
     write_atomic(paths.spec, spec.to_json())
-    supervisor.spawn(paths)
+
+
+def _submit(spec: RunSpec, paths: RunPaths) -> None:
+    """Start the run; one that its launcher refuses is none."""
+    try:
+        launch.submit(paths, spec.compute)
+    except SpecError:
+        end_tracking(Tracking.read(paths), "FAILED")
+        shutil.rmtree(paths.folder, ignore_errors=True)
+        raise
 
 
 def _check_save_folder(spec: RunSpec) -> None:

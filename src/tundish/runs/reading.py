@@ -1,14 +1,13 @@
 """Reading a run back: its record from the files of its folder, and whether its supervisor lives."""
 
-import json
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
-from tundish import events
+from tundish import events, launch
 from tundish.errors import RunNotFoundError
-from tundish.launch.local import ProcessId
-from tundish.paths import RunPaths, runs_dir
+from tundish.launch import Life
+from tundish.paths import RUN_NAME, RunPaths, runs_dir
 from tundish.runs.records import ObjectList, RunStatus, TrainingEvent, TrainingRun
 from tundish.runs.tracking import Tracking
 from tundish.spec import RunSpec
@@ -34,14 +33,6 @@ def run_names() -> Iterator[str]:
         yield from (folder.name for folder in runs_dir().iterdir() if RunPaths(folder).spec.is_file())
 
 
-def supervisor(paths: RunPaths) -> ProcessId | None:
-    """The process that supervises the run, whether it lives or not; None before it was started."""
-    try:
-        return ProcessId(**json.loads(paths.supervisor.read_text()))
-    except FileNotFoundError:
-        return None
-
-
 def read_events(paths: RunPaths) -> ObjectList[TrainingEvent]:
     """The run's events; of TRAIN_UPDATED the latest."""
     found = (TrainingEvent(event.type, event.time, event.message) for event in events.read(paths.events))
@@ -56,13 +47,8 @@ def read_run(name: str) -> TrainingRun:
     """
     paths = find_run(name)
     spec, tracking = RunSpec.from_json(paths.spec.read_text()), Tracking.read(paths)
-    # Asked before the events are read: a supervisor that ends in between has written its last event by then.
-    owner = supervisor(paths)
-    alive = owner is not None and owner.process() is not None
-    found = events.read(paths.events)
-    if owner is None and found and (datetime.now(UTC) - found[-1].time).total_seconds() < START_SECONDS:
-        alive = True  # create() is just about to start it
-    status, details = _status(found, alive)
+    found, life = _lived(paths)
+    status, details = _status(found, life)
     times = {event.type: event.time for event in found}
     end, eta = _estimated_end(found, status)
     return TrainingRun(
@@ -96,18 +82,30 @@ def read_run(name: str) -> TrainingRun:
     )
 
 
+def _lived(paths: RunPaths) -> tuple[list[events.Event], Life]:
+    """The run's events, and what its launcher says of it; who has said its end is not asked for."""
+    found = events.read(paths.events)
+    if found and found[-1].type in events.TERMINAL_TYPES:
+        return found, Life(alive=False)
+    life = launch.state(paths)
+    if life is None:  # create() is just about to start it, or was killed before it could
+        recent = bool(found) and (datetime.now(UTC) - found[-1].time).total_seconds() < START_SECONDS
+        return found, Life(alive=recent or not found)
+    # Read again: who has ended in between has written its last event by then.
+    return (found if life.alive else events.read(paths.events)), life
+
+
 def find_run(name: str) -> RunPaths:
     """The folder of an existing run.
 
     Raises:
         RunNotFoundError: there is none of that name; near names are listed.
     """
+    if RUN_NAME.fullmatch(name) and (paths := RunPaths(runs_dir() / name)).spec.is_file():
+        return paths
     import difflib
 
-    names = list(run_names())
-    if name in names:
-        return RunPaths.of(name)
-    near = difflib.get_close_matches(name, names, n=3)
+    near = difflib.get_close_matches(name, list(run_names()), n=3)
     hint = f" Did you mean {' or '.join(near)}?" if near else " `tundish list` shows the runs."
     raise RunNotFoundError(f"there is no run {name!r} in {runs_dir()}.{hint}")
 
@@ -126,14 +124,17 @@ def wait(name: str, timeout: float | None = None) -> TrainingRun:
     return run
 
 
-def _status(found: list[events.Event], alive: bool) -> tuple[RunStatus, str]:
+def _status(found: list[events.Event], life: Life) -> tuple[RunStatus, str]:
     if not found:
-        return (RunStatus.PENDING, "") if alive else (RunStatus.UNKNOWN, "")
+        return (RunStatus.PENDING if life.alive else RunStatus.UNKNOWN), ""
     last = found[-1]
-    status = STATUS_OF.get(last.type, RunStatus.RUNNING)
-    if not status.is_terminal() and not alive:
-        return RunStatus.FAILED, f"the supervisor ended without a word after {last.type}. Its log may say why."
-    return status, last.message
+    status, said = STATUS_OF.get(last.type, RunStatus.RUNNING), last.message.partition("\n")[0]
+    if status.is_terminal():
+        return status, said
+    if life.alive:
+        return (RunStatus.QUEUED, life.waiting) if life.waiting else (status, life.unknown or said)
+    how = life.end or f"The supervisor ended without a word after {last.type}; its log may say why."
+    return (RunStatus.STOPPED if life.canceled else RunStatus.FAILED), f"{how} `tundish resume` goes on with the run."
 
 
 def _estimated_end(found: list[events.Event], status: RunStatus) -> tuple[datetime | None, str | None]:

@@ -1,13 +1,14 @@
 """Which runs a call means: by name or object, by filter."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
 from tundish.checkpoints.places import Place
 from tundish.errors import RequestError, RunNotFoundError
-from tundish.paths import RunPaths
-from tundish.runs.reading import find_run, read_run, run_names
+from tundish.paths import RunPaths, runs_dir
+from tundish.runs.reading import find_run, read_run
 from tundish.runs.records import ObjectList, RunStatus, TrainingRun
 from tundish.runs.tracking import Tracking
 
@@ -97,11 +98,8 @@ def parse_time(argument: str, given: str | datetime | None) -> datetime | None:
 
 def select(wanted: Filter, *, limit: int | None = None, include_details: bool = True) -> ObjectList[TrainingRun]:
     """The wanted runs, newest first."""
-    names = [name for name in run_names() if wanted.names is None or name in wanted.names]
-    # Newest first by the spec, the last file written when a run is made.
-    names.sort(key=lambda name: RunPaths.of(name).spec.stat().st_mtime_ns, reverse=True)
     found: list[TrainingRun] = []
-    for name in names:
+    for name in _newest_first(wanted.names):
         if limit is not None and len(found) >= limit:
             break
         try:
@@ -111,6 +109,17 @@ def select(wanted: Filter, *, limit: int | None = None, include_details: bool = 
         if wanted.takes(run):
             found.append(run if include_details else replace(run, events=None, submitted_config=None))
     return ObjectList(found, TrainingRun.COLUMNS)
+
+
+def _newest_first(names: set[str] | None) -> list[str]:
+    """The runs' names, those given or all, by when their specs were written: the last file that `create()` writes."""
+    made: dict[str, int] = {}
+    for name in names if names is not None else (os.listdir(runs_dir()) if runs_dir().is_dir() else ()):
+        try:
+            made[name] = os.stat(runs_dir() / name / RunPaths(runs_dir()).spec.name).st_mtime_ns
+        except (OSError, ValueError):
+            continue  # no run
+    return sorted(made, key=lambda name: made[name], reverse=True)
 
 
 def checkpoints(name: str) -> list[str]:

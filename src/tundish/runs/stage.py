@@ -20,6 +20,7 @@ from tundish.errors import StageError, TundishError
 from tundish.foundry import Destination, render, steps_problem
 from tundish.models import find_card
 from tundish.paths import RunPaths, write_atomic
+from tundish.processes import locked
 from tundish.runs.addresses import checkpoint_address
 from tundish.runs.checking import job_of
 from tundish.runs.tracking import Tracking, end_tracking
@@ -35,6 +36,8 @@ def main(stage: str, folder: str) -> int:
     if stage.startswith("close-"):
         end_tracking(tracking, stage.removeprefix("close-"))
         return 0
+    if stage == "canceled":
+        return _canceled(paths, tracking)
     stages = {"prepare": prepare_stage, "export": export_stage, "register": register_stage}
     try:
         result = stages[stage](paths, spec, tracking)
@@ -42,6 +45,14 @@ def main(stage: str, folder: str) -> int:
         write_atomic(paths.result(stage), json.dumps({"error": error.message}) + "\n")
         return 1
     write_atomic(paths.result(stage), json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def _canceled(paths: RunPaths, tracking: Tracking) -> int:
+    """Close the MLflow run of a canceled run, unless that goes on again by now."""
+    with locked(paths.folder):
+        if events.read(paths.events)[-1].type in events.TERMINAL_TYPES:
+            end_tracking(tracking, "KILLED")
     return 0
 
 

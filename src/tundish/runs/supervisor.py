@@ -1,193 +1,170 @@
 """The supervisor: takes one run through its stages, in a process of its own, and says how it ended.
 
 Each stage is a process too: what it loads goes with it, and the supervisor stays small while the model trains. A stage
-that has left a result is done: a supervisor that is started again goes on with the next one.
+that has left a result is done: a supervisor that is started again goes on with the next one. Where it is killed, the
+kernel ends its stage, and so all ranks.
 """
 
 import contextlib
 import json
 import os
-import re
-import shutil
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Iterator, Sequence
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
 from tundish import events
-from tundish.errors import StageError
-from tundish.launch.command import train_command, train_environment
-from tundish.launch.local import ProcessId, processes_with, start, stop_all, stop_tree
-from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
-from tundish.runs.tracking import Tracking
+from tundish.errors import RequestError, StageError
+from tundish.launch import local, queue, slurm
+from tundish.paths import RUN_VARIABLE, RunPaths
+from tundish.processes import ProcessId, processes_with, stop_all
+from tundish.runs.running import Canceled, Place, Stopped, be_deaf, is_done, listen, run_stage, training_starts
 from tundish.spec import RunSpec
 
-RANKS_GRACE_SECONDS = 1.0
-"""A rank without a launcher has nothing left to do."""
-REGISTER_SECONDS = 1800.0
-"""A registration may take so long, whatever the size: MLflow itself gives a dead server up after 4 to 20 minutes."""
-REGISTER_BYTES_PER_SECOND = 10e6
-"""A slow network's; the time for the export's bytes comes on top."""
 STAGES = ("prepare", "train", "export", "register")
-ERROR_LINE = re.compile(r"^(?:\[rank\d+\]: *)?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$")
+LOCK_SECONDS = 60.0
+"""For the supervisor before to be gone; a lock of another node's lasts a while after that node was lost."""
 
 
-def spawn(paths: RunPaths) -> None:
-    """Start the run's supervisor, detached from the caller, and note which process it is."""
-    command = [sys.executable, "-m", "tundish.runs.supervisor", str(paths.folder)]
-    process = start(command, paths.log("supervisor"), {}, paths.folder, detached=True)
-    write_atomic(paths.supervisor, json.dumps(asdict(ProcessId.of(process.pid))) + "\n")
-    # Reaped when it ends, should the caller still live by then.
-    threading.Thread(target=process.wait, daemon=True).start()
+def main(folder: str, *command: str) -> None:
+    """Run all stages that are left; the last event is COMPLETED, FAILED, STOPPED or CANCELED.
 
-
-def main(folder: str) -> None:
-    """Run all stages; the last event is COMPLETED, FAILED or CANCELED."""
-    paths = RunPaths(Path(folder))
-    signal.signal(signal.SIGTERM, _on_terminate)
-    if events.read(paths.events)[-1].type in events.TERMINAL_TYPES:
-        return  # canceled before it began
-    try:
-        events.append(paths.events, "STARTED", f"Run started on {os.uname().nodename}.")
-        for stage in STAGES:
-            if not is_done(paths, stage):
-                _run_with_retry(paths, stage)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        result = json.loads(paths.result("register").read_text())
-        message = f"Run completed. Registered as version {result['version']} of {result['name']}."
-        events.append(paths.events, "COMPLETED", message)
-    except StageError as error:
-        end_processes_of(paths)
-        end_mlflow_run(paths, "FAILED")
-        events.append(paths.events, "FAILED", f"{error.message} Log: {error.log_path}")
-    except _Terminated:
-        stop_all(psutil.Process().children(recursive=True))
-        events.append(paths.events, "CANCELED", "Canceled by user.")
-    except Exception as error:
-        end_processes_of(paths)
-        end_mlflow_run(paths, "FAILED")
-        events.append(paths.events, "FAILED", f"The supervisor failed: {error!r}. Log: {paths.log('supervisor')}")
-        raise
-
-
-def is_done(paths: RunPaths, stage: str) -> bool:
-    """Whether the stage has left a result."""
-    try:
-        return "error" not in json.loads(paths.result(stage).read_text())
-    except FileNotFoundError:
-        return False
-
-
-def _run_with_retry(paths: RunPaths, stage: str) -> None:
-    """Run a stage; training that has begun and then crashed, once more from its newest checkpoint."""
-    before = _starts(paths)
-    try:
-        run_stage(paths, stage)
-    except StageError as error:
-        # What a stage refuses in its own words, or before it has begun, it would refuse again.
-        if stage != "train" or paths.result(stage).exists() or _starts(paths) == before:
-            raise
-        events.append(paths.events, "REQUEUED", f"{error.message} It is tried once more from its newest checkpoint.")
-        end_processes_of(paths)
-        run_stage(paths, stage)
-
-
-def _starts(paths: RunPaths) -> int:
-    return sum(event.type == "TRAIN_STARTED" for event in events.read(paths.events))
-
-
-def end_processes_of(paths: RunPaths) -> None:
-    """End what a supervisor or a launcher that was killed has left behind."""
-    stop_all(processes_with(RUN_VARIABLE, str(paths.events)), grace_s=RANKS_GRACE_SECONDS)
-
-
-def run_stage(paths: RunPaths, stage: str) -> None:
-    """Run one stage to its end.
-
-    Raises:
-        StageError: it failed; the message is the cause in one sentence.
+    Args:
+        folder: of the run.
+        command: starts training on all nodes of a Slurm job, after `--`; none: on this machine.
     """
-    log = paths.log(stage)
-    command, environment = _command(paths, stage)
-    paths.work.mkdir(exist_ok=True)
-    paths.result(stage).unlink(missing_ok=True)
-    limit = _register_seconds(paths.export) if stage == "register" else None
-    with _scratch(paths):
-        returncode = _wait(start(command, log, environment, paths.work), limit)
-    if returncode != 0:
-        logs = [log, *sorted(paths.logs.glob(f"{stage}-rank*.log"))]
-        if returncode is None:
-            cause = f"it was not done after {limit:,.0f} s, and was stopped."
-        else:
-            cause = _cause(paths, stage, logs, returncode)
-        kept = f" The export is kept: {paths.export}. `tundish resume {paths.folder.name}` registers it."
-        raise StageError(f"Stage {stage!r} failed: {cause}{kept if stage == 'register' else ''}", str(log))
-
-
-def _register_seconds(export: Path) -> float:
-    """How long a registration may take: the upload of a large model lasts hours, a server that hangs for ever."""
-    size = sum(path.stat().st_size for path in export.rglob("*") if path.is_file())
-    return REGISTER_SECONDS + size / REGISTER_BYTES_PER_SECOND
-
-
-def _wait(process: subprocess.Popen[bytes], limit: float | None) -> int | None:
-    """The exit code; None if the process, and all that it has started, had to be stopped after `limit` seconds."""
-    try:
-        return process.wait(limit)
-    except subprocess.TimeoutExpired:
-        stop_tree(psutil.Process(process.pid))
-        process.wait()
-        return None
+    paths = RunPaths(Path(folder))
+    listen()
+    with _alone(paths):
+        reached = _reached(paths)
+        try:
+            if not _has_ended(paths):
+                _note(paths)
+                _run(paths, command[1:])
+        except Canceled:
+            _end(paths, "CANCELED", "Canceled by user.")
+        except Stopped as stopped:
+            _stop(paths, stopped, reached)
+        except StageError as error:
+            _end(paths, "FAILED", error.message, mlflow="FAILED")
+        except Exception as error:
+            text = f"The supervisor failed: {error!r}. Log: {paths.log('supervisor')}"
+            _end(paths, "FAILED", text, mlflow="FAILED")
+            raise
+        finally:
+            queue.leave(paths.folder.name)
 
 
 @contextlib.contextmanager
-def _scratch(paths: RunPaths) -> Iterator[None]:
-    """An empty folder for a stage's temporary files; what a stage leaves that was killed goes with it."""
-    shutil.rmtree(paths.scratch, ignore_errors=True)
-    paths.scratch.mkdir()
+def _alone(paths: RunPaths) -> Iterator[None]:
+    """While this process supervises the run, no other does."""
+    descriptor, end = os.open(paths.lock, os.O_RDWR | os.O_CREAT, 0o644), time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            flock(descriptor, LOCK_EX | LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > end:
+                sys.exit(f"{paths.folder.name}: another process supervises this run.")
+            time.sleep(0.2)
     try:
         yield
     finally:
-        shutil.rmtree(paths.scratch, ignore_errors=True)
+        os.close(descriptor)
 
 
-def _command(paths: RunPaths, stage: str) -> tuple[Sequence[str], Mapping[str, str]]:
-    tracking = Tracking.read(paths)
-    if stage != "train":
-        # By the variable, what outlives its supervisor is found.
-        environment = {"TOKENIZERS_PARALLELISM": "true", RUN_VARIABLE: str(paths.events)}
-        if stage == "register":
-            # MLflow copies the whole export before it uploads it: /tmp may be small, or memory.
-            environment |= {"TMPDIR": str(paths.scratch), "HF_HUB_OFFLINE": "1"}
-        return [sys.executable, "-m", "tundish.runs.stage", stage, str(paths.folder)], environment
+def _has_ended(paths: RunPaths) -> bool:
+    return events.read(paths.events)[-1].type in events.TERMINAL_TYPES
+
+
+def _note(paths: RunPaths) -> None:
+    """Say who supervises the run: who has started this process may have been killed before it could."""
     compute = RunSpec.from_json(paths.spec.read_text()).compute
-    environment = train_environment(compute, paths, os.cpu_count() or 1) | tracking.environment
-    return train_command(compute, paths), environment
+    if compute.launcher == "slurm":
+        slurm.note(paths, os.environ["SLURM_JOB_ID"])
+    else:
+        local.note(paths, compute, ProcessId.of(os.getpid()))
 
 
-def _cause(paths: RunPaths, stage: str, logs: Sequence[Path], returncode: int) -> str:
-    """What a failed stage said of itself, else the last error in its logs, else its exit code."""
+def _run(paths: RunPaths, command: Sequence[str]) -> None:
+    end_processes_of(paths)
+    devices: Sequence[str] = ()
+    if not command and not is_done(paths, "train"):
+        devices = queue.wait_for_devices(paths.folder.name)
+    events.append(paths.events, "STARTED", f"Run started on {os.uname().nodename}.")
+    for stage in STAGES:
+        if not is_done(paths, stage):
+            _run_with_retry(paths, stage, Place(command=command, devices=devices))
+        if stage == "train":
+            queue.leave(paths.folder.name)  # the next run may train while this one is exported
+    be_deaf()
+    result = json.loads(paths.result("register").read_text())
+    message = f"Run completed. Registered as version {result['version']} of {result['name']}."
+    events.append(paths.events, "COMPLETED", message)
+
+
+def _run_with_retry(paths: RunPaths, stage: str, place: Place) -> None:
+    """Run a stage; training that has begun and then crashed, once more from its newest checkpoint."""
+    before = training_starts(paths)
     try:
-        return json.loads(paths.result(stage).read_text())["error"]
-    except (FileNotFoundError, KeyError):
-        pass
-    for log in logs:
-        if log.is_file() and (line := last_error(log.read_text(errors="replace"))):
-            return line if line.endswith(".") else line + "."
-    how = f"was killed by signal {-returncode}" if returncode < 0 else f"ended with exit code {returncode}"
-    return f"its process {how} and left no error in its log."
+        run_stage(paths, stage, place)
+    except StageError as error:
+        # What a stage refuses in its own words, or before it has begun, it would refuse again.
+        if stage != "train" or paths.result(stage).exists() or training_starts(paths) == before:
+            raise
+        text, newline, quoted = error.message.partition("\n")
+        again = "It is tried once more from its newest checkpoint."
+        events.append(paths.events, "REQUEUED", f"{text} {again}{newline}{quoted}")
+        end_processes_of(paths)
+        run_stage(paths, stage, place)
 
 
-def last_error(text: str) -> str | None:
-    """The last line of a log that names an exception; the launcher's own are left out."""
-    matches = (ERROR_LINE.match(line) for line in reversed(text.splitlines()))
-    return next((match[1] for match in matches if match), None)
+def _stop(paths: RunPaths, stopped: Stopped, reached: tuple[int, int]) -> None:
+    """Say what comes after a stop: a Slurm job goes back into the queue; here, the caller resumes the run."""
+    saved = "A checkpoint was saved." if _reached(paths)[1] > reached[1] else "No new checkpoint was saved."
+    job, name = os.environ.get("SLURM_JOB_ID"), paths.folder.name
+    if job is None:
+        text = f"Stopped by {stopped.signal.name}. {saved} `tundish resume {name}` goes on."
+        return _end(paths, "STOPPED", text, mlflow="KILLED")
+    if _reached(paths) == reached:
+        text = "In the time that Slurm gave to the run, it came no further. Raise compute's time_limit, or save more "
+        text += "often."
+        return _end(paths, "FAILED", text, mlflow="FAILED")
+    _end(
+        paths,
+        "REQUEUED",
+        f"Slurm job {job} was told to end by {stopped.signal.name}. {saved} It goes on with its next start.",
+    )
+    if stopped.signal.name == "SIGUSR1":  # else Slurm does it itself, or the job was ended on purpose
+        try:
+            slurm.requeue(job)
+        except RequestError as error:
+            _end(paths, "FAILED", f"{error.message} `tundish resume {name}` goes on.", mlflow="FAILED")
+
+
+def _reached(paths: RunPaths) -> tuple[int, int]:
+    """Stages done, and checkpoints saved."""
+    saved = sum(event.type == "CHECKPOINT_SAVED" for event in events.read(paths.events))
+    return sum(is_done(paths, stage) for stage in STAGES), saved
+
+
+def _end(paths: RunPaths, type: str, message: str, *, mlflow: str | None = None) -> None:
+    """End what is left of the stage; say how it ended."""
+    be_deaf()
+    stop_all(psutil.Process().children(recursive=True), grace_s=0)
+    end_processes_of(paths)
+    if mlflow is not None:
+        end_mlflow_run(paths, mlflow)
+    events.append(paths.events, type, message)
+
+
+def end_processes_of(paths: RunPaths) -> None:
+    """End what a supervisor or a launcher that was killed has left behind on this machine."""
+    stop_all(processes_with(RUN_VARIABLE, str(paths.events)), grace_s=0)
 
 
 def end_mlflow_run(paths: RunPaths, status: str) -> None:
@@ -197,14 +174,5 @@ def end_mlflow_run(paths: RunPaths, status: str) -> None:
         subprocess.run(command, stdin=subprocess.DEVNULL, check=False, timeout=60)
 
 
-class _Terminated(BaseException):
-    """SIGTERM has come."""
-
-
-def _on_terminate(_signal: int, _frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _Terminated
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

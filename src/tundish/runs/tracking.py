@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlparse
 
 from tundish.errors import RequestError, SpecError
 from tundish.paths import RunPaths, default_tracking_uri, home, mlflow_artifacts_dir, write_atomic
+from tundish.processes import locked
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,8 +102,10 @@ def open_tracking(run_name: str, experiment_name: str, tags: dict[str, str], roo
     from mlflow.exceptions import MlflowException
 
     uri, registry = _made(tracking_uri()), registry_uri()
+    # A SQLite file that is made by two at once is made by none: MLflow's migrations know no lock.
+    alone = locked(home() / "mlflow" / "lock") if uri == default_tracking_uri() else nullcontext()
     try:
-        with _quiet(), _impatient():
+        with _quiet(), _impatient(), alone:
             client: Any = MlflowClient(uri)
             experiment = client.get_experiment_by_name(experiment_name)
             experiment_id = experiment.experiment_id if experiment else _create_experiment(client, experiment_name, uri)
@@ -172,10 +175,11 @@ def _quiet() -> Iterator[None]:
 
 
 def end_tracking(tracking: Tracking, status: str) -> None:
-    """Close the MLflow run with `FAILED` or `KILLED`."""
+    """Close the MLflow run with `FAILED` or `KILLED`; a server that is away is given up after half a minute."""
     from mlflow import MlflowClient
 
-    MlflowClient(tracking.tracking_uri).set_terminated(tracking.run_id, status)
+    with _impatient():
+        MlflowClient(tracking.tracking_uri).set_terminated(tracking.run_id, status)
 
 
 def reopen_tracking(tracking: Tracking) -> None:

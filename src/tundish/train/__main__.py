@@ -7,11 +7,20 @@ a run with a complete checkpoint in its save folder goes on from there.
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any, cast
 
 os.environ.setdefault("FSDP_VERSION", "2")
+
+from tundish.processes import die_with
+
+if __name__ == "__main__":
+    # Before the imports, which take a while. The launcher may be deaf to SIGTERM; its ranks are not.
+    die_with(os.getppid())
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 import torch
 from composer import State, Trainer
@@ -41,10 +50,12 @@ from omegaconf import DictConfig, OmegaConf
 from tundish.checkpoints.places import Place
 from tundish.errors import TundishError
 from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
-from tundish.train.gloo import GlooMean
+from tundish.train.gloo import GlooMean, name_interface
 from tundish.train.loader import RowOrder
+from tundish.train.peers import Peers
 from tundish.train.resuming import load_all, load_weights, newest_checkpoint
 from tundish.train.saving import Saver
+from tundish.train.stopping import StopWhenAsked
 from tundish.train.threads import single_out_gloo
 
 TRAINER_KEYS = (
@@ -58,6 +69,7 @@ TRAINER_KEYS = (
 def build_trainer(cfg: DictConfig) -> Trainer:
     """The Trainer of a run's YAML, on this rank."""
     logged, config = make_dataclass_and_log_config(cfg, TrainConfig, TRAIN_CONFIG_KEYS, transforms="all")
+    name_interface()
     dist.initialize_dist(get_device(None), timeout=config.dist_timeout)
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         single_out_gloo()
@@ -82,7 +94,7 @@ def build_trainer(cfg: DictConfig) -> Trainer:
         optimizers=optimizer,
         schedulers=scheduler,
         loggers=[build_logger(str(name), kwargs) for name, kwargs in (config.loggers or {}).items()],
-        callbacks=[*callbacks, *GlooMean.where_needed(), *savers],
+        callbacks=[*callbacks, *GlooMean.where_needed(), *Peers.where_needed(config.dist_timeout), *savers, _stop()],
         algorithms=[build_algorithm(str(name), kwargs) for name, kwargs in (config.algorithms or {}).items()],
         parallelism_config={"fsdp": fsdp},
         **{key: getattr(config, key) for key in TRAINER_KEYS},
@@ -91,6 +103,12 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     order = cast(RowOrder, cast(Any, train_loader.dataloader).sampler)
     order.done = int(trainer.state.timestamp.epoch), int(trainer.state.timestamp.batch_in_epoch)
     return trainer
+
+
+def _stop() -> StopWhenAsked:
+    """By signals, and where a supervisor has started this process, by its request."""
+    run = os.environ.get(RUN_VARIABLE)
+    return StopWhenAsked(RunPaths(Path(run).parent).stop_request if run else None)
 
 
 def _saver(config: TrainConfig, place: Place) -> Saver:

@@ -1,5 +1,9 @@
-"""The mean of the ranks' gradients on a CPU."""
+"""gloo, by which ranks on a CPU talk: the mean of their gradients, and the network between several nodes."""
 
+import os
+import socket
+
+import psutil
 import torch
 from composer import Callback, Logger, State
 from composer.utils import dist
@@ -22,3 +26,24 @@ class GlooMean(Callback):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.grad.div_(dist.get_world_size())
+
+
+def name_interface() -> None:
+    """Choose the network by which the first node is reached, where there are several nodes and nobody has chosen.
+
+    gloo asks for the address of this machine's own name, which is often a loopback address: rank 1 then fails at once,
+    and rank 0 waits for it without end.
+    """
+    several = os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE")
+    if several and "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_to(os.environ["MASTER_ADDR"])):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def interface_to(host: str) -> str | None:
+    """The network interface by which this machine reaches a host."""
+    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # nothing is sent
+        own = probe.getsockname()[0]
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, known in interfaces if any(one.address == own for one in known)), None)

@@ -1,16 +1,19 @@
-"""launch/local.py: processes are started with a log, told apart, and stopped with all that they have started."""
+"""processes.py: processes are started with a log, told apart, and stopped with all that they have started."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tundish.launch.local import ProcessId, start, stop_tree
+from tundish.processes import ProcessId, locked, start, stop_tree
 
 # Starts a child that does not end when it is asked to, tells its number, and waits.
 STUBBORN = """
@@ -76,7 +79,50 @@ def test_a_process_is_known_while_it_runs(sleeper: subprocess.Popen[bytes]) -> N
 def test_a_later_process_of_the_same_number_is_another(sleeper: subprocess.Popen[bytes]) -> None:
     """Cancelling an old run would kill a stranger's process that got its number."""
     known = ProcessId.of(sleeper.pid)
-    assert ProcessId(known.pid, known.started - 100).process() is None
+    assert replace(known, ticks=known.ticks - 100).process() is None
+    assert replace(known, boot="another").process() is None, "after a reboot, ticks begin anew"
+    elsewhere = replace(known, host="another")
+    assert elsewhere.process() is None and not elsewhere.is_here
+
+
+@pytest.mark.parametrize("deaf", [True, False])
+def test_what_is_started_dies_with_its_starter(tmp_path: Path, deaf: bool) -> None:
+    """Ranks would hold their devices for days after their supervisor was killed."""
+    script = "import sys, time; from tundish.processes import start; from pathlib import Path; "
+    script += f"p = start(['sleep', '60'], Path('log'), {{}}, Path('.'), deaf={deaf}); print(p.pid, flush=True); "
+    with subprocess.Popen(
+        [sys.executable, "-c", script + "time.sleep(60)"], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as starter:
+        assert starter.stdout is not None
+        child = psutil.Process(int(starter.stdout.readline()))
+        starter.kill()
+        starter.wait(10)
+        _, alive = psutil.wait_procs([child], timeout=5)
+        assert not alive
+
+
+def test_what_is_deaf_does_not_end_by_the_system_s_signals(tmp_path: Path) -> None:
+    """A cluster sends SIGTERM to all processes of a job at once: the launcher must not end before its ranks."""
+    process = start(["sleep", "60"], tmp_path / "log", {}, tmp_path, deaf=True)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.kill()
+    process.wait(10)
+
+
+def test_a_lock_is_for_one_and_ends_with_its_holder(tmp_path: Path) -> None:
+    """Two would do at once what is to be done once; or nobody could go on after a crash."""
+    script = "import time; from tundish.processes import locked; from pathlib import Path\n"
+    script += f"with locked(Path({str(tmp_path)!r})):"
+    script += " print(1, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline()
+        begun = time.monotonic()
+        threading.Timer(0.3, holder.kill).start()
+        with locked(tmp_path):
+            assert time.monotonic() - begun >= 0.3
 
 
 def test_a_stopped_process_takes_its_children_along(tmp_path: Path) -> None:

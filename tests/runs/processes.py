@@ -1,0 +1,33 @@
+"""The processes of a run, for tests that look at them or end them."""
+
+import json
+
+import psutil
+
+from tundish.paths import RUN_VARIABLE, RunPaths
+from tundish.processes import ProcessId, processes_with
+
+
+def supervisor(paths: RunPaths) -> psutil.Process | None:
+    """The run's supervisor; None where it does not live."""
+    if not paths.supervisor.exists():
+        return None
+    record = json.loads(paths.supervisor.read_text())
+    return ProcessId(**{name: value for name, value in record.items() if name != "launcher"}).process()
+
+
+def ranks(paths: RunPaths) -> list[psutil.Process]:
+    """The processes that train the run."""
+    return [process for process in stages(paths) if "RANK" in _environment(process)]
+
+
+def stages(paths: RunPaths) -> list[psutil.Process]:
+    """The processes of the run's stage, launcher and ranks among them."""
+    return processes_with(RUN_VARIABLE, str(paths.events))
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}

@@ -1,0 +1,24 @@
+"""runs/running.py: a stage runs in a process of its own, and a failed one says why."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tundish.errors import StageError
+from tundish.paths import RunPaths
+from tundish.runs.running import Place, run_stage
+
+
+def test_a_stage_that_refuses_its_input_is_the_run_s_cause(
+    make_run: Callable[..., RunPaths], arguments: dict[str, Any]
+) -> None:
+    """FAILED would say nothing but an exit code: the sentence that the stage's process wrote must come through."""
+    paths = make_run("chat-1", ("CREATED", "waits"))
+    Path(arguments["train_data_path"]).unlink()
+    with pytest.raises(
+        StageError, match=r"^Stage 'prepare' failed: .*train\.jsonl: there is no such file .*Check the path"
+    ) as error:
+        run_stage(paths, "prepare", Place())
+    assert error.value.log_path == str(paths.log("prepare")) and paths.log("prepare").is_file()
