@@ -55,7 +55,13 @@ def mlflow() -> Finding:
         return _database(uri, PORTS[scheme])
     if scheme == "databricks":
         return _databricks(uri)
-    return _folder(Path(uri.removeprefix("file://")))
+    if scheme == "file" or "://" not in uri:
+        folder = Path(uri.removeprefix("file:").removeprefix("//"))
+        return _unwritable(folder / "0") or Finding("MLflow", "ok", f"folder {folder}")
+    advice = (
+        "Known are http(s), sqlite, postgresql, mysql, mssql, databricks and folders; a plugin of MLflow may know more."
+    )
+    return Finding("MLflow", "problem", f"{uri}: nothing is known of {scheme}://", advice)
 
 
 def _get(address: str) -> tuple[int | None, str]:
@@ -85,7 +91,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema):
         return "this is no address of a server"
     if isinstance(error, requests.Timeout):
-        return f"no answer within {sum(SECONDS):g} s"
+        connecting = isinstance(error, requests.ConnectTimeout)
+        return f"no answer within {SECONDS[0] if connecting else SECONDS[1]:g} s"
     if isinstance(error, requests.exceptions.SSLError):
         return "its certificate is not accepted"
     if isinstance(error, requests.exceptions.ProxyError):
@@ -95,7 +102,7 @@ def _reason(error: Exception) -> str:
 
 
 def _sqlite(file: Path) -> Finding:
-    if finding := _unwritable(file if file.exists() else file.parent):
+    if finding := _unwritable(file):
         return finding
     if not file.exists():
         return Finding("MLflow", "ok", f"SQLite file {file}, to be made by the first run")
@@ -108,15 +115,11 @@ def _sqlite(file: Path) -> Finding:
     return Finding("MLflow", "ok", f"SQLite file {file}")
 
 
-def _folder(folder: Path) -> Finding:
-    return _unwritable(folder) or Finding("MLflow", "ok", f"folder {folder}")
-
-
 def _unwritable(path: Path) -> Finding | None:
-    """A finding if the file cannot be written, or no file be made in the folder."""
-    obstacle = obstacle_to_writing(path.parent if path.is_file() else path)
-    if path.is_file() and not os.access(path, os.W_OK):
-        obstacle = "Permission denied"
+    """A finding if nothing can be made beside `path`, which is how SQLite writes, or it cannot be written itself."""
+    obstacle = obstacle_to_writing(path.parent)
+    if path.exists() and not os.access(path, os.W_OK):
+        obstacle = "no permission"
     if not obstacle:
         return None
     advice = "Set TUNDISH_HOME or MLFLOW_TRACKING_URI to a place that you may write."
@@ -135,8 +138,8 @@ def _database(uri: str, usual_port: int) -> Finding:
         socket.create_connection((host, port), timeout=SECONDS[0]).close()
     except OSError as error:
         why = error.strerror or f"no answer within {SECONDS[0]:g} s"
-        return Finding("MLflow", "problem", f"database {uri}: {host}:{port} does not answer ({why})", CHECK_URI)
-    return Finding("MLflow", "ok", f"database {uri}: {host}:{port} takes connections; the login was not tried")
+        return Finding("MLflow", "problem", f"database {uri} does not answer on port {port} ({why})", CHECK_URI)
+    return Finding("MLflow", "ok", f"database {uri} takes connections; the login was not tried")
 
 
 def _databricks(uri: str) -> Finding:
