@@ -62,6 +62,15 @@ def test_a_machine_where_all_is_well_is_told_in_one_line_a_check(
     assert not home.exists()
 
 
+def test_a_terminal_shows_the_same(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report would be empty where people read it, or brackets in it be taken for colours."""
+    monkeypatch.setattr("tundish.cli_doctor.examine", lambda: [Finding("MLflow", "problem", "at [red]x", "Look.")])
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().out.split() == ["!!", "MLflow", "at", "[red]x.", "Look."]
+
+
 def test_a_server_that_hangs_is_named_in_time(
     silent_port: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,3 +337,36 @@ def test_slurm_is_told_in_brief(status: int, rows: str, complaint: str, state: s
     """A cluster without a usable node would look like a good one; a machine without Slurm like a broken one."""
     finding = judge_slurm("slurm 23.11", status, rows, complaint)
     assert finding.state == state and part in finding.found and bool(finding.advice) == (state == "problem")
+
+
+def _command(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_the_machine_s_own_tools_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nvidia-smi and sinfo print would be asked for with options that they do not have, or be misread."""
+    for module in ("machine", "packages"):
+        monkeypatch.setattr(f"tundish.doctor.{module}.count_gpus", lambda: 2)
+    asked = '[ "$*" = "--query-gpu=name,memory.total,memory.used --format=csv,noheader,nounits" ]'
+    rows = "echo 'NVIDIA H100 80GB HBM3, 81559, 4'; echo 'NVIDIA H100 80GB HBM3, 81559, 70000'"
+    banner = NVIDIA_SMI.format("12.4")
+    _command(tmp_path, "nvidia-smi", f"if {asked}; then {rows}; else echo '{banner}'; fi")
+    listed = "printf 'gpu|2|idle\\ngpu|1|allocated\\n'"
+    _command(tmp_path, "sinfo", f'if [ "$1" = --version ]; then echo slurm 23.11.4; else {listed}; fi')
+    found = {finding.check: finding for finding in examine()}
+    assert found["devices"].found.startswith("2 x NVIDIA H100 80GB HBM3 of 80 GiB; ")
+    assert "GPU 1 has 68 GiB" in found["devices"].advice
+    assert found["NVIDIA driver"].found.startswith("550.54.15, runs CUDA up to 12.4")
+    assert found["Slurm"] == Finding("Slurm", "ok", "slurm 23.11.4, nodes of gpu: 2 idle, 1 allocated")
+
+
+def test_tools_that_fail_are_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that was updated without a restart would look like a machine without GPUs."""
+    monkeypatch.setattr("tundish.doctor.machine.count_gpus", lambda: 2)
+    _command(tmp_path, "nvidia-smi", "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
+    _command(tmp_path, "sinfo", "echo 'slurm_load_partitions: Unable to contact slurm controller' >&2; exit 1")
+    found = {finding.check: finding for finding in examine()}
+    assert found["devices"].found.startswith("2 GPUs, memory unknown")
+    assert found["NVIDIA driver"].state == "problem" and "version mismatch" in found["NVIDIA driver"].found
+    assert found["Slurm"].state == "problem" and "Unable to contact slurm controller" in found["Slurm"].found
