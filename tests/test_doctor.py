@@ -124,6 +124,7 @@ def test_a_check_that_fails_or_hangs_costs_one_line() -> None:
         ("http://me:pass@host:1/x", "http://***@host:1/x"),
         ("postgresql://me:p/a@ss@host/db down", "postgresql://***@host/db down"),
         ("mysql://host/db?user=me&password=pass", "mysql://host/db?user=***&password=***"),
+        ("http://me:pass word@host is away", "http://***@host is away"),
         ("the token hf_0123456789 is wrong", "the token *** is wrong"),
         ("folder /data/mlruns", "folder /data/mlruns"),
     ],
@@ -132,6 +133,7 @@ def test_secrets_are_masked(text: str, shown: str, monkeypatch: pytest.MonkeyPat
     """A report that is pasted into a ticket would carry passwords."""
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
     monkeypatch.setenv("SOME_KEY", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:pass word@host")
     assert redacted(text) == shown
 
 

@@ -34,9 +34,11 @@ def redacted(text: str) -> str:
 
     A password may hold `/` and `@`, so a URI is masked up to its last `@`.
     """
-    shown = _QUERY_VALUE.sub(r"\1***", _USER_PART.sub("***@", text))
     secrets = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
+    # A setting's own password may hold blanks, where a URI in a text would end.
+    secrets |= {match[1] for value in os.environ.values() if (match := re.search("://(.*)@", value))}
+    shown = text
     for secret in sorted(secrets, key=len, reverse=True):
         if len(secret) >= _SHORTEST_SECRET:
             shown = shown.replace(secret, "***")
-    return shown
+    return _QUERY_VALUE.sub(r"\1***", _USER_PART.sub("***@", shown))
