@@ -36,7 +36,7 @@ def test_every_command_is_described_and_does_something(capsys: Capture) -> None:
         main(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    for name in "create validate estimate prepare run render get list cancel events checkpoints models".split():
+    for name in "create validate estimate prepare run render get list cancel events checkpoints models doctor".split():
         assert re.search(rf"^    {name}\s+[a-z]", shown, re.MULTILINE) and name in COMMANDS
 
 

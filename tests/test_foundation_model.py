@@ -62,3 +62,9 @@ def test_models_are_what_callers_do_with_them() -> None:
     assert len(models) == len(names) == 35 and "meta-llama/Meta-Llama-3.1-8B-Instruct" in names
     first = models[0]
     assert (first.name, first.display_name, first.max_context_length) == ("databricks/dbrx-base", "DBRX Base", 32768)
+
+
+def test_every_verb_is_public() -> None:
+    """`from tundish.foundation_model import *` would leave a verb out."""
+    verbs = {name for name, verb in vars(fm).items() if inspect.isfunction(verb) and verb.__module__ == fm.__name__}
+    assert {name for name in verbs if not name.startswith("_")} == set(fm.__all__)

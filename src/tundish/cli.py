@@ -89,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--model", metavar="NAME", help="base model of a checkpoint that no run here has made")
     _command(commands, "models", "list the supported models")
+    _command(commands, "doctor", "tell what this machine and its surroundings lack for a run")
     return parser
 
 

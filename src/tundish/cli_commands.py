@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tundish import cli_checkpoints, cli_data
+from tundish import cli_checkpoints, cli_data, cli_doctor
 from tundish import foundation_model as fm
 from tundish.cli_arguments import (
     assignment,
@@ -119,6 +119,7 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "checkpoints": cli_checkpoints.checkpoints,
     "export": cli_checkpoints.export,
     "models": models,
+    "doctor": cli_doctor.doctor,
 }
 
 

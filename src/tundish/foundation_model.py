@@ -29,6 +29,7 @@ __all__ = [
     "get_events",
     "get_models",
     "list",
+    "resume",
     "validate",
 ]
 
@@ -156,7 +157,8 @@ def list(
         limit: at most so many.
     """
     names = None if training_runs is None else {selecting.name_of(run) for run in training_runs}
-    wanted = selecting.Filter.parse(names, experiment_id, statuses, user_emails, before, after)
+    # Notebooks fill these from widgets, whose empty texts mean nothing.
+    wanted = selecting.Filter.parse(names, experiment_id or None, statuses, user_emails, before or None, after or None)
     return selecting.select(wanted, limit=limit, include_details=include_details)
 
 

@@ -1,9 +1,11 @@
 """A run's events as they come: lines and a bar on a terminal, lines in a log, a table in a notebook."""
 
+import html
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -32,6 +34,10 @@ STYLES = {"COMPLETED": "bold green", "FAILED": "bold red", "CANCELED": "bold yel
 @contextmanager
 def bar(title: str) -> Iterator[Callable[[int, int | None], None]]:
     """A bar on standard error, where people see it, that is told how much is done, and of how much."""
+    if in_notebook():
+        with _notebook_bar(title) as tell:
+            yield tell
+        return
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -40,10 +46,30 @@ def bar(title: str) -> Iterator[Callable[[int, int | None], None]]:
         TimeElapsedColumn(),
     )
     console = Console(stderr=True)
-    visible = console.is_terminal or in_notebook()
-    with Progress(*columns, console=console, transient=True, disable=not visible) as shown:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
         task = shown.add_task(title, total=None)
         yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _notebook_bar(title: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A line below the cell, gone when the work is done; rich would ask for ipywidgets, which few notebooks have."""
+    from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]  there, as a notebook runs
+
+    line: Any = display(HTML(f"{html.escape(title)} …"), display_id=True)
+    latest = time.monotonic()
+
+    def tell(done: int, total: int | None) -> None:
+        nonlocal latest
+        if time.monotonic() - latest > POLL_SECONDS:
+            latest = time.monotonic()
+            share = f'<progress value="{done}" max="{total}"></progress> {done / total:.0%}' if total else ""
+            line.update(HTML(f"{html.escape(title)} … {share}"))
+
+    try:
+        yield tell
+    finally:
+        line.update(HTML(""))
 
 
 def watch(name: str) -> TrainingRun:

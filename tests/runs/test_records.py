@@ -135,3 +135,33 @@ def test_the_mlflow_page_is_that_of_the_run() -> None:
     """The link would lead nowhere."""
     assert _run(experiment_id="7", run_id="abc").mlflow_url == "/#/experiments/7/runs/abc"
     assert _run().mlflow_url is None
+
+
+def test_lists_can_be_changed() -> None:
+    """Notebooks that gather runs with `append`, `extend`, `insert` or by index would raise."""
+    runs = ObjectList([_run(name="b")], TrainingRun.COLUMNS)
+    runs.append(_run(name="x"))
+    runs.extend([_run(name="d")])
+    runs.insert(0, _run(name="a"))
+    runs[2] = _run(name="c")
+    assert [run.name for run in runs] == ["a", "b", "c", "d"]
+
+
+def test_a_status_is_compared_with_statuses_only() -> None:
+    """`run.status < "COMPLETED"` would be an answer, and a wrong one."""
+    assert RunStatus.order[0] is RunStatus.FAILED and RunStatus.order[-1] is RunStatus.UNKNOWN
+    with pytest.raises(TypeError, match="found 'COMPLETED'; a status is compared with a RunStatus"):
+        assert RunStatus.RUNNING < "COMPLETED"  # pyright: ignore[reportOperatorIssue]
+
+
+def test_a_run_shows_all_that_it_was_asked_for() -> None:
+    """A notebook would not show with what a run was made, or which experiment it is in."""
+    shown = _run(
+        status=RunStatus.FAILED,
+        eval_prompts=["What?"],
+        experiment_id="4711",
+        data_prep_cluster_id="local[4]",
+        submitted_experiment_path="/Users/me/x",
+    )._repr_html_()
+    for part in ("FAILED", "What?", "4711", "local[4]", "/Users/me/x", ">MLflow Experiment</th>", ">Events</th>"):
+        assert part in shown

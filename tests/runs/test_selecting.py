@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tundish import foundation_model as fm
-from tundish.errors import RequestError, RunNotFoundError
+from tundish.errors import RequestError, RunNotFoundError, ValidationError
 from tundish.paths import RunPaths
 from tundish.runs.records import RunStatus
 from tundish.runs.selecting import name_of, parse_time
@@ -52,6 +52,10 @@ def test_runs_are_listed_newest_first_up_to_the_limit() -> None:
     [
         ({"training_runs": ["run-a", "run-c", "none"]}, ["run-c", "run-a"]),
         ({"training_runs": []}, []),
+        (
+            {"experiment_id": "", "statuses": [], "user_emails": [], "before": "", "after": ""},
+            ["run-c", "run-b", "run-a"],
+        ),
         ({"experiment_id": "7"}, ["run-b"]),
         ({"experiment_id": "8"}, []),
         ({"statuses": ["FAILED", "completed"]}, ["run-b", "run-a"]),
@@ -133,7 +137,7 @@ def test_times_with_a_zone_keep_it() -> None:
 @pytest.mark.parametrize("given", ["yesterday", "2026-13-01", "21.11.2026"])
 def test_a_text_that_is_no_time_is_named_with_its_argument(given: str) -> None:
     """The list would be silently complete, or the message not say which argument is wrong."""
-    with pytest.raises(RequestError, match=f"before: found {given!r}; allowed is a datetime, or text like"):
+    with pytest.raises(ValidationError, match=f"before: found {given!r}; allowed is a datetime, or text like"):
         fm.list(before=given)
 
 

@@ -1,6 +1,5 @@
 """The records that the public verbs return, with the names and fields of the original client."""
 
-import html
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, SupportsIndex, TypeVar
 
 from tundish.events import TERMINAL_TYPES
+from tundish.runs import tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,9 +17,8 @@ T = TypeVar("T")
 
 
 class RunStatus(Enum):
-    """Where a run is; comparable in the order given."""
+    """Where a run is; comparable, UNKNOWN before all others."""
 
-    UNKNOWN = "UNKNOWN"
     PENDING = "PENDING"
     QUEUED = "QUEUED"
     STARTING = "STARTING"
@@ -28,25 +27,31 @@ class RunStatus(Enum):
     COMPLETED = "COMPLETED"
     STOPPED = "STOPPED"
     FAILED = "FAILED"
+    UNKNOWN = "UNKNOWN"
+
+    order: ClassVar[list["RunStatus"]]
+    """All of them, from the latest to the earliest."""
 
     def __str__(self) -> str:
         return self.value
 
-    @property
-    def _rank(self) -> int:
-        return list(RunStatus).index(self)
+    def _comes_after(self, other: object) -> int:
+        """By how many places; a TypeError for what is no status."""
+        if not isinstance(other, RunStatus):
+            raise TypeError(f"found {other!r}; a status is compared with a RunStatus, such as RunStatus.COMPLETED.")
+        return RunStatus.order.index(other) - RunStatus.order.index(self)
 
     def __lt__(self, other: "RunStatus") -> bool:
-        return self._rank < other._rank
+        return self._comes_after(other) < 0
 
     def __le__(self, other: "RunStatus") -> bool:
-        return self._rank <= other._rank
+        return self._comes_after(other) <= 0
 
     def __gt__(self, other: "RunStatus") -> bool:
-        return self._rank > other._rank
+        return self._comes_after(other) > 0
 
     def __ge__(self, other: "RunStatus") -> bool:
-        return self._rank >= other._rank
+        return self._comes_after(other) >= 0
 
     def before(self, other: "RunStatus", inclusive: bool = False) -> bool:
         """Whether this status usually comes before `other`."""
@@ -73,6 +78,9 @@ class RunStatus(Enum):
         return cls.__members__.get(str(run_status).upper(), cls.UNKNOWN)
 
 
+RunStatus.order = [*reversed([status for status in RunStatus if status is not RunStatus.UNKNOWN]), RunStatus.UNKNOWN]
+
+
 class ObjectList(Generic[T]):
     """A list that shows itself as a table in a notebook."""
 
@@ -93,14 +101,26 @@ class ObjectList(Generic[T]):
     def __getitem__(self, index: SupportsIndex | slice) -> Any:
         return self.data[index]
 
+    def __setitem__(self, index: SupportsIndex, value: T) -> None:
+        self.data[index] = value
+
     def __len__(self) -> int:
         return len(self.data)
 
+    def insert(self, index: SupportsIndex, item: T) -> None:
+        """Put `item` before the one at `index`."""
+        self.data.insert(index, item)
+
+    def append(self, item: T) -> None:
+        """Put `item` at the end."""
+        self.data.append(item)
+
+    def extend(self, item: Iterable[T]) -> None:
+        """Put all of them at the end."""
+        self.data.extend(item)
+
     def _repr_html_(self) -> str:
-        titles = "".join(f"<th>{html.escape(title)}</th>" for title in self.display_columns.values())
-        rows = [[getattr(item, name) for name in self.display_columns] for item in self.data]
-        body = "".join("<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in rows)
-        return f'<table border="1" class="dataframe"><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>'
+        return tables.horizontal(self.data, self.display_columns)
 
     def to_pandas(self) -> "pd.DataFrame":
         """A DataFrame whose columns are the attribute names."""
@@ -108,10 +128,6 @@ class ObjectList(Generic[T]):
 
         columns = {name: [getattr(item, name) or "" for item in self.data] for name in self.display_columns}
         return pd.DataFrame(data=columns)
-
-
-def _cell(value: object) -> str:
-    return html.escape(str(value)) if value or value == 0 else "-"
 
 
 @dataclass
@@ -143,6 +159,9 @@ class TrainingModelConstants:
         "name": "Input Name",
         "max_context_length": "Maximum Context Length",
     }
+
+    def _repr_html_(self) -> str:
+        return tables.vertical({title: tables.text(getattr(self, name)) for name, title in self.COLUMNS.items()})
 
 
 @dataclass
@@ -204,7 +223,7 @@ class TrainingRun:
     @property
     def formatted_events(self) -> str:
         """The events as lines of HTML."""
-        return "<br>".join(f"<nobr>{html.escape(event.type)} {event.time}</nobr>" for event in self.events or ())
+        return "<br>".join(f"{tables.text(event.type)} {tables.text(event.time)}" for event in self.events or ())
 
     @property
     def experiment_path(self) -> str:
@@ -257,10 +276,10 @@ class TrainingRun:
 
     def _repr_html_(self) -> str:
         names = (
-            "name run_progress details model task_type learning_rate training_duration train_data_path eval_data_path"
+            "name status details formatted_events model task_type learning_rate training_duration train_data_path "
+            "eval_data_path register_to experiment_id eval_prompts custom_weights_path data_prep_cluster_id"
         )
-        names += " register_to experiment_path eval_prompts custom_weights_path"
-        rows = [(name.replace("_", " ").title(), _cell(getattr(self, name))) for name in names.split()]
-        rows.insert(3, ("Events", self.formatted_events))
-        body = "".join(f"<tr><th>{title}</th><td>{value}</td></tr>" for title, value in rows)
-        return f"<table border='1' class='dataframe'><tbody>{body}</tbody></table>"
+        shown = {name.replace("_", " ").title(): tables.text(getattr(self, name)) for name in names.split()}
+        events = {"Status": tables.text(self.run_progress), "Formatted Events": self.formatted_events or "-"}
+        shown |= events | {"MLflow Experiment": tables.text(self.experiment_path)}
+        return tables.vertical({title.removeprefix("Formatted "): value for title, value in shown.items()})

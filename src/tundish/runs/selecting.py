@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from tundish.checkpoints.places import Place
-from tundish.errors import RequestError, RunNotFoundError
+from tundish.errors import RequestError, RunNotFoundError, SpecError
 from tundish.paths import RunPaths, runs_dir
 from tundish.runs.reading import find_run, read_run
 from tundish.runs.records import ObjectList, RunStatus, TrainingRun
@@ -80,7 +80,7 @@ def parse_time(argument: str, given: str | datetime | None) -> datetime | None:
     """A time with zone; text without one is local time.
 
     Raises:
-        RequestError: the text is no date.
+        SpecError: the text is no date.
     """
     if given is None or isinstance(given, datetime):
         return given.astimezone() if given else None
@@ -93,7 +93,7 @@ def parse_time(argument: str, given: str | datetime | None) -> datetime | None:
         return datetime.fromisoformat(given).astimezone()
     except ValueError:
         text = f"{argument}: found {given!r}; allowed is a datetime, or text like '2026-11-21' or '11-21-2026 14:30'."
-        raise RequestError(text) from None
+        raise SpecError(text) from None
 
 
 def select(wanted: Filter, *, limit: int | None = None, include_details: bool = True) -> ObjectList[TrainingRun]:
