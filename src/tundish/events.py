@@ -6,14 +6,16 @@ One JSON object a line with `type`, `time` (ISO 8601, UTC), `message`, and facts
 import fcntl
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from tundish.paths import flush_folder
 
+PROGRESS = b'{"type": "TRAIN_UPDATED"'
 TERMINAL_TYPES = frozenset({"COMPLETED", "FAILED", "STOPPED", "CANCELED"})
 
 
@@ -50,22 +52,22 @@ def append(path: Path, type: str, message: str, **facts: Any) -> None:
 
 def read(path: Path) -> list[Event]:
     """All events in order, of TRAIN_UPDATED only the latest; a line that was cut off is left out."""
-    events = list(_lines(path))
-    latest = max((i for i, event in enumerate(events) if event.type == "TRAIN_UPDATED"), default=-1)
-    return [event for i, event in enumerate(events) if event.type != "TRAIN_UPDATED" or i == latest]
-
-
-def _lines(path: Path) -> Iterator[Event]:
     try:
-        content = path.read_bytes()
+        lines = path.read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
-        return
-    for line in content.split(b"\n")[:-1]:
-        try:
-            record = json.loads(line)
-            yield Event(record.pop("type"), datetime.fromisoformat(record.pop("time")), record.pop("message"), record)
-        except (ValueError, KeyError):
-            continue
+        return []
+    latest = max((i for i, line in enumerate(lines) if line.startswith(PROGRESS)), default=-1)
+    # The others are thousands in a long run, and not even looked at.
+    kept = (line for i, line in enumerate(lines) if i == latest or not line.startswith(PROGRESS))
+    return [event for line in kept if (event := _event(line)) is not None]
+
+
+def _event(line: bytes) -> Event | None:
+    try:
+        record = orjson.loads(line)
+        return Event(record.pop("type"), datetime.fromisoformat(record.pop("time")), record.pop("message"), record)
+    except (ValueError, KeyError, AttributeError):
+        return None
 
 
 def short_duration(seconds: float) -> str:

@@ -11,7 +11,9 @@ from tundish import events
 from tundish.paths import RUN_VARIABLE
 from tundish.train.saving import Saver
 
-PROGRESS_SECONDS = 2.0
+PROGRESS_SECONDS = 2.0, 60.0
+PROGRESS_SHARE = 1 / 300
+"""Of the time since training began: a run of days writes thousands of lines, not a hundred thousand."""
 
 
 class RunEvents(Callback):
@@ -45,12 +47,13 @@ class RunEvents(Callback):
         self._write("TRAIN_STARTED", f"Training started on {dist.get_world_size()} device(s).{where}")
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """At most one line in PROGRESS_SECONDS, and one for the last batch."""
+        """At most one line in PROGRESS_SECONDS, less often the longer it lasts, and one for the last batch."""
         done, total = _progress(state)
-        if time.monotonic() - self._last_word < PROGRESS_SECONDS and done < total:
+        least, most = PROGRESS_SECONDS
+        elapsed = time.monotonic() - self._started_s
+        if time.monotonic() - self._last_word < min(most, max(least, elapsed * PROGRESS_SHARE)) and done < total:
             return
         self._last_word = time.monotonic()
-        elapsed = time.monotonic() - self._started_s
         eta_s = elapsed / max(done - self._started_done, 1e-9) * max(0.0, total - done)
         loss = state.total_loss_dict.get("loss/train/total") if hasattr(state, "total_loss_dict") else None
         text = f"{_place(state)}[ETA={events.short_duration(eta_s)}]" + (
