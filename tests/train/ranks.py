@@ -2,20 +2,25 @@
 
 `python ranks.py` reads one run a line from its input, as JSON: `yaml`, `world`, `folder` (for logs and results) and
 `environment`. It answers with the ranks' process ids when they are started, and with their exit codes when they have
-ended. Rank 0 leaves `losses.json`, the loss of each batch,
-and `tables.json` in the folder. A rank whose environment has
-KILL_RANK = its number and KILL_AT = a batch kills itself there: KILL_WHEN says whether after the batch (`batch`) or in
-the middle of writing the first checkpoint from that batch on (`saving`). For a rank whose environment has FULL_RANK =
-its number and FULL_AT = a batch, the disk is full from that batch on.
+ended. Rank 0 leaves `losses.json`, the loss of each batch, and `tables.json` in the folder.
+
+Things that happen to the rank whose environment names it:
+- KILL_RANK, KILL_AT = a batch: it kills itself there; KILL_WHEN says whether after the batch (`batch`) or in the middle
+  of writing the first checkpoint from that batch on (`saving`).
+- ASK_RANK, ASK_AT = a batch: it is asked to end after it; ASK_BY is a signal's name, or `file` for the supervisor's way.
+- FULL_RANK, FULL_AT = a batch: the disk is full from that batch on.
 """
 
 import json
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 
 def _kill() -> None:
@@ -44,6 +49,26 @@ def _killer() -> Any:
             saving._write_item = write_item
 
     return Killer()
+
+
+def _asker() -> Any:
+    """The callback that ASK_RANK, ASK_AT and ASK_BY ask for."""
+    from composer import Callback, Logger, State
+
+    from tundish.paths import RUN_VARIABLE, RunPaths
+
+    class Asker(Callback):
+        def batch_start(self, state: State, logger: Logger) -> None:
+            if int(state.timestamp.batch) + 1 != int(os.environ["ASK_AT"]):
+                return
+            if os.environ["ASK_BY"] == "file":
+                request = RunPaths(Path(os.environ[RUN_VARIABLE]).parent).stop_request
+                request.parent.mkdir(exist_ok=True)
+                request.touch()
+            else:
+                os.kill(os.getpid(), getattr(signal, os.environ["ASK_BY"]))
+
+    return Asker()
 
 
 def _filler() -> Any:
@@ -89,6 +114,8 @@ def _rank(run: dict[str, Any], rank: int, port: int) -> None:
         trainer.logger.destinations = (*trainer.logger.destinations, memory)
         if os.environ.get("KILL_RANK") == str(rank):
             trainer.state.callbacks.append(_killer())
+        if os.environ.get("ASK_RANK") == str(rank):
+            trainer.state.callbacks.append(_asker())
         if os.environ.get("FULL_RANK") == str(rank):
             trainer.state.callbacks.append(_filler())
         build.memory = memory
@@ -119,6 +146,17 @@ def _fork(run: dict[str, Any], rank: int, port: int) -> int:
         os._exit(code)
 
 
+def _end(others: set[int]) -> None:
+    """As the launcher does: what waits for a rank that is gone is asked to end, then ended."""
+    for pid in others:
+        os.kill(pid, signal.SIGTERM)
+    end = time.monotonic() + 10
+    while time.monotonic() < end and any(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in others):
+        time.sleep(0.05)
+    for pid in others:
+        os.kill(pid, signal.SIGKILL)
+
+
 def main() -> None:
     """Serve runs until the input ends."""
     import tundish.train.__main__
@@ -134,9 +172,7 @@ def main() -> None:
             pid, status = os.wait()
             codes[pid] = os.waitstatus_to_exitcode(status)
             if codes[pid] and len(codes) < len(pids):
-                # As the launcher does: what waits for a rank that is gone is ended.
-                for other in set(pids) - set(codes):
-                    os.kill(other, signal.SIGKILL)
+                _end(set(pids) - set(codes))
         print(json.dumps([codes[pid] for pid in pids]), flush=True)
 
 

@@ -31,8 +31,8 @@ def node_script(compute: Compute, paths: RunPaths, *, rank: str, address: str, p
     nodes = f'--world_size {compute.devices} --node_rank "{rank}" --master_addr "{address}" --master_port "{port}"'
     return f"""\
 # Asked to end, the ranks save a checkpoint first; the launcher must not end before them.
-trap '' TERM USR1
-# A folder of the node's own: in a shared one, the nodes' ranks remove each other's signal files.
+trap "" TERM USR1
+# Not a shared folder: there, ranks of several nodes remove the signal files of each other.
 folder=$(mktemp -d) && cd "$folder" || exit 1
 {shlex.join(_launcher(compute, paths))} \\
   {nodes} \\

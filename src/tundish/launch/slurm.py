@@ -60,7 +60,9 @@ def job_script(compute: Compute, paths: RunPaths) -> str:
 # Run {paths.folder.name}, written by tundish {__version__}.
 {options}
 # What every node does to train.
-node={shlex.quote(node)}
+node=$(cat <<'END'
+{node}END
+)
 
 # On the first node: prepares the data, starts training on all nodes by the command after `--`, exports and registers.
 # It takes this shell's place, and so gets the signal by which Slurm tells that the job's time is nearly over.
@@ -117,7 +119,8 @@ def state(paths: RunPaths, record: Mapping[str, Any]) -> Life:
         return Life(alive=False, end=f"Slurm does not know its job {job} any more.")
     name, reason = known
     if name in GOING_ON:
-        return Life(alive=True, waiting=f"Slurm job {job} waits: {reason}." if name == "PENDING" else "")
+        why = f": {reason}" if reason not in ("", "None") else ""
+        return Life(alive=True, waiting=f"Slurm job {job} waits{why}." if name == "PENDING" else "")
     return Life(
         alive=False,
         end=f"Slurm ended its job {job}: {name}. {ADVICE.get(name, '')}".strip(),
