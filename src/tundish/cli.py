@@ -47,6 +47,14 @@ def build_parser() -> argparse.ArgumentParser:
     create.add_argument("--wait", action="store_true", help="show the run's progress until it has ended")
     render = _command(commands, "render", "print the LLM-Foundry YAML of a run without running anything", json=False)
     _add_create_options(render)
+    render.add_argument(
+        "--launch", action="store_true", help="print instead what starts it: sbatch script, or commands"
+    )
+    render.add_argument("--out", metavar="DIR", help="with --launch: make DIR, with data and a script for each host")
+    render.add_argument(
+        "--master-addr", metavar="HOST", default="127.0.0.1", help="with --launch: the first host's address"
+    )
+    render.add_argument("--master-port", metavar="PORT", type=int, default=29500, help="… a port of it that is free")
     validate = _command(commands, "validate", "check every row of the data as create does, and show a sample")
     _add_create_options(validate)
     validate.add_argument("--report", metavar="FILE", help="write the report with all line numbers as JSON")
@@ -110,9 +118,14 @@ def _add_create_options(command: argparse.ArgumentParser) -> None:
 
 
 def _add_compute_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--devices", type=int, metavar="N", help="GPUs, or ranks on a CPU (default: all GPUs, else 1)")
+    command.add_argument(
+        "--devices", type=int, metavar="N", help="GPUs of a node, or ranks on its CPU (default: all GPUs, else 1)"
+    )
     command.add_argument("--nodes", type=int, metavar="N", help="nodes (default 1)")
     command.add_argument("--device", choices=["gpu", "cpu"], help="default: gpu where there is one")
+    command.add_argument("--launcher", choices=["local", "slurm"], help="default: local, this machine")
+    command.add_argument("--time-limit", metavar="T", help="of a Slurm job: 12:00:00 or 2-00:00:00")
+    command.add_argument("--sbatch", action="append", metavar="OPTION=VALUE", help="option of sbatch (repeatable)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

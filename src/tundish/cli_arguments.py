@@ -3,7 +3,7 @@
 import argparse
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -28,7 +28,15 @@ def create_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
 def compute_arguments(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """The `compute` argument that the options mean; None where none was given."""
     compute = {"devices_per_node": arguments.devices, "nodes": arguments.nodes, "device": arguments.device}
+    compute |= {"launcher": arguments.launcher, "time_limit": arguments.time_limit}
+    compute["sbatch"] = {key: value for text in arguments.sbatch or () for key, value in _option(text)} or None
     return {name: value for name, value in compute.items() if value is not None} or None
+
+
+def _option(text: str) -> Iterator[tuple[str, str | bool]]:
+    """`partition=gpu`, or `exclusive` alone."""
+    key, sign, value = text.partition("=")
+    yield key, value if sign else True
 
 
 def read_experiment(file: Path) -> dict[str, Any]:

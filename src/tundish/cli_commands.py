@@ -41,7 +41,22 @@ def run(arguments: argparse.Namespace) -> int:
 
 def render(arguments: argparse.Namespace) -> int:
     """`tundish render`."""
+    if arguments.launch:
+        return _launch(arguments)
     print(creating.render_only(create_arguments(arguments)), end="")
+    return 0
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    """Print what starts the run, or make a folder of it."""
+    from tundish.runs import by_hand
+
+    given, where = create_arguments(arguments), (arguments.master_addr, arguments.master_port)
+    if arguments.out is None:
+        print("\n".join(by_hand.scripts(given, *where).values()), end="")
+        return 0
+    for host, script in enumerate(by_hand.write(given, *where, Path(arguments.out))):
+        print(f"On host {host}:  bash {script}")
     return 0
 
 

@@ -5,9 +5,9 @@
 ended. Rank 0 leaves `losses.json`, the loss of each batch, and `tables.json` in the folder.
 
 Things that happen to the rank whose environment names it:
-- KILL_RANK, KILL_AT = a batch: it kills itself there; KILL_WHEN says whether after the batch (`batch`) or in the middle
-  of writing the first checkpoint from that batch on (`saving`).
-- ASK_RANK, ASK_AT = a batch: it is asked to end after it; ASK_BY is a signal's name, or `file` for the supervisor's way.
+- KILL_RANK, KILL_AT = a batch: it kills itself there; KILL_WHEN says whether after the batch (`batch`) or while
+  it writes the first checkpoint from that batch on (`saving`).
+- ASK_RANK, ASK_AT = a batch: it is asked to end after it; ASK_BY is a signal's name, or `file`.
 - FULL_RANK, FULL_AT = a batch: the disk is full from that batch on.
 """
 

@@ -1,4 +1,4 @@
-"""train/stopping.py: ranks that are asked to end save a checkpoint first, and go on from it as if nothing had happened."""
+"""train/stopping.py: ranks that are asked to end save a checkpoint, and go on from it as if nothing had happened."""
 
 import re
 from collections.abc import Callable

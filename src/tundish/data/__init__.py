@@ -19,10 +19,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tundish.data.chunks import EMPTY
+from tundish.data.chunks import EMPTY, Chunk
 from tundish.data.encoding import EncodedChunk, Job
 from tundish.data.findings import Finding, Findings
-from tundish.data.records import Problem, Sample
+from tundish.data.records import Problem, Rules, Sample
 from tundish.data.share import Progress, Share, prepare_share
 from tundish.data.sources import Source
 from tundish.data.templates import TEMPLATE_DATE
@@ -203,19 +203,24 @@ def check_structure(source: Source) -> Outcome:
         DataError: compressed data is damaged.
     """
     share = Share()
-    for chunk in source.chunks():
-        found = EncodedChunk(chunk.size, chunk.units)
-        with no_collection():
-            for number, sample in chunk.samples(source.rules):
-                if isinstance(sample, Problem):
-                    found.problems.add(number, sample)
-                else:
-                    found.samples += sample != EMPTY
-        share.add(found)
+    with Workers() as workers:
+        for found in workers.map(_structure, ((chunk, source.rules) for chunk in source.chunks())):
+            share.add(found)
     if not share.samples and not share.problems:
         raise DataError(NO_SAMPLE.format(source.place.source))
     problems = share.problems.findings(source.place, share.units)
     return Outcome(prepared=None, total=share.units, samples=share.samples, problems=problems, warnings=[])
+
+
+def _structure(chunk: Chunk, rules: Rules) -> EncodedChunk:
+    found = EncodedChunk(chunk.size, chunk.units)
+    with no_collection():
+        for number, sample in chunk.samples(rules):
+            if isinstance(sample, Problem):
+                found.problems.add(number, sample)
+            else:
+                found.samples += sample != EMPTY
+    return found
 
 
 def _facts(source: Source, job: Job) -> dict[str, Any]:

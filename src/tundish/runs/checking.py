@@ -1,10 +1,13 @@
 """What a call names: what is wrong with the paths and rows of its data, and with the devices it asks for."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
+
+import yaml
 
 from tundish.compute import Compute, count_gpus
 from tundish.errors import DataError, InputError, SpecError
@@ -59,12 +62,17 @@ def job_of(spec: RunSpec) -> "Job":
 
 
 def check_data(
-    arguments: Mapping[str, Any], parsed: tuple[RunSpec, ModelCard] | None, *, rows: bool, progress: BarOf = no_bar
+    arguments: Mapping[str, Any],
+    parsed: tuple[RunSpec, ModelCard] | None,
+    *,
+    rows: bool,
+    most: float = math.inf,
+    progress: BarOf = no_bar,
 ) -> CheckedData:
-    """Open the sources that the arguments of `create()` name, and with `rows` prepare them.
+    """Open the sources that the arguments of `create()` name, and with `rows` look at every one.
 
-    Where other arguments are wrong (`parsed` is None), a source cannot be opened or the tokenizer not be loaded, only
-    the structure of the rows is checked.
+    They are prepared, too, unless one has more than `most` bytes: then, and where other arguments are wrong (`parsed`
+    is None), a source cannot be opened or the tokenizer not be loaded, only the structure of the rows is checked.
     """
     found = CheckedData()
     sources = dict[str, "Source"]()
@@ -74,14 +82,16 @@ def check_data(
                 sources[name] = source
     if not rows:
         return found
+    small = all((source.size or 0) <= most for source in sources.values())
     job = None
-    if parsed is not None and not found.problems:
+    if parsed is not None and not found.problems and (small or parsed[0].eval_prompts):
         with collected(found, "model"):
             job = job_of(parsed[0])
             found.problems.extend(_prompt_problems(parsed[0], job.encoder.tokenizer))
     for name, source in sources.items():
         with collected(found, name):
-            found.reports.append(_report(name, source, None if found.problems else job, parsed, progress))
+            wanted = job if small and not found.problems else None
+            found.reports.append(_report(name, source, wanted, parsed, progress))
     return found
 
 
@@ -156,3 +166,16 @@ def machine_problems(compute: Compute) -> list[str]:
         text = f"found {compute.devices_per_node} GPU(s) asked for; this machine has {count_gpus()} to give."
         problems.append(f"compute: {text} Ask for fewer, or for device 'cpu'.")
     return problems
+
+
+def same_batches(spec: RunSpec, foundry_yaml: Path) -> RunSpec:
+    """The spec with the batches of a run that has begun: on other devices, it goes on with the same ones.
+
+    Raises:
+        SpecError: the devices cannot share them.
+    """
+    batch = yaml.safe_load(foundry_yaml.read_text())["global_train_batch_size"]
+    if batch % spec.compute.devices:
+        text = f"found {spec.compute.devices} devices; the run's batches of {batch} rows must be shared equally"
+        raise SpecError(f"compute: {text}. Use a number of devices that divides {batch}.")
+    return replace(spec, overrides={**spec.overrides, "global_train_batch_size": batch})

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import psutil
-import yaml
 
 from tundish import events, launch
 from tundish.compute import Compute
@@ -16,7 +15,7 @@ from tundish.errors import RequestError, RunNotFoundError, SpecError
 from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
 from tundish.processes import locked, processes_with, start
 from tundish.runs import running, selecting, supervisor
-from tundish.runs.checking import machine_problems
+from tundish.runs.checking import machine_problems, same_batches
 from tundish.runs.reading import find_run, read_run
 from tundish.runs.records import RunStatus, TrainingRun
 from tundish.runs.tracking import Tracking, reopen_tracking
@@ -102,15 +101,12 @@ def _with_compute(spec: RunSpec, given: object, paths: RunPaths) -> RunSpec:
         raise SpecError(f"compute: {error}") from None
     if problems := machine_problems(compute):
         raise SpecError(problems)
+    spec = replace(spec, compute=compute)
     if paths.foundry_yaml.exists():
-        batch = yaml.safe_load(paths.foundry_yaml.read_text())["global_train_batch_size"]
-        if batch % compute.devices:
-            text = f"found {compute.devices} devices; the run's batches of {batch} rows must be shared equally"
-            raise SpecError(f"compute: {text}. Use a number of devices that divides {batch}.")
+        spec = same_batches(spec, paths.foundry_yaml)
         # Prepared data is found again; the file is rendered for the new devices.
         paths.result("prepare").unlink(missing_ok=True)
-        spec = replace(spec, overrides={**spec.overrides, "global_train_batch_size": batch})
-    return replace(spec, compute=compute)
+    return spec
 
 
 def cancel_message(canceled: Sequence[str], asked: int) -> str:

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from tundish.data.estimate import Estimate
     from tundish.data.report import Validation
 
+PREPARED_BYTES = 8 << 20
+"""Data up to this size is prepared, and so checked to the last token, before a run is accepted; of larger data the
+structure of every row is checked, and the run tells what only its tokens show."""
+
 
 def create(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> TrainingRun:
     """Accept a run.
@@ -123,7 +127,8 @@ def check(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> RunSpec:
         problems.extend(machine_problems(parsed[0].compute))
     problems.extend(_weights_problems(arguments.get("custom_weights_path")))
     rows = arguments.get("validate_inputs") is not False
-    data = check_data(arguments, parsed if not problems else None, rows=rows, progress=progress)
+    # Its caller waits: large data is tokenized by the run.
+    data = check_data(arguments, parsed if not problems else None, rows=rows, most=PREPARED_BYTES, progress=progress)
     problems.extend(data.problems)
     if parsed is not None and not problems:
         problems.extend(_memory_problems(*parsed))
@@ -246,14 +251,27 @@ def render_only(arguments: Mapping[str, Any]) -> str:
     Raises:
         SpecError: an argument is wrong.
     """
+    spec, card = parsed_spec(arguments)
+    return render(spec, card, RunPaths.of(spec.run_name), destination_of(spec), rows=None)
+
+
+def parsed_spec(arguments: Mapping[str, Any]) -> tuple[RunSpec, ModelCard]:
+    """Spec and model card of a run, as far as they can be checked without data and devices.
+
+    Raises:
+        SpecError: an argument is wrong.
+    """
     parsed, problems = _parse(arguments)
     if problems or parsed is None:
         raise SpecError(problems)
-    spec, card = parsed
-    destination = Destination(
+    return parsed
+
+
+def destination_of(spec: RunSpec) -> Destination:
+    """Where a run's checkpoints and metrics would go."""
+    return Destination(
         save_folder=planned_save_folder(spec.run_name, spec.experiment_path, save_root(spec.overrides)),
         tracking_uri=tracking_uri(),
         experiment_name=spec.experiment_path,
         load_path=None if spec.custom_weights_path is None else checkpoint_address(spec.custom_weights_path),
     )
-    return render(spec, card, RunPaths.of(spec.run_name), destination, rows=None)

@@ -1,0 +1,107 @@
+"""Training that people start themselves: what is to be typed, or submitted, on which machine.
+
+For hosts without Slurm. `write` makes a folder, on a disk that all hosts share, with prepared data, `foundry.yaml`, and
+a script for each host; checkpoints go there too. Scripts that are started once more go on; made once more, for more
+hosts or fewer, too.
+"""
+
+import os
+import shlex
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tundish.data import prepare
+from tundish.data.sources import open_source
+from tundish.errors import SpecError
+from tundish.foundry import Destination, render, steps_problem
+from tundish.launch import slurm
+from tundish.launch.command import node_script, train_environment
+from tundish.models import ModelCard
+from tundish.paths import RunPaths, write_atomic
+from tundish.runs.addresses import checkpoint_address
+from tundish.runs.checking import job_of, same_batches
+from tundish.runs.creating import destination_of, parsed_spec
+from tundish.spec import RunSpec
+
+
+def scripts(arguments: Mapping[str, Any], address: str, port: int) -> dict[str, str]:
+    """What starts the run that the arguments of `create()` describe, by file name; nothing is read or made.
+
+    Args:
+        arguments: of `create()`.
+        address: of the first host, for the others.
+        port: of the first host, free.
+
+    Raises:
+        SpecError: an argument is wrong.
+    """
+    spec, _ = parsed_spec(arguments)
+    return _scripts(spec, RunPaths.of(spec.run_name), address, port)
+
+
+def write(arguments: Mapping[str, Any], address: str, port: int, out: Path) -> list[Path]:
+    """Make the folder for a run that is started by hand; the scripts in it.
+
+    Raises:
+        SpecError, DataError: an argument or the data is wrong.
+    """
+    spec, card = parsed_spec(arguments)
+    if spec.compute.launcher == "slurm":
+        raise SpecError("compute: found launcher 'slurm'; `tundish create` submits such a run. Leave out --out.")
+    paths = RunPaths(out.absolute())
+    if paths.foundry_yaml.exists():
+        spec = same_batches(spec, paths.foundry_yaml)
+    for folder in (paths.logs, paths.work, paths.result("train").parent, paths.data("train").parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    rows = _prepare(spec, card, paths)
+    destination = replace(destination_of(spec), save_folder=str(paths.folder / "checkpoints"))
+    write_atomic(paths.foundry_yaml, render(spec, card, paths, _with_weights(spec, destination), rows))
+    for old in paths.folder.glob("node*.sh"):
+        old.unlink()
+    texts = _scripts(spec, paths, address, port)
+    for name, text in texts.items():
+        write_atomic(paths.folder / name, text)
+    return [paths.folder / name for name in texts]
+
+
+def _scripts(spec: RunSpec, paths: RunPaths, address: str, port: int) -> dict[str, str]:
+    compute = spec.compute
+    if compute.launcher == "slurm":
+        return {paths.job.name: slurm.job_script(compute, paths)}
+    environment = train_environment(compute, paths, os.cpu_count() or 1)
+    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
+    return {
+        f"node{node}.sh": f"#!/bin/bash\n# Host {node} of {compute.nodes}, counted from 0.\n{exports}"
+        + node_script(compute, paths, rank=str(node), address=address, port=str(port))
+        for node in range(compute.nodes)
+    }
+
+
+def _prepare(spec: RunSpec, card: ModelCard, paths: RunPaths) -> int:
+    """Copy the prepared data into the folder; the rows of the training data."""
+    rows = 0
+    for split, given in (("train", spec.train_data_path), ("eval", spec.eval_data_path)):
+        if given is None:
+            continue
+        source = open_source(given, spec.task_type, system_message=card.system_message)
+        prepared = prepare(source, job_of(spec), spec.data_prep_cluster_id)
+        shutil.rmtree(paths.data(split), ignore_errors=True)
+        shutil.copytree(prepared.folder, paths.data(split))
+        if split == "train":
+            rows = prepared.rows
+            if problem := steps_problem(spec, rows, prepared.tokens):
+                raise SpecError(problem)
+    return rows
+
+
+def _with_weights(spec: RunSpec, destination: Destination) -> Destination:
+    from tundish.weights import check_weights, fetch_weights
+
+    if spec.custom_weights_path is None:
+        return destination
+    weights = fetch_weights(checkpoint_address(spec.custom_weights_path))
+    check_weights(weights, spec.model)
+    return replace(destination, load_path=str(weights))
