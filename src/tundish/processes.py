@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def start(
     log.parent.mkdir(parents=True, exist_ok=True)
     parent = os.getpid()
     with open(log, "ab") as output:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -93,6 +94,10 @@ def start(
             start_new_session=detached,
             preexec_fn=None if detached else lambda: _prepare(parent, deaf),
         )
+    if detached:
+        # Reaped when it ends, should its starter still live by then.
+        threading.Thread(target=process.wait, daemon=True).start()
+    return process
 
 
 def _prepare(parent: int, deaf: bool) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import sys
-import threading
 from dataclasses import asdict
 from typing import Any
 
@@ -24,8 +23,6 @@ def submit(paths: RunPaths, compute: Compute) -> None:
     command = [sys.executable, "-m", "tundish.runs.supervisor", str(paths.folder)]
     process = start(command, paths.log("supervisor"), {}, paths.folder, detached=True)
     note(paths, compute, ProcessId.of(process.pid))
-    # Reaped when it ends, should the caller still live by then.
-    threading.Thread(target=process.wait, daemon=True).start()
 
 
 def note(paths: RunPaths, compute: Compute, owner: ProcessId) -> None:

@@ -11,8 +11,10 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from tundish import __version__
 from tundish.data import prepare
 from tundish.data.sources import open_source
 from tundish.errors import SpecError
@@ -24,6 +26,7 @@ from tundish.paths import RunPaths, write_atomic
 from tundish.runs.addresses import checkpoint_address
 from tundish.runs.checking import job_of, same_batches
 from tundish.runs.creating import destination_of, parsed_spec
+from tundish.runs.tracking import Tracking, open_tracking
 from tundish.spec import RunSpec
 
 
@@ -57,24 +60,37 @@ def write(arguments: Mapping[str, Any], address: str, port: int, out: Path) -> l
     for folder in (paths.logs, paths.work, paths.result("train").parent, paths.data("train").parent):
         folder.mkdir(parents=True, exist_ok=True)
     rows = _prepare(spec, card, paths)
-    destination = replace(destination_of(spec), save_folder=str(paths.folder / "checkpoints"))
+    tracking = _tracking(spec, paths)
+    destination = replace(destination_of(spec), save_folder=tracking.save_folder)
     write_atomic(paths.foundry_yaml, render(spec, card, paths, _with_weights(spec, destination), rows))
     for old in paths.folder.glob("node*.sh"):
         old.unlink()
-    texts = _scripts(spec, paths, address, port)
+    texts = _scripts(spec, paths, address, port, tracking.environment)
     for name, text in texts.items():
         write_atomic(paths.folder / name, text)
     return [paths.folder / name for name in texts]
 
 
-def _scripts(spec: RunSpec, paths: RunPaths, address: str, port: int) -> dict[str, str]:
+def _tracking(spec: RunSpec, paths: RunPaths) -> Tracking:
+    """The MLflow run of the folder; made once, whoever of the hosts is started how often."""
+    if not paths.result("tracking").exists():
+        tags = {"tundish.version": __version__, "tundish.run": spec.run_name}
+        made = open_tracking(spec.run_name, spec.experiment_path, tags)
+        replace(made, save_folder=str(paths.folder / "checkpoints")).write(paths)
+    return Tracking.read(paths)
+
+
+def _scripts(
+    spec: RunSpec, paths: RunPaths, address: str, port: int, more: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, str]:
     compute = spec.compute
     if compute.launcher == "slurm":
         return {paths.job.name: slurm.job_script(compute, paths)}
-    environment = train_environment(compute, paths, os.cpu_count() or 1)
+    environment = train_environment(compute, paths, os.cpu_count() or 1) | dict(more)
+    logs = shlex.quote(f"What this host says goes to {paths.logs}, what happens to {paths.events}.")
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
     return {
-        f"node{node}.sh": f"#!/bin/bash\n# Host {node} of {compute.nodes}, counted from 0.\n{exports}"
+        f"node{node}.sh": f"#!/bin/bash\n# Host {node} of {compute.nodes}, counted from 0.\n{exports}echo {logs}\n"
         + node_script(compute, paths, rank=str(node), address=address, port=str(port))
         for node in range(compute.nodes)
     }

@@ -1,0 +1,213 @@
+"""launch/slurm.py: a run as a job: what is submitted, what its state means, how it ends.
+
+Here with Slurm's commands replaced at the edge; `make test-slurm` is the same with a real Slurm.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.launch.fake_slurm import install
+
+from tundish import events, launch
+from tundish import foundation_model as fm
+from tundish.compute import Compute
+from tundish.errors import SpecError
+from tundish.launch import slurm
+from tundish.launch.slurm import job_script
+from tundish.paths import RunPaths
+from tundish.runs.reading import wait
+
+MakeRun = Callable[..., RunPaths]
+RECORDED = Path(__file__).parents[1] / "recorded" / "job.sbatch"
+GPUS = Compute(device="gpu", nodes=2, devices_per_node=4, launcher="slurm", time_limit="12:00:00",
+               sbatch={"partition": "gpu", "account": "lab"})  # fmt: skip
+ONE = Compute(device="cpu", devices_per_node=1, launcher="slurm")
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Slurm's commands on PATH; gives the folder that tells them what to say."""
+    install(tmp_path / "slurm bin")
+    (tmp_path / "slurm").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'slurm bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_SLURM", str(tmp_path / "slurm"))
+    monkeypatch.setattr(slurm, "PASSED_ON", __import__("re").compile(slurm.PASSED_ON.pattern + "|FAKE_SLURM"))
+    monkeypatch.setattr(slurm, "FRESH_SECONDS", 1e-9)
+    yield tmp_path / "slurm"
+
+
+@pytest.fixture
+def submitted(make_run: MakeRun, cluster: Path) -> Callable[..., RunPaths]:
+    """Submits a run: `submitted(name, *events)`."""
+
+    def submit(name: str, *happened: tuple[str, str]) -> RunPaths:
+        paths = make_run(name, *(happened or (("CREATED", "waits"),)), compute={"launcher": "slurm", "device": "cpu",
+                                                                                "devices_per_node": 1})  # fmt: skip
+        paths.logs.mkdir()
+        launch.submit(paths, ONE)
+        return paths
+
+    return submit
+
+
+def test_the_script_is_as_recorded() -> None:
+    """Each option is there for a reason, and a change of the script is a decision."""
+    text = job_script(GPUS, RunPaths(Path("/shared/runs/recorded"))).replace(sys.executable, "python")
+    if os.environ.get("TUNDISH_RECORD"):
+        RECORDED.write_text(text)
+    assert text == RECORDED.read_text()
+
+
+@pytest.mark.parametrize("folder", ["/shared/runs/a", '/shared/it\'s "here" 100%/a'])
+def test_the_script_is_one_that_bash_understands(folder: str) -> None:
+    """A folder's name would end a string, or a command begin in it."""
+    text = job_script(GPUS, RunPaths(Path(folder)))
+    assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
+
+
+def test_a_job_takes_whole_nodes_unless_told() -> None:
+    """Slurm gives a task one core: eight ranks of a node would share it."""
+    options = [line for line in job_script(GPUS, RunPaths(Path("/r/a"))).splitlines() if line.startswith("#SBATCH")]
+    assert "#SBATCH --exclusive" in options and "#SBATCH --mem=0" in options
+    shared = Compute(device="cpu", devices_per_node=1, launcher="slurm", sbatch={"cpus-per-task": "8"})
+    text = job_script(shared, RunPaths(Path("/r/a")))
+    assert "--exclusive" not in text and "#SBATCH --cpus-per-task=8" in text and "gpus-per-node" not in text
+
+
+def test_a_job_goes_through_the_stages_that_are_left(submitted: Callable[..., RunPaths], make_run: MakeRun) -> None:
+    """Nothing would run, or outside of the job; here all stages were done before."""
+    paths = submitted("ift-0")
+    wait("ift-0", 60)
+    again = make_run("ift-1", ("CREATED", "waits"), compute={"launcher": "slurm", "device": "cpu",
+                                                             "devices_per_node": 1})  # fmt: skip
+    again.logs.mkdir()
+    for stage in ("prepare", "train", "export", "register"):
+        again.result(stage).write_text('{"name": "main.lab.x", "version": "7"}')
+    launch.submit(again, ONE)
+    run = wait("ift-1", 60)
+    assert (run.status.display_name, run.details) == (
+        "Completed",
+        "Run completed. Registered as version 7 of main.lab.x.",
+    )
+    assert json.loads(again.supervisor.read_text()) == {"launcher": "slurm", "job": "2"}
+    assert json.loads(paths.supervisor.read_text())["job"] == "1"
+
+
+def test_secrets_reach_the_job_and_no_file(
+    submitted: Callable[..., RunPaths], cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token in a script is a token in every backup of the cluster's disk; without it, gated models cannot be read."""
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    monkeypatch.setenv("SOMEBODY_ELSES_TOKEN", "not for the job")
+    paths = submitted("ift-1")
+    given = json.loads((cluster / "1.environment").read_text())
+    assert given["HF_TOKEN"] == "hf_verysecret" and "SOMEBODY_ELSES_TOKEN" not in given
+    wait("ift-1", 60)
+    texts = [file.read_bytes() for file in paths.folder.rglob("*") if file.is_file()]
+    assert len(texts) > 4 and not any(b"hf_verysecret" in text for text in texts)
+
+
+def test_what_sbatch_refuses_is_told(submitted: Callable[..., RunPaths], cluster: Path) -> None:
+    """A traceback of subprocess, or a run that waits for a job that does not exist."""
+    (cluster / "refuse").write_text("sbatch: error: invalid partition specified: gpux")
+    with pytest.raises(
+        SpecError, match=r"^compute: sbatch refuses: sbatch: error: invalid partition.* Correct compute"
+    ):
+        submitted("ift-1")
+
+
+def test_a_job_that_waits_is_queued_and_can_be_canceled(submitted: Callable[..., RunPaths], cluster: Path) -> None:
+    """The user would not know what the run waits for, or it would start after it was canceled."""
+    (cluster / "pending").touch()
+    submitted("ift-1")
+    run = fm.get("ift-1")
+    assert (run.status.display_name, run.details) == ("Queued", "Slurm job 1 waits: Resources.")
+    assert fm.cancel("ift-1") == 1
+    assert fm.get("ift-1").status.display_name == "Stopped"
+    assert (cluster / "states" / "1").read_text().startswith("CANCELLED")
+
+
+def test_a_job_that_runs_is_canceled_with_its_stage(submitted: Callable[..., RunPaths]) -> None:
+    """The job would hold its nodes for days."""
+    paths = submitted("ift-1")
+    end = time.monotonic() + 60
+    while events.read(paths.events)[-1].type != "STARTED" and time.monotonic() < end:
+        time.sleep(0.05)
+    begun = time.monotonic()
+    assert fm.cancel("ift-1") == 1
+    assert time.monotonic() - begun < 10
+    assert fm.get_events("ift-1")[-1].type == "CANCELED"
+    assert not launch.state(paths).alive  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "words"),
+    [
+        ("RUNNING|None", "Running", "go"),
+        ("COMPLETING|None", "Running", "go"),
+        ("SUSPENDED|None", "Running", "go"),
+        ("PENDING|Priority", "Queued", "Slurm job 1 waits: Priority."),
+        ("CANCELLED|None", "Stopped", "Slurm ended its job 1: CANCELLED"),
+        ("TIMEOUT|TimeLimit", "Failed", "Raise compute's time_limit"),
+        ("OUT_OF_MEMORY|None", "Failed", "ask for more with sbatch's mem"),
+        ("NODE_FAIL|None", "Failed", "A node was lost. `tundish resume` goes on with the run."),
+        ("BOOT_FAIL|None", "Failed", "BOOT_FAIL"),
+        ("COMPLETED|None", "Failed", "Slurm ended its job 1: COMPLETED"),
+    ],
+)
+def test_the_status_is_what_slurm_says(
+    submitted: Callable[..., RunPaths], cluster: Path, state: str, status: str, words: str
+) -> None:
+    """A run that a cluster has ended would be RUNNING for ever; one that waits, FAILED."""
+    (cluster / "pending").touch()
+    submitted("ift-1", ("TRAIN_STARTED", "go"))
+    (cluster / "states").mkdir()
+    (cluster / "states" / "1").write_text(state)
+    run = fm.get("ift-1")
+    assert run.status.display_name == status and words in (run.details or "")
+
+
+def test_a_controller_that_is_away_fails_no_run(submitted: Callable[..., RunPaths], cluster: Path) -> None:
+    """Whoever looks in that minute would resume runs that go on."""
+    (cluster / "pending").touch()
+    submitted("ift-1", ("TRAIN_STARTED", "go"))
+    (cluster / "down").touch()
+    run = fm.get("ift-1")
+    assert run.status.display_name == "Running" and "Unable to contact slurm controller" in (run.details or "")
+
+
+def test_a_job_that_nobody_remembers_has_failed(submitted: Callable[..., RunPaths], cluster: Path) -> None:
+    """Slurm without accounting forgets a job after minutes; the run would be RUNNING for ever."""
+    (cluster / "pending").touch()
+    submitted("ift-1", ("TRAIN_STARTED", "go"))
+    (cluster / "gone").touch()
+    run = fm.get("ift-1")
+    assert run.status.display_name == "Failed" and "does not know its job 1 any more" in (run.details or "")
+
+
+def test_one_question_serves_all_runs(
+    submitted: Callable[..., RunPaths], cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list of a hundred runs would ask a cluster's controller a hundred times, and be throttled by it."""
+    (cluster / "pending").touch()
+    for number in range(5):
+        submitted(f"ift-{number}")
+    monkeypatch.setattr(slurm, "FRESH_SECONDS", 3600)
+    slurm._squeue.cache_clear()
+    (cluster / "questions").unlink(missing_ok=True)
+    assert len(fm.list(statuses=["QUEUED"])) == 5
+    assert len((cluster / "questions").read_text().splitlines()) <= 2
+
+
+def test_without_slurm_a_run_for_it_is_refused(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A FileNotFoundError, after the data was prepared."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SpecError, match="launcher 'slurm': found no sbatch on this machine's PATH"):
+        fm.create(**arguments, compute={"launcher": "slurm", "devices_per_node": 1, "device": "cpu"})
