@@ -1,0 +1,40 @@
+"""When each node of a run was heard from last, and what is said of those that were lost; pure."""
+
+import logging
+
+log = logging.getLogger(__name__)
+
+
+class Heard:
+    """When each node was heard from last.
+
+    Args:
+        hosts: by node; empty where not known yet.
+    """
+
+    def __init__(self, hosts: dict[int, str]) -> None:
+        self.hosts = hosts
+        self._beats: dict[int, str] = {}
+        self._times: dict[int, float] = {}
+        self._lost: set[int] = set()
+
+    def update(self, beats: dict[int, str], now: float, patience: float) -> dict[int, float]:
+        """Take in what was heard; the seconds for which each lost node has been silent."""
+        for node in self.hosts:
+            if node not in self._times or (node in beats and beats[node] != self._beats.get(node)):
+                self._times[node] = now
+                self._beats[node] = beats.get(node, "")
+                self.hosts[node] = self._beats[node].partition(" ")[0] or self.hosts[node]
+        ended = {node for node, beat in self._beats.items() if beat.endswith(" done")}
+        silent = {node: now - at for node, at in self._times.items() if node not in ended and now - at > patience}
+        for node in sorted(set(silent) - self._lost):
+            log.error("%s", self.text({node: silent[node]}))
+        for node in sorted(self._lost - set(silent)):
+            log.error("node %s (%s) is heard from again.", node, self.hosts[node])
+        self._lost = set(silent)
+        return silent
+
+    def text(self, silent: dict[int, float]) -> str:
+        """The nodes by number and host, and for how long they have been silent."""
+        said = (f"node {node} ({self.hosts[node]}) has not been heard from for {s:.0f} s" for node, s in silent.items())
+        return ", ".join(said) + "."
