@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 
 from tundish import events
 from tundish.runs.reading import find_run, read_events, read_run
-from tundish.runs.records import TrainingRun
+from tundish.runs.records import RunStatus, TrainingRun
 
 POLL_SECONDS = 0.5
 PLAIN_SECONDS = 15.0
@@ -105,7 +106,7 @@ def _watch_notebook(name: str) -> TrainingRun:
 
 
 def _watch_plain(name: str) -> TrainingRun:
-    shown, last_progress = 0, 0.0
+    shown, last_progress, waiting = 0, 0.0, ""
     while True:
         run = read_run(name)
         found = events.read(find_run(name).events)
@@ -116,9 +117,21 @@ def _watch_plain(name: str) -> TrainingRun:
         if found and found[-1].type == "TRAIN_UPDATED" and time.monotonic() - last_progress > PLAIN_SECONDS:
             last_progress = time.monotonic()
             print(_line(found[-1]), flush=True)
+        said = _unsaid(run, found)
+        if said and said != waiting:
+            print(said, flush=True)
+        waiting = said
         if run.status.is_terminal():
             return run
         time.sleep(POLL_SECONDS)
+
+
+def _unsaid(run: TrainingRun, found: list[events.Event]) -> str:
+    """What no event tells: what the run waits for, or that its supervisor has died."""
+    ended = run.status.is_terminal() and not (found and found[-1].type in events.TERMINAL_TYPES)
+    if not ended and run.status is not RunStatus.QUEUED:
+        return ""
+    return f"{datetime.now():%H:%M:%S}  {run.status!s:<17}  {run.details}"
 
 
 def _watch_live(name: str) -> TrainingRun:
@@ -142,20 +155,24 @@ def _watch_live(name: str) -> TrainingRun:
             for event in lasting[shown:]:
                 console.print(_line(event), style=STYLES.get(event.type, ""), markup=False, soft_wrap=True)
             shown = len(lasting)
-            _update(bar, found)
+            said = _unsaid(run, found)
+            _update(bar, found, str(run.details) if said else "")
             if run.status.is_terminal():
+                if said:
+                    console.print(said, style=STYLES.get(str(run.status), ""), markup=False, soft_wrap=True)
                 return run
             time.sleep(POLL_SECONDS)
 
 
-def _update(bar: Progress, found: list[events.Event]) -> None:
+def _update(bar: Progress, found: list[events.Event], waiting: str) -> None:
     latest = next((event for event in reversed(found) if event.type == "TRAIN_UPDATED"), None)
     doing = DOING.get(found[-1].type, "working") if found else "starting"
     share = latest.facts.get("share") if latest and doing == "training" else None
     (task,) = bar.tasks
     # Without a total the bar pulses; `update` takes None for "as before".
     task.total = None if share is None else 1.0
-    bar.update(task.id, description=doing, completed=share or 0, facts=latest.message if latest and share else "")
+    facts = waiting or (latest.message if latest and share else "")
+    bar.update(task.id, description="waiting" if waiting else doing, completed=share or 0, facts=facts)
 
 
 def _line(event: events.Event) -> str:

@@ -255,3 +255,27 @@ def test_a_run_does_not_go_on_from_another_of_its_name(arguments: dict[str, Any]
     given = arguments | {"run_name": "sft", "overrides": {"save_folder": str(tmp_path / "shared")}}
     error = _refused(given, home)
     assert f"{folder}: another run of the name 'sft' has saved there" in error.message
+
+
+def test_a_password_in_an_address_is_refused(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be in the run's YAML, in its logs and in every copy of them."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://lab:geheim@db:5432/mlflow")
+    with pytest.raises(SpecError, match=r"MLFLOW_TRACKING_URI: holds a password.* PGPASSWORD") as error:
+        fm.create(**arguments)
+    assert "geheim" not in str(error.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://lab@server:5000")
+    with pytest.raises(pytest.fail.Exception, match="a run was accepted"):
+        fm.create(**arguments)
+
+
+def test_large_data_is_looked_at_without_a_tokenizer(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, write_lines: Callable[..., Path]
+) -> None:
+    """The caller would wait for minutes; or a wrong row only be told after a device was taken."""
+    monkeypatch.setattr("tundish.runs.creating.PREPARED_BYTES", 50)
+    monkeypatch.setattr("tundish.runs.checking.job_of", lambda spec: pytest.fail("a tokenizer was loaded"))
+    with pytest.raises(pytest.fail.Exception, match="a run was accepted"):
+        fm.create(**arguments)
+    write_lines(Path(arguments["train_data_path"]), [{"messages": [{"role": "user", "content": "2 + 2?"}]}] * 3)
+    with pytest.raises(DataError, match="3 of 3 lines are like this"):
+        fm.create(**arguments)

@@ -31,6 +31,7 @@ from tundish.runs.tracking import (
     open_tracking,
     planned_save_folder,
     tracking_uri,
+    uri_problems,
 )
 from tundish.spec import RunSpec, parse_spec
 from tundish.weights import find_weights
@@ -125,6 +126,7 @@ def check(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> RunSpec:
     parsed, problems = _parse(arguments)
     if parsed is not None:
         problems.extend(machine_problems(parsed[0].compute))
+    problems.extend(uri_problems())
     problems.extend(_weights_problems(arguments.get("custom_weights_path")))
     rows = arguments.get("validate_inputs") is not False
     # Its caller waits: large data is tokenized by the run.

@@ -62,6 +62,17 @@ def registry_uri() -> str | None:
     return f"databricks-uc{separator}{profile}" if scheme == "databricks" else None
 
 
+def uri_problems() -> list[str]:
+    """Passwords that would be written into a run's files and logs."""
+    return [
+        f"{name}: holds a password, which would be written into the run's files. Take it out, and set "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, PGPASSWORD or ~/.pgpass for PostgreSQL, "
+        "an option file for MySQL."
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+        if re.match(r"[\w+.-]+://[^/@]*:[^/]*@", os.environ.get(name, ""))
+    ]
+
+
 def _made(uri: str) -> str:
     """The same URI; the folder of the default store is made for it."""
     if uri == default_tracking_uri():
