@@ -29,10 +29,15 @@ def test_every_command_parses() -> None:
     """A command or an option that was renamed."""
     from tundish.cli import build_parser
 
-    commands = [line for block in _fenced() for line in block.splitlines() if line.startswith("tundish ")]
+    commands = [line for block in _fenced() for line in _joined(block) if line.startswith("tundish ")]
     assert len(commands) >= 9
     for command in commands:
         build_parser().parse_args(shlex.split(command)[1:])
+
+
+def _joined(block: str) -> list[str]:
+    """Lines, those that a backslash continues made one."""
+    return re.sub(r"\\\n\s*", "", block).splitlines()
 
 
 def test_every_make_target_is_there() -> None:
@@ -55,14 +60,21 @@ def test_the_example_uses_arguments_that_exist() -> None:
     import inspect
 
     from tundish import foundation_model as fm
+    from tundish.compute import Compute
 
-    (example,) = [block for block in _fenced() if "fm.create(" in block]
-    (call,) = [
+    calls = [
         node
+        for example in _fenced()
+        if "fm.create(" in example
         for node in ast.walk(ast.parse(example))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "fm.create"
     ]
-    assert {keyword.arg for keyword in call.keywords} <= set(inspect.signature(fm.create).parameters)
+    assert len(calls) >= 2
+    for call in calls:
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        assert set(given) <= set(inspect.signature(fm.create).parameters)
+        if "compute" in given:
+            Compute.parse(ast.literal_eval(given["compute"]))
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.stem)
