@@ -23,14 +23,18 @@ from tundish.runs.running import is_done
 from tundish.runs.tracking import Tracking
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
-RANKS = (1, 2, 1, 2, 1)
+RANKS = (1, 2, 1, 2)
 """Of each run that is killed."""
 SEED = 20
 
 
 @pytest.fixture
-def arguments(tiny_weights: Path, tmp_path: Path, write_lines: WriteLines) -> dict[str, Any]:
+def arguments(
+    tiny_weights: Path, tmp_path: Path, write_lines: WriteLines, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
     """Of a run whose stages all take a while; what its data is shows in the run alone."""
+    # Threads that wait must not keep a small machine's processors from the threads that they wait for.
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     pairs = [{"prompt": f"{n}: ", "response": "fox " * 20} for n in range(20_000)]
     return {
         "model": str(tiny_weights), "train_data_path": str(write_lines(tmp_path / "train.jsonl", pairs)),
@@ -59,7 +63,7 @@ def _durations(paths: RunPaths) -> dict[str, float]:
         "save": 0.05,
         "export": done["export"] - done["train"],
         "register": done["register"] - done["export"],
-        "end": 1.3 * (times["COMPLETED"] - done["register"]),
+        "end": 1.1 * (times["COMPLETED"] - done["register"]),
     }
 
 
