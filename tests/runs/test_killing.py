@@ -104,7 +104,7 @@ def _check_end(paths: RunPaths, left_alone: RunPaths, home: Path) -> None:
 
 def test_runs_that_are_killed_at_any_moment_end_as_if_they_were_not(arguments: dict[str, Any], home: Path) -> None:
     """A kill would leave processes that hold the devices, half a file that is taken for whole, or another model."""
-    shared, rng, rows = set(Path("/dev/shm").iterdir()), random.Random(SEED), list[Row]()
+    shared, rows = set(Path("/dev/shm").iterdir()), list[Row]()
     left_alone: dict[int, RunPaths] = {}
     for ranks in sorted(set(RANKS)):
         left_alone[ranks] = _create(arguments, ranks)
@@ -113,6 +113,7 @@ def test_runs_that_are_killed_at_any_moment_end_as_if_they_were_not(arguments: d
     print("", *lines, sep="\n", flush=True)
     for number, ranks in enumerate(RANKS):
         paths = _create(arguments, ranks)
+        rng = random.Random(SEED + number)
         victim = Victim(paths, ranks, _durations(left_alone[ranks]), rng, _check_whole, rows)
         for place, moment in enumerate(MOMENTS):
             victim.kill(moment, TARGETS[(number + place) % len(TARGETS)])

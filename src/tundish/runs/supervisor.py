@@ -8,6 +8,7 @@ kernel ends its stage, and so all ranks.
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -92,6 +93,7 @@ def _note(paths: RunPaths) -> None:
 
 def _run(paths: RunPaths, command: Sequence[str]) -> None:
     end_processes_of(paths)
+    shutil.rmtree(paths.scratch, ignore_errors=True)  # of a supervisor that was killed; the last stage may be done
     devices: Sequence[str] = ()
     if not command and not is_done(paths, "train"):
         devices = queue.wait_for_devices(paths.folder.name)
