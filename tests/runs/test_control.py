@@ -8,12 +8,14 @@ from dataclasses import asdict
 
 import psutil
 import pytest
+from tests.runs.processes import wait_until
 
 from tundish import events
 from tundish import foundation_model as fm
 from tundish.errors import RequestError, SpecError
 from tundish.paths import RUN_VARIABLE, RunPaths
 from tundish.processes import ProcessId
+from tundish.runs import control
 from tundish.runs.control import cancel_message
 
 MakeRun = Callable[..., RunPaths]
@@ -41,6 +43,16 @@ def test_runs_that_have_ended_or_do_not_exist_are_counted(
     assert fm.cancel(experiment_id="12345") == 0
     assert capsys.readouterr().out == "No active runs found to cancel.\n" * 2
     assert [event.type for event in events.read(paths.events)] == ["COMPLETED"]
+
+
+def test_a_slow_mlflow_leaves_no_process_behind(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook that cancels run after run would fill with zombies, and Python warn of each."""
+    make_run("ift-1", ("CREATED", "waits to be scheduled"))
+    slow = subprocess.Popen(["sleep", "1"])
+    monkeypatch.setattr(control, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(control, "_close", lambda _: slow)
+    assert fm.cancel("ift-1") == 1
+    wait_until(lambda: slow.returncode == 0, 20)
 
 
 def test_the_message_says_what_was_not_canceled() -> None:

@@ -1,8 +1,8 @@
 """Stopping runs, and going on with them."""
 
-import contextlib
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -54,8 +54,11 @@ def cancel(
     closing = [_close(find_run(name)) for name in canceled]
     end = time.monotonic() + CLOSE_SECONDS
     for process in closing:
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             process.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            # Reaped when it ends, should the caller still live by then.
+            threading.Thread(target=process.wait, daemon=True).start()
     return canceled, len(names)
 
 
