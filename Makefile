@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install format check test test-spark test-slurm demo bench-data bench-train bench-checkpoint lock clean
+.PHONY: help install format check test test-spark test-slurm test-kill demo bench-data bench-train bench-checkpoint lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ test-spark: $(INSTALLED)  ## run the tests on a Spark cluster of this machine (J
 
 test-slurm: $(INSTALLED)  ## run the tests on a Slurm and on two hosts of this machine (root; slurm-wlm, munge, iproute2)
 	$(BIN)/python -m pytest -s -o addopts="--import-mode=importlib" tests/launch/test_real_slurm.py tests/launch/test_hosts.py
+
+test-kill: $(INSTALLED)  ## kill runs at any moment, and start twenty at once (CPU, 45 minutes)
+	$(BIN)/python -m pytest -s -o addopts="--import-mode=importlib" tests/runs/test_killing.py tests/runs/test_queue_of_runs.py
 
 demo: $(INSTALLED)  ## train a tiny model on this machine and ask it what it has learned
 	$(BIN)/python recipes/demo.py

@@ -144,3 +144,30 @@ def test_stopping_what_has_ended_is_no_error(sleeper: subprocess.Popen[bytes]) -
     sleeper.kill()
     sleeper.wait(10)
     stop_tree(process, grace_s=0.1)
+
+
+def test_what_has_lost_its_starter_before_it_could_ask_ends_too(tmp_path: Path) -> None:
+    """A rank whose launcher is killed while the rank is loaded would train on, beside those that take its place."""
+    wait = f"while not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.01)"
+    child = (
+        f"import os, time\n{wait}\nfrom tundish.processes import die_with_starter\ndie_with_starter('RUN')\nprint('on')"
+    )
+    script = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]).wait(); time.sleep(60)"
+    logs = {lost: tmp_path / f"{lost}.log" for lost in (True, False)}
+    starters = {lost: start([sys.executable, "-c", script], logs[lost], {"RUN": "a"}, tmp_path) for lost in logs}
+    children = {lost: _child(starters[lost]) for lost in logs}
+    starters[True].kill()
+    starters[True].wait()
+    (tmp_path / "go").touch()
+    psutil.wait_procs(list(children.values()), timeout=10)
+    starters[False].kill()
+    starters[False].wait()
+    assert {lost: log.read_text() for lost, log in logs.items()} == {True: "", False: "on\n"}
+
+
+def _child(process: subprocess.Popen[bytes]) -> psutil.Process:
+    deadline = time.monotonic() + 10
+    while not (found := psutil.Process(process.pid).children()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found[0]

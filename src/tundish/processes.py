@@ -115,6 +115,23 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
+def die_with_starter(variable: str) -> None:
+    """From now on this process is killed when the one dies that has started it, even if it did before this was called.
+
+    Args:
+        variable: of the environment, where it is set at all: whoever has started this process has the same value. A
+            process that has lost its starter has been given another parent, and that one has not.
+    """
+    parent, value = os.getppid(), os.environ.get(variable)
+    die_with(parent)
+    try:
+        lost = value is not None and psutil.Process(parent).environ().get(variable) != value
+    except psutil.Error:  # gone, or somebody else's
+        lost = True
+    if lost:
+        os._exit(1)
+
+
 def processes_with(variable: str, value: str) -> list[psutil.Process]:
     """The user's processes in whose environment a variable has a value; not this one."""
     found: list[psutil.Process] = []

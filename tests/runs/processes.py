@@ -1,6 +1,8 @@
 """The processes of a run, for tests that look at them or end them."""
 
 import json
+import time
+from collections.abc import Callable
 
 import psutil
 
@@ -24,6 +26,14 @@ def ranks(paths: RunPaths) -> list[psutil.Process]:
 def stages(paths: RunPaths) -> list[psutil.Process]:
     """The processes of the run's stage, launcher and ranks among them."""
     return processes_with(RUN_VARIABLE, str(paths.events))
+
+
+def wait_until(condition: Callable[[], object], seconds: float, pause: float = 0.1) -> None:
+    """Return when it holds; fail when it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds:g} s in vain"
+        time.sleep(pause)
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:

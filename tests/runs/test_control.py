@@ -8,12 +8,14 @@ from dataclasses import asdict
 
 import psutil
 import pytest
+from tests.runs.processes import wait_until
 
 from tundish import events
 from tundish import foundation_model as fm
-from tundish.errors import RequestError
+from tundish.errors import RequestError, SpecError
 from tundish.paths import RUN_VARIABLE, RunPaths
 from tundish.processes import ProcessId
+from tundish.runs import control
 from tundish.runs.control import cancel_message
 
 MakeRun = Callable[..., RunPaths]
@@ -43,10 +45,28 @@ def test_runs_that_have_ended_or_do_not_exist_are_counted(
     assert [event.type for event in events.read(paths.events)] == ["COMPLETED"]
 
 
+def test_a_slow_mlflow_leaves_no_process_behind(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook that cancels run after run would fill with zombies, and Python warn of each."""
+    make_run("ift-1", ("CREATED", "waits to be scheduled"))
+    slow = subprocess.Popen(["sleep", "1"])
+    monkeypatch.setattr(control, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(control, "_close", lambda _: slow)
+    assert fm.cancel("ift-1") == 1
+    wait_until(lambda: slow.returncode == 0, 20)
+
+
 def test_the_message_says_what_was_not_canceled() -> None:
     """The caller would believe that all were."""
     assert cancel_message(["a", "b"], 2) == "Canceled a, b successfully."
     assert cancel_message(["a"], 3) == "Canceled a successfully. 2 run(s) were not found or already terminated."
+
+
+def test_a_run_whose_devices_are_gone_is_not_resumed(make_run: MakeRun) -> None:
+    """It would wait in line for ever, and with it all runs behind it, although their devices are free."""
+    paths = make_run("ift-1", ("FAILED", "a GPU broke"), compute={"device": "gpu", "devices_per_node": 8})
+    with pytest.raises(SpecError, match=r"found 8 GPU\(s\) asked for; this machine has 0 to give"):
+        fm.resume("ift-1")
+    assert [event.type for event in events.read(paths.events)] == ["FAILED"] and not paths.supervisor.exists()
 
 
 def test_what_outlives_its_supervisor_is_ended(make_run: MakeRun) -> None:

@@ -86,6 +86,21 @@ def _no_room(folder: Path) -> Iterator[None]:
         aside.rename(folder)
 
 
+def test_a_run_that_was_killed_when_all_was_done_is_finished_in_mlflow_too(
+    exported_run: Callable[[str], RunPaths],
+) -> None:
+    """Resuming opens the MLflow run again, and no stage is left that ends it: it would seem to run for ever."""
+    from mlflow import MlflowClient
+
+    paths = exported_run("chat-1")
+    write_atomic(paths.result("register"), json.dumps({"name": "main.lab.chat-1", "version": "1"}))
+    paths.scratch.mkdir(parents=True)
+    assert fm.resume("chat-1").wait(timeout=120).status.display_name == "Completed"
+    tracking = Tracking.read(paths)
+    assert MlflowClient(tracking.tracking_uri).get_run(tracking.run_id).info.status == "FINISHED"
+    assert not paths.scratch.exists(), "MLflow's copy of a large model"
+
+
 def test_a_server_that_never_answers_is_given_up_with_all_its_processes(
     exported_run: Callable[[str], RunPaths], monkeypatch: pytest.MonkeyPatch
 ) -> None:

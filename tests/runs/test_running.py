@@ -8,7 +8,19 @@ import pytest
 
 from tundish.errors import StageError
 from tundish.paths import RunPaths
+from tundish.runs import running
 from tundish.runs.running import Place, run_stage
+
+
+def test_a_stage_that_was_killed_after_its_result_is_done(
+    make_run: Callable[..., RunPaths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run would fail although all is there: loaded libraries take seconds to end, and may crash meanwhile."""
+    paths = make_run("chat-1", ("CREATED", "waits"))
+    script = f"echo '{{}}' > {paths.result('export')}; kill -9 $$"
+    monkeypatch.setattr(running, "_command", lambda *_: (["sh", "-c", script], {}))
+    run_stage(paths, "export", Place())
+    assert running.is_done(paths, "export")
 
 
 def test_a_stage_that_refuses_its_input_is_the_run_s_cause(

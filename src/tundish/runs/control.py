@@ -1,8 +1,8 @@
 """Stopping runs, and going on with them."""
 
-import contextlib
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -53,8 +53,11 @@ def cancel(
     closing = [_close(find_run(name)) for name in canceled]
     end = time.monotonic() + CLOSE_SECONDS
     for process in closing:
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             process.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            # Reaped when it ends, should the caller still live by then.
+            threading.Thread(target=process.wait, daemon=True).start()
     return canceled, len(names)
 
 
@@ -64,7 +67,8 @@ def resume(name: str, compute: object = None) -> TrainingRun:
     Raises:
         RunNotFoundError: there is none of that name.
         RequestError: it is still going on, or has nothing left to do.
-        SpecError: `compute` is wrong, or the run's batches cannot be shared by so many devices.
+        SpecError: `compute` is wrong, the run's batches cannot be shared by so many devices, or this machine does not
+            have the devices that the run has left to train on.
     """
     paths = find_run(name)
     with locked(paths.folder):  # two who resume a run at once do it once; nobody cancels it meanwhile
@@ -80,6 +84,9 @@ def _resume(name: str, paths: RunPaths, compute: object) -> TrainingRun:
     spec = RunSpec.from_json(paths.spec.read_text())
     if compute is not None:
         spec = _with_compute(spec, compute, paths)
+    elif not running.is_done(paths, "train") and (problems := machine_problems(spec.compute)):
+        # It would wait for ever, and all that come after it too.
+        raise SpecError(problems)
     supervisor.end_processes_of(paths)
     reopen_tracking(Tracking.read(paths))
     write_atomic(paths.spec, spec.to_json())

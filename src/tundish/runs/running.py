@@ -113,7 +113,7 @@ def run_stage(paths: RunPaths, stage: str, place: Place) -> None:
             raise
     if stage == "train" and returncode == STOPPED:
         raise Stopped(signal.SIGTERM)
-    if returncode != 0:
+    if returncode != 0 and not is_done(paths, stage):  # what has left a result may end as it will
         kept = f" The export is kept: {paths.export}. `tundish resume {paths.folder.name}` registers it."
         cause = _cause(paths, stage, limit if returncode is None else None, returncode or 0)
         sentence, newline, quoted = cause.partition("\n")

@@ -6,6 +6,7 @@ sentence that says why it failed, into the run folder.
 
 import json
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -98,7 +99,11 @@ def export_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[str
     checkpoint = Place(tracking.save_folder).newest()
     if checkpoint is None:
         raise StageError(f"there is no complete checkpoint in {tracking.save_folder}.")
-    shutil.rmtree(paths.export, ignore_errors=True)  # of a run whose supervisor was killed right after it
+    if paths.export.exists():  # of a run whose supervisor was killed right after it
+        # First its name goes: one that is half removed would look complete.
+        aside = paths.export.with_name(f".{paths.export.name}.{os.getpid()}.tmp")
+        paths.export.rename(aside)
+        shutil.rmtree(aside)
     export(checkpoint, spec.model, spec.task_type, paths.export)
     return {"checkpoint": str(checkpoint), "export": str(paths.export)}
 

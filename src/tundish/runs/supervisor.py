@@ -8,6 +8,7 @@ kernel ends its stage, and so all ranks.
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -92,16 +93,20 @@ def _note(paths: RunPaths) -> None:
 
 def _run(paths: RunPaths, command: Sequence[str]) -> None:
     end_processes_of(paths)
+    shutil.rmtree(paths.scratch, ignore_errors=True)  # of a supervisor that was killed; the last stage may be done
     devices: Sequence[str] = ()
     if not command and not is_done(paths, "train"):
         devices = queue.wait_for_devices(paths.folder.name)
     events.append(paths.events, "STARTED", f"Run started on {os.uname().nodename}.")
+    registered = is_done(paths, "register")
     for stage in STAGES:
         if not is_done(paths, stage):
             _run_with_retry(paths, stage, Place(command=command, devices=devices))
         if stage == "train":
             queue.leave(paths.folder.name)  # the next run may train while this one is exported
     be_deaf()
+    if registered:  # and killed before it was said; resuming has opened the MLflow run again
+        end_mlflow_run(paths, "FINISHED")
     result = json.loads(paths.result("register").read_text())
     message = f"Run completed. Registered as version {result['version']} of {result['name']}."
     events.append(paths.events, "COMPLETED", message)

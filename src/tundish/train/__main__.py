@@ -14,11 +14,12 @@ from typing import Any, cast
 
 os.environ.setdefault("FSDP_VERSION", "2")
 
-from tundish.processes import die_with
+from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
+from tundish.processes import die_with_starter
 
 if __name__ == "__main__":
     # Before the imports, which take a while. The launcher may be deaf to SIGTERM; its ranks are not.
-    die_with(os.getppid())
+    die_with_starter(RUN_VARIABLE)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
@@ -49,7 +50,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from tundish.checkpoints.places import Place
 from tundish.errors import TundishError
-from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
 from tundish.train.gloo import GlooMean, name_interface
 from tundish.train.loader import RowOrder
 from tundish.train.peers import Peers
