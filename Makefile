@@ -41,7 +41,7 @@ test-slurm: $(INSTALLED)  ## run the tests on a Slurm and on two hosts of this m
 	$(BIN)/python -m pytest -s -o addopts="--import-mode=importlib" tests/launch/test_real_slurm.py tests/launch/test_hosts.py
 
 test-kill: $(INSTALLED)  ## kill runs at any moment, and start twenty at once (CPU, 45 minutes)
-	$(BIN)/python -m pytest -s -o addopts="--import-mode=importlib" tests/runs/test_killing.py tests/runs/test_queue_of_runs.py
+	$(BIN)/python -m pytest -s -o addopts="--import-mode=importlib" tests/runs/test_killing.py tests/runs/test_queue_of_runs.py tests/runs/test_canceling.py
 
 demo: $(INSTALLED)  ## train a tiny model on this machine and ask it what it has learned
 	$(BIN)/python recipes/demo.py

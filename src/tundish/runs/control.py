@@ -1,8 +1,8 @@
 """Stopping runs, and going on with them."""
 
+import contextlib
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -53,11 +53,8 @@ def cancel(
     closing = [_close(find_run(name)) for name in canceled]
     end = time.monotonic() + CLOSE_SECONDS
     for process in closing:
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            # Reaped when it ends, should the caller still live by then.
-            threading.Thread(target=process.wait, daemon=True).start()
     return canceled, len(names)
 
 
