@@ -35,22 +35,25 @@ def conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def given(
     conf: Path, tiny_weights: Path, tmp_path: Path, write_lines: WriteLines, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, Any]:
-    """Arguments of a run on both nodes."""
+) -> Iterator[dict[str, Any]]:
+    """Arguments of a run on both nodes; no job is left for the next test."""
     monkeypatch.setenv("SLURM_CONF", str(conf))
     pairs = [{"prompt": f"{n}: ", "response": "fox " * 20} for n in range(40)]
     compute = {"nodes": 2, "devices_per_node": 1, "device": "cpu", "launcher": "slurm", "time_limit": "00:30:00"}
-    return {
+    yield {
         "model": str(tiny_weights),
         "train_data_path": str(write_lines(tmp_path / "train.jsonl", pairs)),
         "register_to": "main.lab",
         "task_type": "INSTRUCTION_FINETUNE",
         "context_length": 64,
-        "training_duration": "400ba",
+        "training_duration": "200ba",
         "learning_rate": 1e-4,
         "compute": compute | {"sbatch": {"cpus-per-task": 2}},
         "overrides": {"global_train_batch_size": 4, "save_interval": "100ba", "dist_timeout": 300},
     }
+    for job in _slurm("squeue", "--noheader", "--format=%i").split():
+        subprocess.run(["scancel", "--full", "--signal=KILL", job], capture_output=True)
+        subprocess.run(["scancel", job], capture_output=True)
 
 
 def test_a_run_on_two_nodes_is_preempted_twice_and_completes(given: dict[str, Any]) -> None:

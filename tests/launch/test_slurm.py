@@ -206,6 +206,18 @@ def test_one_question_serves_all_runs(
     assert len((cluster / "questions").read_text().splitlines()) <= 2
 
 
+def test_a_job_that_was_submitted_a_moment_ago_is_known(
+    submitted: Callable[..., RunPaths], cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer from before it would call it lost: who waits for a run just resumed is told that it failed."""
+    (cluster / "pending").touch()
+    submitted("ift-1")
+    monkeypatch.setattr(slurm, "FRESH_SECONDS", 3600)
+    assert fm.get("ift-1").status.display_name == "Queued"
+    submitted("ift-2")
+    assert fm.get("ift-2").status.display_name == "Queued"
+
+
 def test_without_slurm_a_run_for_it_is_refused(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A FileNotFoundError, after the data was prepared."""
     monkeypatch.setenv("PATH", "/nowhere")

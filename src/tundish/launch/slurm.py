@@ -112,7 +112,11 @@ def note(paths: RunPaths, job: str) -> None:
 def state(paths: RunPaths, record: Mapping[str, Any]) -> Life:
     """From squeue, else from what Slurm remembers of jobs that have ended."""
     job = str(record["job"])
-    jobs = _squeue(int(time.monotonic() / FRESH_SECONDS))
+    moment = int(time.monotonic() / FRESH_SECONDS)
+    jobs = _squeue(moment)
+    if isinstance(jobs, dict) and job not in jobs:
+        _squeue.cache_clear()  # submitted since
+        jobs = _squeue(moment)
     if isinstance(jobs, str):
         return Life(alive=True, unknown=f"Slurm job {job}: {jobs}")
     if (known := jobs.get(job) or _ended(job)) is None:
