@@ -69,10 +69,12 @@ def create(
         training_duration: `3ep`, `100ba` or `1_000_000tok`; default `1ep`.
         learning_rate: peak; default 5e-7 (1e-5 for Llama 3.1 405B).
         context_length: tokens in a row; longer samples are cut. Default: 8192, or the model's maximum if less.
-        validate_inputs: prepare the data, and so check every row, before the run is accepted; else the run does it.
+        validate_inputs: check every row before the run is accepted (data up to 8 MB is prepared; of more, what only
+            tokens show is told by the run); else all of it is left to the run.
         data_prep_cluster_id: a Spark master that prepares the data: `spark://host:port`, `sc://host:port`, `local[4]`.
         run_name: default `<task>-<model>-<6 random characters>`.
-        compute: `device` ("gpu" or "cpu"), `devices_per_node`; default: all GPUs of this machine, else its CPU.
+        compute: `device` ("gpu" or "cpu"), `devices_per_node`; default: all GPUs of this machine, else its CPU. For a
+            cluster `launcher="slurm"`, `nodes`, `time_limit`, `grace_s`, and further options of sbatch as `sbatch`.
         overrides: LLM-Foundry keys, dotted keys allowed, merged last.
 
     Raises:
