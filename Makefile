@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install format check test test-spark test-slurm test-kill demo bench-data bench-train bench-checkpoint lock clean
+.PHONY: help install format check test test-spark test-slurm test-kill demo bench-data bench-train bench-checkpoint bench-runs lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ bench-train: $(INSTALLED)  ## measure training against a bare PyTorch loop and L
 
 bench-checkpoint: $(INSTALLED)  ## measure the export and the saving of checkpoints (20 minutes, 24 GB of disk)
 	$(BIN)/python -m benchmarks.checkpoint $(OPTIONS)
+
+bench-runs: $(INSTALLED)  ## measure run control: starting, listing, accepting, supervising (6 minutes)
+	$(BIN)/python -m benchmarks.runs $(OPTIONS)
 
 lock: $(INSTALLED)  ## resolve the dependencies anew
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
