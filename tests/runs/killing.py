@@ -68,7 +68,7 @@ class Victim:
         if alone is None or alone in chosen:
             wait_until(lambda: not _alive(family) and not stages(self.paths), SLACK_SECONDS)
         else:
-            wait_until(lambda: self._has_reacted(len(before)), WAIT_SECONDS)
+            wait_until(lambda: self._has_reacted(len(before), family), WAIT_SECONDS)
         status = self._status(family)
         self.check(self.paths)
         self._since = len(events.read(self.paths.events))
@@ -139,10 +139,15 @@ class Victim:
             return [self.rng.choice(found)], "one process of the stage"
         return [boss], "supervisor"
 
-    def _has_reacted(self, before: int) -> bool:
-        """The supervisor has noticed, or the run goes on as if nothing had happened."""
+    def _has_reacted(self, before: int, family: Sequence[psutil.Process]) -> bool:
+        """The supervisor has noticed, or goes on with the next stage as if nothing had happened."""
         new = [event.type for event in events.read(self.paths.events)[before:]]
-        return bool(set(new) - {"TRAIN_UPDATED", "CHECKPOINT_SAVED"}) or supervisor(self.paths) is None
+        said = bool(set(new) - {"TRAIN_UPDATED", "CHECKPOINT_SAVED"})
+        return said or supervisor(self.paths) is None or self._is_at_next_stage(family)
+
+    def _is_at_next_stage(self, family: Sequence[psutil.Process]) -> bool:
+        started = [process for process in self._family()[1:] if process not in family]
+        return any("tundish.runs.stage" in (args := _arguments(p)) and args[3] in STAGES for p in started)
 
     def _status(self, family: Sequence[psutil.Process]) -> str:
         """What the run says of itself, which must be true."""
@@ -174,6 +179,13 @@ def _descendants(process: psutil.Process) -> list[psutil.Process]:
     try:
         return process.children(recursive=True)
     except psutil.NoSuchProcess:
+        return []
+
+
+def _arguments(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
         return []
 
 

@@ -117,3 +117,9 @@ def test_secrets_are_not_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "abcdefgh1234")
     text = redacted("ValueError: hf_verysecret abcdefgh1234 at postgresql://lab:pass1@db:5432/x and http://h:80/p")
     assert text == "ValueError: *** *** at postgresql://lab:***@db:5432/x and http://h:80/p"
+
+
+def test_a_killed_rank_is_told_as_a_killed_process() -> None:
+    """The launcher's exit code says nothing to anybody; want of memory is the most common cause."""
+    assert "was killed by signal 9 (by somebody, or by the kernel for want of memory" in explain({}, 247)
+    assert "ended with exit code 255" in explain({}, 255)

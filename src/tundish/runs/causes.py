@@ -87,6 +87,8 @@ def explain(logs: Mapping[str, str], returncode: int) -> str:
     text = logs.get(name, "") if name else ""
     line = last_error(text)
     if line is None:
+        if 192 < returncode < 255:
+            returncode -= 256  # the launcher ends with its rank's -9, of which the system makes 247
         how = f"was killed by signal {-returncode}" if returncode < 0 else f"ended with exit code {returncode}"
         if returncode == -9:
             how += " (by somebody, or by the kernel for want of memory: `dmesg` tells)"
