@@ -143,6 +143,11 @@ class RunPaths:
         return self.work / "stop"
 
     @property
+    def stopped(self) -> Path:
+        """Left by the ranks when they have done so."""
+        return self.work / "stopped"
+
+    @property
     def scratch(self) -> Path:
         """Temporary files of a stage, there while it runs."""
         return self.work / "scratch"

@@ -31,7 +31,7 @@ def test_printing_makes_nothing(arguments: dict[str, Any], home: Path, capsys: p
     options = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
     options += ["--launch", "--device=cpu", "--nodes=2", "--devices=1", "--master-addr=10.0.0.1"]
     assert main(["render", *options]) == 0
-    assert "composer.cli.launcher" in capsys.readouterr().out
+    assert "tundish.launch.launcher" in capsys.readouterr().out
     assert not home.exists()
 
 

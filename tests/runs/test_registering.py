@@ -16,7 +16,7 @@ from tundish import foundation_model as fm
 from tundish.errors import RequestError, SpecError, StageError
 from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
 from tundish.processes import processes_with
-from tundish.runs import supervisor
+from tundish.runs import running
 from tundish.runs.tracking import Tracking, check_registry, open_tracking
 
 MakeRun = Callable[..., RunPaths]
@@ -105,7 +105,7 @@ def test_a_server_that_never_answers_is_given_up_with_all_its_processes(
     exported_run: Callable[[str], RunPaths], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that hangs for ever at its last stage, or a copy of the model left behind."""
-    monkeypatch.setattr(supervisor, "REGISTER_SECONDS", 8.0)
+    monkeypatch.setattr(running, "REGISTER_SECONDS", 8.0)
     paths = exported_run("chat-2")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -115,7 +115,7 @@ def test_a_server_that_never_answers_is_given_up_with_all_its_processes(
         write_atomic(paths.result("tracking"), json.dumps(tracking | {"registry_uri": uri}))
         start = time.monotonic()
         with pytest.raises(StageError, match=r"was not done after 8 s, and was stopped.*`tundish resume chat-2`"):
-            supervisor.run_stage(paths, "register")
+            running.run_stage(paths, "register", running.Place())
         assert 8 <= time.monotonic() - start < 30
         silent.settimeout(1)
         silent.accept()[0].close()  # it was asked
@@ -125,10 +125,10 @@ def test_a_server_that_never_answers_is_given_up_with_all_its_processes(
 
 def test_a_large_export_may_take_longer(tmp_path: Path) -> None:
     """The upload of a large model would be stopped before it can be done."""
-    assert supervisor._register_seconds(tmp_path) == 1800
+    assert running._register_seconds(tmp_path) == 1800
     with open(tmp_path / "weights", "wb") as file:
         file.truncate(140 * 10**9)
-    assert supervisor._register_seconds(tmp_path) == 1800 + 14_000
+    assert running._register_seconds(tmp_path) == 1800 + 14_000
 
 
 def test_resuming_without_the_server_is_refused_in_a_sentence(

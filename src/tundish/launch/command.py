@@ -45,7 +45,7 @@ exit $code
 
 def _launcher(compute: Compute, paths: RunPaths) -> list[str]:
     rank_log = str(paths.logs / "train-rank{rank}.log")
-    launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", str(compute.devices_per_node)]
+    launcher = [sys.executable, "-m", "tundish.launch.launcher", "-n", str(compute.devices_per_node)]
     return [*launcher, "--stdout", rank_log, "--stderr", rank_log]
 
 

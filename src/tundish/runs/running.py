@@ -100,6 +100,7 @@ def run_stage(paths: RunPaths, stage: str, place: Place) -> None:
     paths.work.mkdir(exist_ok=True)
     paths.result(stage).unlink(missing_ok=True)
     paths.stop_request.unlink(missing_ok=True)
+    paths.stopped.unlink(missing_ok=True)
     limit = _register_seconds(paths.export) if stage == "register" else None
     _mark(paths, stage)
     with _scratch(paths):
@@ -111,7 +112,8 @@ def run_stage(paths: RunPaths, stage: str, place: Place) -> None:
                 paths.stop_request.touch()
                 process.wait()
             raise
-    if stage == "train" and returncode == STOPPED:
+    # Not by the exit code alone: srun gives the highest of all nodes', and ends those that are slower than the first.
+    if stage == "train" and returncode != 0 and (returncode == STOPPED or paths.stopped.exists()):
         raise Stopped(signal.SIGTERM)
     if returncode != 0 and not is_done(paths, stage):  # what has left a result may end as it will
         kept = f" The export is kept: {paths.export}. `tundish resume {paths.folder.name}` registers it."

@@ -135,7 +135,7 @@ def _stop(paths: RunPaths, stopped: Stopped, reached: tuple[int, int]) -> None:
     if job is None:
         text = f"Stopped by {stopped.signal.name}. {saved} `tundish resume {name}` goes on."
         return _end(paths, "STOPPED", text, mlflow="KILLED")
-    if _reached(paths) == reached:
+    if stopped.signal.name == "SIGUSR1" and _reached(paths) == reached:
         text = "In the time that Slurm gave to the run, it came no further. Raise compute's time_limit, or save more "
         text += "often."
         return _end(paths, "FAILED", text, mlflow="FAILED")

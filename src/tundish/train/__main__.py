@@ -108,7 +108,7 @@ def build_trainer(cfg: DictConfig) -> Trainer:
 def _stop() -> StopWhenAsked:
     """By signals, and where a supervisor has started this process, by its request."""
     run = os.environ.get(RUN_VARIABLE)
-    return StopWhenAsked(RunPaths(Path(run).parent).stop_request if run else None)
+    return StopWhenAsked(RunPaths(Path(run).parent) if run else None)
 
 
 def _saver(config: TrainConfig, place: Place) -> Saver:

@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -14,6 +13,7 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 
 from tundish.launch.command import STOPPED
+from tundish.paths import RunPaths
 from tundish.train.saving import Saver, patient_group
 
 log = logging.getLogger(__name__)
@@ -26,11 +26,11 @@ class StopWhenAsked(Callback):
     signal alone, asks by a file.
 
     Args:
-        request: the file; None = signals only.
+        paths: of the run that the supervisor has; None = signals only.
     """
 
-    def __init__(self, request: Path | None) -> None:
-        self.request = request
+    def __init__(self, paths: RunPaths | None) -> None:
+        self.paths = paths
         self._asked = False
         self._group = patient_group()
 
@@ -41,7 +41,9 @@ class StopWhenAsked(Callback):
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """All ranks look after every batch, and stop at the same one."""
-        asked = self._asked or (dist.get_local_rank() == 0 and self.request is not None and self.request.exists())
+        asked = self._asked or (
+            dist.get_local_rank() == 0 and self.paths is not None and self.paths.stop_request.exists()
+        )
         done = state.get_elapsed_duration()
         if not self._agreed(asked) or (done is not None and done >= 1):
             return
@@ -53,6 +55,9 @@ class StopWhenAsked(Callback):
             mlflow.flush_async_logging()
         self._agreed(True)  # nobody ends while another one still writes
         log.warning("Stopped after batch %s, as asked; the checkpoint is complete.", int(state.timestamp.batch))
+        if self.paths is not None and dist.get_global_rank() == 0:
+            self.paths.work.mkdir(exist_ok=True)
+            self.paths.stopped.touch()
         logging.shutdown()
         sys.stdout.flush()
         os._exit(STOPPED)  # closing the loggers would call the run finished
