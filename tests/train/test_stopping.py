@@ -22,7 +22,7 @@ def test_what_is_asked_to_end_saves_and_goes_on_later(
     ranks: Any, plan: Plan, tmp_path: Path, world: int, rank: int, batch: int, by: str
 ) -> None:
     """A preempted run would lose what it has trained since its last checkpoint, or end differently."""
-    whole, stopped = plan("whole", world), plan("stopped", world)
+    whole, stopped = plan("whole", world, training_duration="7ba"), plan("stopped", world, training_duration="7ba")
     assert ranks.train(whole, world, tmp_path / "whole out").ok
     first = ranks.train(stopped, world, tmp_path / "first", ASK_RANK=rank, ASK_AT=batch, ASK_BY=by)
     assert first.codes == [STOPPED] * world, first.log[-3000:]
