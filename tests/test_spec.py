@@ -251,3 +251,36 @@ def test_no_gpu_is_counted_that_this_process_may_not_use(monkeypatch: pytest.Mon
     """A run would be planned on GPUs that are hidden from it."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert count_gpus() == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "grace", "good"),
+    [("5", 300, False), ("6", 300, True), ("5:30", 300, True), ("00:05:00", 300, False), ("1-00", 300, True),
+     ("0-00:01", 30, True), ("1:00", 60, False)],
+)  # fmt: skip
+def test_a_time_limit_leaves_time_before_its_end(limit: str, grace: int, good: bool) -> None:
+    """The signal to save would come before the run has begun, and end it without a word."""
+    given = {"launcher": "slurm", "devices_per_node": 1, "time_limit": limit, "grace_s": grace}
+    if good:
+        assert Compute.parse(given).time_limit == limit
+    else:
+        with pytest.raises(ValueError, match="Raise time_limit, or lower grace_s"):
+            Compute.parse(given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"launcher": "slurm"},
+        {"launcher": "slurm", "devices_per_node": 1, "sbatch": {"wrap": "x"}},
+        {"launcher": "slurm", "devices_per_node": 1, "sbatch": {"account": "a b"}},
+        {"launcher": "slurm", "devices_per_node": 1, "time_limit": "soon"},
+        {"sbatch": {"partition": "gpu"}},
+        {"time_limit": "1:00:00"},
+        {"launcher": "ssh"},
+    ],
+)
+def test_what_makes_no_job_is_refused(given: dict[str, Any]) -> None:
+    """Text of an argument would become another option of the job, or be ignored."""
+    with pytest.raises(ValueError, match=r"found|missing"):
+        Compute.parse(given)

@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     render.add_argument("--out", metavar="DIR", help="with --launch: make DIR, with data and a script for each host")
     render.add_argument(
-        "--master-addr", metavar="HOST", default="127.0.0.1", help="with --launch: the first host's address"
+        "--master-addr", metavar="HOST", help="with --launch: the first host's address, as the others reach it"
     )
     render.add_argument("--master-port", metavar="PORT", type=int, default=29500, help="… a port of it that is free")
     validate = _command(commands, "validate", "check every row of the data as create does, and show a sample")
@@ -70,6 +70,12 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("file", help="YAML file with the arguments of create()")
     run.add_argument("arguments", nargs="*", metavar="key=value", help="arguments that replace the file's")
 
+    _add_run_commands(commands)
+    return parser
+
+
+def _add_run_commands(commands: Any) -> None:
+    """Those that look at runs, or change them."""
     _command(commands, "get", "show one run").add_argument("run", help="run name")
     listing = _command(commands, "list", "show runs, newest first")
     listing.add_argument("--status", action="append", metavar="STATUS", help="only runs with this status (repeatable)")
@@ -98,7 +104,6 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--model", metavar="NAME", help="base model of a checkpoint that no run here has made")
     _command(commands, "models", "list the supported models")
     _command(commands, "doctor", "tell what this machine and its surroundings lack for a run")
-    return parser
 
 
 def _command(commands: Any, name: str, text: str, *, json: bool = True) -> argparse.ArgumentParser:

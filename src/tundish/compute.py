@@ -95,6 +95,9 @@ def _check_job(given: dict[str, Any]) -> None:
     if limit is not None and not TIME_LIMIT.fullmatch(str(limit)):
         raise ValueError(f"found time_limit {limit!r}; allowed is text like '12:00:00' or '2-00:00:00'.")
     given["time_limit"] = None if limit is None else str(limit)
+    if limit is not None and _seconds(str(limit)) <= (grace := given.get("grace_s", 300)):
+        text = f"found time_limit {limit!r}; a run needs more than the {grace} s of grace_s before its end."
+        raise ValueError(f"{text} Raise time_limit, or lower grace_s.")
     if not isinstance(options, Mapping):
         raise ValueError(f"found sbatch {options!r}; allowed is a mapping. For example {{'partition': 'gpu'}}.")
     chosen = cast(Mapping[object, object], options)
@@ -105,6 +108,15 @@ def _check_job(given: dict[str, Any]) -> None:
         if not re.fullmatch(r"[\w.,:=@%/+*&|()\[\]-]*", value, re.ASCII):
             raise ValueError(f"found {value!r} as {name} in sbatch; allowed is text without blanks and quotes.")
     given["sbatch"] = texts
+
+
+def _seconds(limit: str) -> int:
+    """Of a time limit as Slurm reads it: `minutes`, `minutes:seconds`, `hours:minutes:seconds`, `days-hours:…`."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    hours_first = bool(dash) or len(parts) == 3
+    hours, minutes, seconds = ([*parts, 0, 0] if hours_first else [0, *parts, 0])[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def visible_gpus() -> list[str]:

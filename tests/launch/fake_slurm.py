@@ -49,6 +49,8 @@ def sbatch(home: Path, arguments: list[str]) -> int:
     job, script = str(len(_jobs(home)) + 1), Path(arguments[-1])
     environment = {name: os.environ[name] for name in export.split(",")} | {"SLURM_JOB_ID": job}
     (home / f"{job}.environment").write_text(json.dumps(environment))
+    (home / f"{job}.sbatch").write_text(json.dumps(sorted(os.environ)))
+    (home / f"{job}.name").write_text(script.parent.name)
     pid = 0
     if not (home / "pending").exists():
         with open(home / f"{job}.log", "wb") as log:
@@ -62,14 +64,18 @@ def sbatch(home: Path, arguments: list[str]) -> int:
 
 
 def squeue(home: Path, arguments: list[str]) -> int:
-    """`job|state|reason` of every job."""
+    """`job|state|reason|name` of every job."""
     with open(home / "questions", "a") as file:
         file.write("squeue\n")
     if (home / "down").exists():
         print("slurm_load_jobs error: Unable to contact slurm controller (connect failure)", file=sys.stderr)
         return 1
     for job, record in {} if (home / "gone").exists() else _jobs(home).items():
-        print(f"{job}|{_state(home, job, record['pid'])}")
+        name = (home / f"{job}.name").read_text()
+        asked = [argument.partition("=")[2] for argument in arguments if argument.startswith("--name=")]
+        if asked and asked != [name]:
+            continue
+        print(job if "--format=%i" in arguments else f"{job}|{_state(home, job, record['pid'])}|{name}")
     return 0
 
 

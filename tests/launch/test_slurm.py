@@ -200,7 +200,7 @@ def test_one_question_serves_all_runs(
     for number in range(5):
         submitted(f"ift-{number}")
     monkeypatch.setattr(slurm, "FRESH_SECONDS", 3600)
-    slurm._squeue.cache_clear()
+    monkeypatch.setattr(slurm, "_latest", (-3600.0, {}))
     (cluster / "questions").unlink(missing_ok=True)
     assert len(fm.list(statuses=["QUEUED"])) == 5
     assert len((cluster / "questions").read_text().splitlines()) <= 2
@@ -216,6 +216,40 @@ def test_a_job_that_was_submitted_a_moment_ago_is_known(
     assert fm.get("ift-1").status.display_name == "Queued"
     submitted("ift-2")
     assert fm.get("ift-2").status.display_name == "Queued"
+
+
+def test_a_number_that_another_job_has_by_now_is_not_ours(submitted: Callable[..., RunPaths], cluster: Path) -> None:
+    """Canceling an old run would kill a stranger's job: numbers begin anew when a cluster's state is lost."""
+    (cluster / "pending").touch()
+    submitted("ift-1", ("TRAIN_STARTED", "go"))
+    (cluster / "1.name").write_text("somebody-else")
+    assert fm.get("ift-1").status.display_name == "Failed"
+    assert fm.cancel("ift-1") == 0
+    assert not (cluster / "states").exists()
+
+
+def test_a_job_that_nobody_noted_is_found(submitted: Callable[..., RunPaths], cluster: Path) -> None:
+    """Whoever submits may be killed before the job's number is kept: resuming would submit it once more."""
+    (cluster / "pending").touch()
+    paths = submitted("ift-1")
+    paths.supervisor.unlink()
+    assert fm.get("ift-1").status.display_name == "Queued"
+    assert json.loads(paths.supervisor.read_text())["job"] == "1"
+    paths.supervisor.unlink()
+    launch.submit(paths, ONE)
+    assert json.loads(paths.supervisor.read_text())["job"] == "1" and not (cluster / "2.json").exists()
+
+
+def test_the_job_is_not_changed_by_a_job_around_it(
+    submitted: Callable[..., RunPaths], cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a notebook inside of an allocation, the job would get that one's settings."""
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "100")
+    monkeypatch.setenv("SBATCH_NO_REQUEUE", "1")
+    submitted("ift-1")
+    given = json.loads((cluster / "1.sbatch").read_text())
+    assert "SLURM_MEM_PER_CPU" not in given and "SBATCH_NO_REQUEUE" not in given and "PATH" in given
+    wait("ift-1", 60)
 
 
 def test_without_slurm_a_run_for_it_is_refused(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,7 +15,7 @@ from tundish import events
 from tundish import foundation_model as fm
 from tundish.errors import RequestError, SpecError
 from tundish.paths import RUN_VARIABLE, RunPaths
-from tundish.processes import ProcessId
+from tundish.processes import ProcessId, locked, start
 from tundish.runs import control
 from tundish.runs.control import cancel_message
 
@@ -45,10 +46,12 @@ def test_runs_that_have_ended_or_do_not_exist_are_counted(
     assert [event.type for event in events.read(paths.events)] == ["COMPLETED"]
 
 
-def test_a_slow_mlflow_leaves_no_process_behind(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_mlflow_leaves_no_process_behind(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A notebook that cancels run after run would fill with zombies, and Python warn of each."""
     make_run("ift-1", ("CREATED", "waits to be scheduled"))
-    slow = subprocess.Popen(["sleep", "1"])
+    slow = start(["sleep", "1"], tmp_path / "log", {}, tmp_path, detached=True)
     monkeypatch.setattr(control, "CLOSE_SECONDS", 0.1)
     monkeypatch.setattr(control, "_close", lambda _: slow)
     assert fm.cancel("ift-1") == 1
@@ -83,3 +86,16 @@ def test_what_outlives_its_supervisor_is_ended(make_run: MakeRun) -> None:
         assert not psutil.pid_exists(orphan.pid)
     assert fm.get("ift-1").status.display_name == "Stopped"
     assert fm.cancel("ift-1") == 0
+
+
+def test_a_run_of_a_machine_that_is_gone_can_be_canceled_and_resumed(make_run: MakeRun) -> None:
+    """A container that is started anew has another name: its runs would be stuck for ever, alive by an old name."""
+    paths = make_run("ift-1", ("STARTED", "on there"), ("TRAIN_STARTED", "on 1 device"))
+    owner = {**asdict(ProcessId.of(os.getpid())), "host": "another"}
+    paths.supervisor.write_text(json.dumps({"launcher": "local", **owner}))
+    paths.lock.touch()
+    assert fm.get("ift-1").status.display_name == "Failed"
+    with locked(paths.lock):
+        assert fm.get("ift-1").status.display_name == "Running"
+        with pytest.raises(RequestError, match=r"runs on another; .* Cancel it there"):
+            fm.cancel("ift-1")

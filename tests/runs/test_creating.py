@@ -263,7 +263,11 @@ def test_a_password_in_an_address_is_refused(arguments: dict[str, Any], monkeypa
     with pytest.raises(SpecError, match=r"MLFLOW_TRACKING_URI: holds a password.* PGPASSWORD") as error:
         fm.create(**arguments)
     assert "geheim" not in str(error.value)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://lab@server:5000")
+    for more in ("https://geheim@server:5000", "postgresql://db/mlflow?user=lab&password=geheim"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", more)
+        with pytest.raises(SpecError, match="holds a password"):
+            creating.render_only(arguments)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://lab@db:5432/mlflow")
     with pytest.raises(pytest.fail.Exception, match="a run was accepted"):
         fm.create(**arguments)
 

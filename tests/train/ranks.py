@@ -7,7 +7,8 @@ ended. Rank 0 leaves `losses.json`, the loss of each batch, and `tables.json` in
 Things that happen to the rank whose environment names it:
 - KILL_RANK, KILL_AT = a batch: it kills itself there; KILL_WHEN says whether after the batch (`batch`) or while
   it writes the first checkpoint from that batch on (`saving`).
-- ASK_RANK, ASK_AT = a batch: it is asked to end after it; ASK_BY is a signal's name, or `file`.
+- ASK_RANK, ASK_AT = a batch: it is asked to end after it; ASK_BY is a signal's name, or `file`;
+  with ASK_CHILDREN, its loader's processes get the signal too.
 - FULL_RANK, FULL_AT = a batch: the disk is full from that batch on.
 """
 
@@ -66,7 +67,10 @@ def _asker() -> Any:
                 request.parent.mkdir(exist_ok=True)
                 request.touch()
             else:
-                os.kill(os.getpid(), getattr(signal, os.environ["ASK_BY"]))
+                children = psutil.Process().children() if "ASK_CHILDREN" in os.environ else []
+                assert len(children) == (2 if "ASK_CHILDREN" in os.environ else 0)
+                for process in [*children, psutil.Process()]:
+                    process.send_signal(getattr(signal, os.environ["ASK_BY"]))
 
     return Asker()
 

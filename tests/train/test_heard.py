@@ -25,9 +25,10 @@ def test_a_silent_node_is_named_once_and_when_it_is_back(caplog: pytest.LogCaptu
 
 def test_without_the_first_node_nobody_can_be_heard(caplog: pytest.LogCaptureFixture) -> None:
     """The store is on it: all others would be called lost with it, or nobody."""
-    heard = Heard({0: "10.0.0.1"})
-    assert heard.update({}, 0.0, 20.0) == {}
-    assert heard.update({}, 30.0, 20.0) == {0: 30.0}
+    heard = Heard({0: "10.0.0.1", 2: ""})
+    assert heard.update({0: "", 2: "c 1"}, 0.0, 20.0) == {}
+    assert heard.update(None, 15.0, 20.0) == {}
+    assert heard.update(None, 30.0, 20.0) == {0: 30.0}
     assert heard.text({0: 30.0}) == "node 0 (10.0.0.1) has not been heard from for 30 s."
 
 

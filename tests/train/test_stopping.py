@@ -36,6 +36,16 @@ def test_what_is_asked_to_end_saves_and_goes_on_later(
     assert ours.keys() == expected.keys() and all(ours[name].equal(expected[name]) for name in ours)
 
 
+def test_signals_that_come_to_all_processes_do_not_end_those_that_read_ahead(
+    ranks: Any, plan: Plan, tmp_path: Path
+) -> None:
+    """A cluster sends SIGTERM to every process of a job: a rank whose loader has died fails before it has saved."""
+    file = plan("workers", training_duration="7ba", overrides={"train_loader.num_workers": 2})
+    first = ranks.train(file, 1, tmp_path / "first", ASK_RANK=0, ASK_AT=3, ASK_BY="SIGTERM", ASK_CHILDREN=1)
+    assert first.codes == [STOPPED], first.log[-3000:]
+    assert list_checkpoints(file.parent / "checkpoints")[-1].name.endswith("-ba3")
+
+
 def test_what_has_nothing_left_to_train_ends_as_usual(ranks: Any, plan: Plan, tmp_path: Path) -> None:
     """A run that is asked in its last batch would be put back into a queue for nothing."""
     file = plan("last", training_duration="6ba")

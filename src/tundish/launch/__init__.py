@@ -43,6 +43,8 @@ def cancel(paths: RunPaths, seconds: float) -> None:
 
 
 def _record(paths: RunPaths) -> dict[str, Any] | None:
+    if not paths.supervisor.exists():
+        slurm.adopt(paths)
     try:
         return json.loads(paths.supervisor.read_text())
     except FileNotFoundError:

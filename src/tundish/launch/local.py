@@ -14,7 +14,7 @@ from tundish.errors import RequestError
 from tundish.launch import queue
 from tundish.launch.life import Life
 from tundish.paths import RunPaths, write_atomic
-from tundish.processes import ProcessId, start, stop_all, stop_tree
+from tundish.processes import ProcessId, is_held, start, stop_all, stop_tree
 
 
 def submit(paths: RunPaths, compute: Compute) -> None:
@@ -35,7 +35,8 @@ def state(paths: RunPaths, record: dict[str, Any]) -> Life:
     """From the process table, and the line."""
     owner = _owner(record)
     if not owner.is_here:
-        return Life(alive=True)  # its own machine knows; what it has written is all that can be told here
+        # What it has written is all that can be told here, and whether it still holds its lock.
+        return Life(alive=is_held(paths.lock))
     if owner.process() is None:
         return Life(alive=False)
     place = queue.place(paths.folder.name)
@@ -51,20 +52,25 @@ def _waiting(position: int, others: list[str]) -> str:
 def cancel(paths: RunPaths, record: dict[str, Any], seconds: float) -> None:
     """Ask the supervisor to end its stage and itself, and kill what is left."""
     owner = _owner(record)
-    if not owner.is_here:
+    if not owner.is_here and is_held(paths.lock):
         text = f"{paths.folder.name} runs on {owner.host}; a process can only be ended on its own machine."
         raise RequestError(f"{text} Cancel it there.")
-    if (process := owner.process()) is None:
-        queue.leave(paths.folder.name)
-        return
-    family = [process, *process.children(recursive=True)]
-    process.send_signal(signal.SIGINT)
+    if (process := owner.process()) is not None:
+        _end(process, seconds)
+    queue.leave(paths.folder.name)
+
+
+def _end(process: psutil.Process, seconds: float) -> None:
+    family = [process]
     try:
+        family += process.children(recursive=True)
+        process.send_signal(signal.SIGINT)
         process.wait(seconds)
+    except psutil.NoSuchProcess:
+        pass  # it has ended by itself, in this moment
     except psutil.TimeoutExpired:
         stop_tree(process, grace_s=0)
     stop_all(family, grace_s=0)
-    queue.leave(paths.folder.name)
 
 
 def _owner(record: dict[str, Any]) -> ProcessId:

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 from tundish import __version__
@@ -26,6 +25,8 @@ from tundish.paths import RunPaths, write_atomic
 
 ANSWER_SECONDS = 20.0
 """Slurm's commands wait for a controller that is away for minutes."""
+SUBMIT_SECONDS = 120.0
+"""A job that was taken, though sbatch was given up, would start when nobody expects it."""
 FRESH_SECONDS = 2.0
 """One question to Slurm serves all runs that are looked at within this time."""
 GOING_ON = frozenset(
@@ -40,8 +41,8 @@ ADVICE = {
     "DEADLINE": "Its deadline came.",
 }
 PASSED_ON = re.compile(
-    r"(AWS|AZURE|CUDA|DATABRICKS|GLOO|GOOGLE|HF|HUGGING_FACE_HUB|LC|MLFLOW|NCCL|OCI|OMP|S3|TORCH|TUNDISH|UCX)_\w+|HOME|"
-    r"USER|LOGNAME|LANG|PATH|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|"
+    r"(AWS|AZURE|CUDA|DATABRICKS|GLOO|GOOGLE|HF|HUGGING_FACE_HUB|LC|MLFLOW|NCCL|OCI|OMP|S3|TORCH|TUNDISH|UCX)_\w+|HOME|PG\w+|"
+    r"USER|XDG_CACHE_HOME|LOGNAME|LANG|PATH|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|"
     r"(http|https|no)_proxy|(HTTP|HTTPS|NO)_PROXY|KRB5CCNAME|SLURM_CONF"
 )
 """Variables of the caller's environment that the job gets. Their values are given to sbatch, never to a file."""
@@ -67,7 +68,7 @@ node=$(cat <<'END'
 # On the first node: prepares the data, starts training on all nodes by the command after `--`, exports and registers.
 # It takes this shell's place, and so gets the signal by which Slurm tells that the job's time is nearly over.
 exec {supervisor} -- \\
-  srun {nodes} --cpu-bind=none --export=ALL --kill-on-bad-exit=1 --wait=60 bash -c "$node"
+  srun {nodes} --cpu-bind=none --export=ALL --kill-on-bad-exit=1 --wait=0 bash -c "$node"
 """
 
 
@@ -77,7 +78,9 @@ def _options(compute: Compute, paths: RunPaths) -> dict[str, str]:
     if compute.device == "gpu":
         options["gpus-per-node"] = str(compute.devices_per_node)
     if not {"cpus-per-task", "cpus-per-gpu", "exclusive"} & set(compute.sbatch):
-        options |= {"exclusive": "", "mem": "0"}  # a task of Slurm's own choice has one core for all ranks of a node
+        options["exclusive"] = ""  # a task of Slurm's own choice has one core for all ranks of a node
+        if not {"mem", "mem-per-cpu", "mem-per-gpu"} & set(compute.sbatch):
+            options["mem"] = "0"
     if compute.time_limit is not None:
         options["time"] = compute.time_limit
     options |= {"signal": f"B:USR1@{compute.grace_s}", "requeue": "", "open-mode": "append"}
@@ -95,12 +98,18 @@ def submit(paths: RunPaths, compute: Compute) -> None:
     Raises:
         SpecError: Slurm refuses it.
     """
+    if adopt(paths):
+        return
     write_atomic(paths.job, job_script(compute, paths))
-    names = ",".join(sorted(name for name in os.environ if PASSED_ON.fullmatch(name)))
+    # What a job around us was given, and sbatch's own variables, would change this one.
+    given = {name: value for name, value in os.environ.items() if not re.match(r"SLURM_(?!CONF$)|SBATCH_", name)}
+    names = ",".join(sorted(name for name in given if PASSED_ON.fullmatch(name)))
     try:
-        answer = _ask("sbatch", "--parsable", f"--export={names}", str(paths.job))
+        answer = _ask("sbatch", "--parsable", f"--export={names}", str(paths.job), seconds=SUBMIT_SECONDS, env=given)
     except RequestError as error:
-        raise SpecError(f"compute: {error.message} Correct compute, or try again.") from error
+        if not adopt(paths):
+            raise SpecError(f"compute: {error.message} Correct compute, or try again.") from error
+        return
     note(paths, answer.strip().partition(";")[0])
 
 
@@ -109,17 +118,27 @@ def note(paths: RunPaths, job: str) -> None:
     write_atomic(paths.supervisor, json.dumps({"launcher": "slurm", "job": job}) + "\n")
 
 
+def adopt(paths: RunPaths) -> bool:
+    """Whether Slurm has a job of the run that nobody has noted, as whoever submitted it was killed; it is noted."""
+    if not paths.job.exists() or paths.supervisor.exists():
+        return False
+    try:
+        text = _ask("squeue", "--me", "--noheader", f"--name={paths.folder.name}", "--format=%i")
+    except RequestError:
+        return False
+    for job in text.split()[:1]:
+        note(paths, job)
+    return bool(text.split())
+
+
 def state(paths: RunPaths, record: Mapping[str, Any]) -> Life:
     """From squeue, else from what Slurm remembers of jobs that have ended."""
-    job = str(record["job"])
-    moment = int(time.monotonic() / FRESH_SECONDS)
-    jobs = _squeue(moment)
-    if isinstance(jobs, dict) and job not in jobs:
-        _squeue.cache_clear()  # submitted since
-        jobs = _squeue(moment)
-    if isinstance(jobs, str):
-        return Life(alive=True, unknown=f"Slurm job {job}: {jobs}")
-    if (known := jobs.get(job) or _ended(job)) is None:
+    job, run = str(record["job"]), paths.folder.name
+    try:
+        known = _jobs().get((job, run)) or _squeue(f"--jobs={job}").get((job, run)) or _ended(job, run)
+    except RequestError as error:
+        return Life(alive=True, unknown=f"Slurm job {job}: {error.message}")
+    if known is None:
         return Life(alive=False, end=f"Slurm does not know its job {job} any more.")
     name, reason = known
     if name in GOING_ON:
@@ -133,19 +152,36 @@ def state(paths: RunPaths, record: Mapping[str, Any]) -> Life:
 
 
 def cancel(paths: RunPaths, record: Mapping[str, Any], seconds: float) -> None:
-    """Let the supervisor end its stage and say so; then end what is left of the job."""
+    """Let the supervisor end its stage and say so; then end what is left of the job.
+
+    Raises:
+        RequestError: Slurm does not answer.
+    """
     job, end = str(record["job"]), time.monotonic() + seconds
-    if (known := _squeue_now(job)) is None:
+
+    def now() -> str | None:
+        return _squeue(f"--jobs={job}").get((job, paths.folder.name), (None,))[0]
+
+    if (name := now()) is None:
         return
-    if known[0] == "RUNNING":
+    if name == "RUNNING":
         _ask("scancel", "--quiet", "--batch", "--signal=INT", job)
-        while time.monotonic() < end - seconds / 2 and (found := _squeue_now(job)) and found[0] == "RUNNING":
+        while time.monotonic() < end - seconds / 2 and now() == "RUNNING":
             time.sleep(0.3)
         # A step that ignores SIGTERM would be there for KillWait seconds.
         _ask("scancel", "--quiet", "--full", "--signal=KILL", job)
     _ask("scancel", "--quiet", job)
-    while time.monotonic() < end and (found := _squeue_now(job)) and found[0] in GOING_ON:
+    while time.monotonic() < end and now() in GOING_ON:
         time.sleep(0.3)
+
+
+def is_running(job: str) -> bool:
+    """Whether Slurm means the job to go on.
+
+    Raises:
+        RequestError: it does not answer.
+    """
+    return any(name == "RUNNING" for name, _ in _squeue(f"--jobs={job}").values())
 
 
 def requeue(job: str) -> None:
@@ -162,46 +198,62 @@ def problem() -> str | None:
     return None if shutil.which("sbatch") else "found no sbatch on this machine's PATH; it must be able to submit jobs."
 
 
-@lru_cache(maxsize=1)
-def _squeue(_moment: int) -> dict[str, tuple[str, str]] | str:
-    """State and reason of the user's jobs that squeue knows, by number; else why it tells nothing."""
+_latest: tuple[float, dict[tuple[str, str], tuple[str, str]] | RequestError] = (-FRESH_SECONDS, {})
+"""When Slurm has answered last, and what: one question serves all runs of a list, also where there is no answer."""
+
+
+def _jobs() -> dict[tuple[str, str], tuple[str, str]]:
+    """The user's jobs, from an answer that is FRESH_SECONDS old at most."""
+    global _latest
+    if time.monotonic() - _latest[0] >= FRESH_SECONDS:
+        try:
+            found = _squeue("--me")
+        except RequestError as error:
+            found = error
+        _latest = time.monotonic(), found
+    if isinstance(_latest[1], RequestError):
+        raise _latest[1]
+    return _latest[1]
+
+
+def _squeue(which: str) -> dict[tuple[str, str], tuple[str, str]]:
+    """State and reason of jobs, by number and name: a number alone may be another job's after years.
+
+    Raises:
+        RequestError: Slurm does not answer.
+    """
     try:
-        text = _ask("squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r")
+        text = _ask("squeue", which, "--noheader", "--states=all", "--format=%i|%T|%r|%j")
     except RequestError as error:
-        return error.message
-    rows = (line.strip().split("|", 2) for line in text.splitlines() if line.count("|") >= 2)
-    return {job: (name, reason) for job, name, reason in rows}
+        if "Invalid job id" in error.message:
+            return {}
+        raise
+    rows = (line.strip().split("|", 3) for line in text.splitlines() if line.count("|") >= 3)
+    return {(job, run): (name, reason) for job, name, reason, run in rows}
 
 
-def _squeue_now(job: str) -> tuple[str, str] | None:
-    _squeue.cache_clear()
-    if isinstance(jobs := _squeue(0), str):
-        raise RequestError(f"Slurm job {job} cannot be canceled: {jobs} Try again.")
-    return jobs.get(job)
-
-
-def _ended(job: str) -> tuple[str, str] | None:
+def _ended(job: str, run: str) -> tuple[str, str] | None:
     """State and reason of a job that squeue has forgotten, from accounting where there is some."""
     try:
-        text = _ask("sacct", "--allocations", "--parsable2", "--noheader", "--jobs", job, "--format=State%40")
+        text = _ask("sacct", "--allocations", "--parsable2", "--noheader", "--jobs", job, "--format=State,JobName%200")
     except RequestError:
         return None  # no accounting
-    words = text.split()
-    return (words[0].rstrip("+"), "") if words else None
+    rows = (line.split("|") for line in text.splitlines())
+    return next(((row[0].split()[0], "") for row in rows if row[0] and row[-1] == run), None)
 
 
-def _ask(*command: str) -> str:
+def _ask(*command: str, seconds: float = ANSWER_SECONDS, env: Mapping[str, str] | None = None) -> str:
     """What one of Slurm's commands answers.
 
     Raises:
         RequestError: it is not there, refuses, or does not answer in time.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, env=env)
     except FileNotFoundError:
         raise RequestError(f"found no {command[0]} on this machine's PATH.") from None
     except subprocess.TimeoutExpired:
-        raise RequestError(f"{command[0]} has not answered for {ANSWER_SECONDS:g} s.") from None
+        raise RequestError(f"{command[0]} has not answered for {seconds:g} s.") from None
     if done.returncode != 0:
         said = " ".join(done.stderr.split())[:500] or f"exit code {done.returncode}"
         raise RequestError(f"{command[0]} refuses: {said}.")

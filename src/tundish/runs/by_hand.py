@@ -30,28 +30,28 @@ from tundish.runs.tracking import Tracking, open_tracking
 from tundish.spec import RunSpec
 
 
-def scripts(arguments: Mapping[str, Any], address: str, port: int) -> dict[str, str]:
+def scripts(arguments: Mapping[str, Any], address: str | None, port: int) -> dict[str, str]:
     """What starts the run that the arguments of `create()` describe, by file name; nothing is read or made.
 
     Args:
         arguments: of `create()`.
-        address: of the first host, for the others.
+        address: of the first host, for the others; None where there are none.
         port: of the first host, free.
 
     Raises:
         SpecError: an argument is wrong.
     """
-    spec, _ = parsed_spec(arguments)
+    spec, _ = _planned(arguments, address)
     return _scripts(spec, RunPaths.of(spec.run_name), address, port)
 
 
-def write(arguments: Mapping[str, Any], address: str, port: int, out: Path) -> list[Path]:
+def write(arguments: Mapping[str, Any], address: str | None, port: int, out: Path) -> list[Path]:
     """Make the folder for a run that is started by hand; the scripts in it.
 
     Raises:
         SpecError, DataError: an argument or the data is wrong.
     """
-    spec, card = parsed_spec(arguments)
+    spec, card = _planned(arguments, address)
     if spec.compute.launcher == "slurm":
         raise SpecError("compute: found launcher 'slurm'; `tundish create` submits such a run. Leave out --out.")
     paths = RunPaths(out.absolute())
@@ -71,6 +71,13 @@ def write(arguments: Mapping[str, Any], address: str, port: int, out: Path) -> l
     return [paths.folder / name for name in texts]
 
 
+def _planned(arguments: Mapping[str, Any], address: str | None) -> tuple[RunSpec, ModelCard]:
+    spec, card = parsed_spec(arguments)
+    if address is None and spec.compute.nodes > 1 and spec.compute.launcher == "local":
+        raise SpecError("--master-addr is missing: the other hosts must reach the first one. Give its address.")
+    return spec, card
+
+
 def _tracking(spec: RunSpec, paths: RunPaths) -> Tracking:
     """The MLflow run of the folder; made once, whoever of the hosts is started how often."""
     if not paths.result("tracking").exists():
@@ -81,7 +88,7 @@ def _tracking(spec: RunSpec, paths: RunPaths) -> Tracking:
 
 
 def _scripts(
-    spec: RunSpec, paths: RunPaths, address: str, port: int, more: Mapping[str, str] = MappingProxyType({})
+    spec: RunSpec, paths: RunPaths, address: str | None, port: int, more: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, str]:
     compute = spec.compute
     if compute.launcher == "slurm":
@@ -91,7 +98,7 @@ def _scripts(
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
     return {
         f"node{node}.sh": f"#!/bin/bash\n# Host {node} of {compute.nodes}, counted from 0.\n{exports}echo {logs}\n"
-        + node_script(compute, paths, rank=str(node), address=address, port=str(port))
+        + node_script(compute, paths, rank=str(node), address=address or "127.0.0.1", port=str(port))
         for node in range(compute.nodes)
     }
 

@@ -49,12 +49,19 @@ def cancel(
     else:
         given = [runs] if isinstance(runs, str | TrainingRun) else list(runs or ())
         names = [selecting.name_of(run) for run in given]
-    canceled = [name for name in names if _cancel_one(name)]
+    canceled, problems = list[str](), list[str]()
+    for name in names:
+        try:
+            canceled += [name] if _cancel_one(name) else []
+        except RequestError as error:
+            problems.append(error.message)
     closing = [_close(find_run(name)) for name in canceled]
     end = time.monotonic() + CLOSE_SECONDS
     for process in closing:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, end - time.monotonic()))
+    if problems:
+        raise RequestError(" ".join([*problems, *([cancel_message(canceled, len(canceled))] if canceled else [])]))
     return canceled, len(names)
 
 

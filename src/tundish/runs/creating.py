@@ -264,6 +264,7 @@ def parsed_spec(arguments: Mapping[str, Any]) -> tuple[RunSpec, ModelCard]:
         SpecError: an argument is wrong.
     """
     parsed, problems = _parse(arguments)
+    problems.extend(uri_problems())
     if problems or parsed is None:
         raise SpecError(problems)
     return parsed

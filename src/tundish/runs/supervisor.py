@@ -131,24 +131,21 @@ def _run_with_retry(paths: RunPaths, stage: str, place: Place) -> None:
 def _stop(paths: RunPaths, stopped: Stopped, reached: tuple[int, int]) -> None:
     """Say what comes after a stop: a Slurm job goes back into the queue; here, the caller resumes the run."""
     saved = "A checkpoint was saved." if _reached(paths)[1] > reached[1] else "No new checkpoint was saved."
-    job, name = os.environ.get("SLURM_JOB_ID"), paths.folder.name
-    if job is None:
-        text = f"Stopped by {stopped.signal.name}. {saved} `tundish resume {name}` goes on."
-        return _end(paths, "STOPPED", text, mlflow="KILLED")
-    if stopped.signal.name == "SIGUSR1" and _reached(paths) == reached:
+    name, why = paths.folder.name, stopped.signal.name
+    if RunSpec.from_json(paths.spec.read_text()).compute.launcher != "slurm":
+        return _end(paths, "STOPPED", f"Stopped by {why}. {saved} `tundish resume {name}` goes on.", mlflow="KILLED")
+    if why == "SIGUSR1" and _reached(paths) == reached:
         text = "In the time that Slurm gave to the run, it came no further. Raise compute's time_limit, or save more "
-        text += "often."
-        return _end(paths, "FAILED", text, mlflow="FAILED")
-    _end(
-        paths,
-        "REQUEUED",
-        f"Slurm job {job} was told to end by {stopped.signal.name}. {saved} It goes on with its next start.",
-    )
-    if stopped.signal.name == "SIGUSR1":  # else Slurm does it itself, or the job was ended on purpose
-        try:
+        return _end(paths, "FAILED", text + "often.", mlflow="FAILED")
+    job = os.environ["SLURM_JOB_ID"]
+    text = f"Slurm job {job} was told to end by {why}. {saved} It goes on when Slurm starts it again."
+    _end(paths, "REQUEUED", text)
+    try:
+        # A job that somebody has canceled, or that Slurm puts back itself, is not RUNNING any more.
+        if why == "SIGUSR1" or slurm.is_running(job):
             slurm.requeue(job)
-        except RequestError as error:
-            _end(paths, "FAILED", f"{error.message} `tundish resume {name}` goes on.", mlflow="FAILED")
+    except RequestError as error:
+        _end(paths, "FAILED", f"{error.message} `tundish resume {name}` goes on.", mlflow="FAILED")
 
 
 def _reached(paths: RunPaths) -> tuple[int, int]:

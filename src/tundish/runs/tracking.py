@@ -62,6 +62,10 @@ def registry_uri() -> str | None:
     return f"databricks-uc{separator}{profile}" if scheme == "databricks" else None
 
 
+PASSWORD = re.compile(r"^[\w+.-]+://[^/@]*:[^/]*@|^https?://[^/]*@|[?&](password|passwd|token)=", re.IGNORECASE)
+"""In the address of a store: before its host (a server's may be a token alone), or in its query."""
+
+
 def uri_problems() -> list[str]:
     """Passwords that would be written into a run's files and logs."""
     return [
@@ -69,7 +73,7 @@ def uri_problems() -> list[str]:
         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, PGPASSWORD or ~/.pgpass for PostgreSQL, "
         "an option file for MySQL."
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
-        if re.match(r"[\w+.-]+://[^/@]*:[^/]*@", os.environ.get(name, ""))
+        if PASSWORD.search(os.environ.get(name, ""))
     ]
 
 

@@ -2,11 +2,15 @@
 
 import os
 import socket
+from ipaddress import ip_address
 
 import psutil
 import torch
 from composer import Callback, Logger, State
 from composer.utils import dist
+
+ANYWHERE = "192.0.2.1"
+"""An address that nobody has (RFC 5737): on the way to it is the default route."""
 
 
 class GlooMean(Callback):
@@ -41,9 +45,19 @@ def name_interface() -> None:
 
 def interface_to(host: str) -> str | None:
     """The network interface by which this machine reaches a host."""
-    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(address)  # nothing is sent
-        own = probe.getsockname()[0]
+    own = _own_address(host)
+    if own is not None and ip_address(own).is_loopback and host != own:
+        own = _own_address(ANYWHERE)  # many systems have their own name in /etc/hosts as 127.0.1.1
     interfaces = psutil.net_if_addrs().items()
     return next((name for name, known in interfaces if any(one.address == own for one in known)), None)
+
+
+def _own_address(host: str) -> str | None:
+    """The address of this machine from which it would talk to a host; None where it cannot."""
+    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        try:
+            probe.connect(address)  # nothing is sent
+        except OSError:
+            return None
+        return probe.getsockname()[0].partition("%")[0]

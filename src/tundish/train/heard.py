@@ -18,8 +18,16 @@ class Heard:
         self._times: dict[int, float] = {}
         self._lost: set[int] = set()
 
-    def update(self, beats: dict[int, str], now: float, patience: float) -> dict[int, float]:
-        """Take in what was heard; the seconds for which each lost node has been silent."""
+    def update(self, beats: dict[int, str] | None, now: float, patience: float) -> dict[int, float]:
+        """Take in what was heard; the seconds for which each lost node has been silent.
+
+        `beats` is None where the first node was not reached: through it all others are heard, so nothing is known of
+        them.
+        """
+        if beats is None:
+            shift = now - max(self._times.values(), default=now)
+            self._times = {node: at if node == 0 else at + shift for node, at in self._times.items()}
+            beats = {}
         for node in self.hosts:
             if node not in self._times or (node in beats and beats[node] != self._beats.get(node)):
                 self._times[node] = now

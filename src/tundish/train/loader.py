@@ -4,8 +4,11 @@ Registered with LLM Foundry as the loader `tundish_packed`. Every row is in exac
 not divide evenly, the last batch is filled with rows that have no targets.
 """
 
+import os
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +19,8 @@ from streaming import LocalDataset
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 from transformers import PreTrainedTokenizerBase
+
+from tundish.processes import die_with
 
 IGNORE_INDEX = -100
 Row = Mapping[str, np.ndarray]
@@ -124,6 +129,13 @@ def count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
     return {"total": sum(batch["total_tokens"]), "loss_generating": sum(batch["loss_generating_tokens"])}
 
 
+def _start_worker(rank: int, _number: int) -> None:
+    """The signals that ask ranks to end come to all processes: without its workers, a rank fails unsaved."""
+    die_with(rank)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 def build_packed_dataloader(
     tokenizer: PreTrainedTokenizerBase,
     device_batch_size: int,
@@ -150,5 +162,6 @@ def build_packed_dataloader(
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
+        worker_init_fn=partial(_start_worker, os.getpid()),
     )
     return DataSpec(loader, get_num_tokens_in_batch=count_tokens)

@@ -57,7 +57,7 @@ class Peers(Callback):
                 store = store or _connected()
                 beats = _exchanged(store, me, nodes, "done" if last else str(count))
             except (DistError, RuntimeError, OSError):
-                store, beats = None, {}
+                store, beats = None, None
             silent = heard.update(beats, time.monotonic(), min(SILENT_SECONDS, self.timeout / 2))
             if not last and silent and max(silent.values()) > self.timeout:
                 # Said as an exception is: it is the cause that is looked for in the log.

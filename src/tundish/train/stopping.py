@@ -53,11 +53,11 @@ class StopWhenAsked(Callback):
             saver.wait()
         if mlflow := sys.modules.get("mlflow"):
             mlflow.flush_async_logging()
-        self._agreed(True)  # nobody ends while another one still writes
         log.warning("Stopped after batch %s, as asked; the checkpoint is complete.", int(state.timestamp.batch))
         if self.paths is not None and dist.get_global_rank() == 0:
             self.paths.work.mkdir(exist_ok=True)
             self.paths.stopped.touch()
+        self._agreed(True)  # nobody ends while another one still writes
         logging.shutdown()
         sys.stdout.flush()
         os._exit(STOPPED)  # closing the loggers would call the run finished
