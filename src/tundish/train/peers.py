@@ -19,7 +19,7 @@ SILENT_SECONDS = 20.0
 
 
 class Peers(Callback):
-    """One thread a node tells the others, through the store in which the ranks have met, that the node is there.
+    """The first rank of a node tells the others, through the store in which the ranks have met, that the node is there.
 
     A node that is silent is named in the log; after `timeout` seconds the rank ends, even where it waits without one.
 
@@ -30,6 +30,8 @@ class Peers(Callback):
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
         self._closed = threading.Event()
+        self._beats: dict[int, str] | None = None
+        self._told = 0.0
 
     @classmethod
     def where_needed(cls, timeout: float) -> list[Callback]:
@@ -40,26 +42,34 @@ class Peers(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """All ranks have met."""
-        threading.Thread(target=self._watch, daemon=True).start()
+        nodes, me = dist.get_world_size() // dist.get_local_world_size(), dist.get_node_rank()
+        # Two threads: one may wait for an answer through a cable that is cut for as long as TCP does.
+        for work in (self._tell, self._watch):
+            threading.Thread(target=work, args=(nodes, me), daemon=True).start()
 
     def close(self, state: State, logger: Logger) -> None:
         """Whoever ends first is not lost."""
         self._closed.set()
 
-    def _watch(self) -> None:
-        nodes, me = dist.get_world_size() // dist.get_local_world_size(), dist.get_node_rank()
-        heard = Heard({node: os.environ["MASTER_ADDR"] if node == 0 else "" for node in range(nodes) if node != me})
+    def _tell(self, nodes: int, me: int) -> None:
         count, last, store = 0, False, None
         while not last:
             last = self._closed.wait(BEAT_SECONDS)
             count += 1
             try:
                 store = store or _connected()
-                beats = _exchanged(store, me, nodes, "done" if last else str(count))
+                self._beats = _exchanged(store, me, nodes, "done" if last else str(count))
+                self._told = time.monotonic()
             except (DistError, RuntimeError, OSError):
-                store, beats = None, None
-            silent = heard.update(beats, time.monotonic(), min(SILENT_SECONDS, self.timeout / 2))
-            if not last and silent and max(silent.values()) > self.timeout:
+                store = None
+
+    def _watch(self, nodes: int, me: int) -> None:
+        heard = Heard({node: os.environ["MASTER_ADDR"] if node == 0 else "" for node in range(nodes) if node != me})
+        while not self._closed.wait(BEAT_SECONDS):
+            now = time.monotonic()
+            beats = self._beats if now - self._told < 2 * BEAT_SECONDS else None
+            silent = heard.update(beats, now, min(SILENT_SECONDS, self.timeout / 2))
+            if silent and max(silent.values()) > self.timeout:
                 # Said as an exception is: it is the cause that is looked for in the log.
                 print(f"ConnectionError: {heard.text(silent)}", flush=True)
                 os._exit(1)
