@@ -30,7 +30,7 @@ def test_a_host_that_is_cut_off_ends_the_other_which_goes_on_alone(
     options += ["--device", "cpu", "--devices", 1, "--run-name", "hosts", "--out", out, "--set", "save_interval=20ba"]
     options += ["--set", "global_train_batch_size=4", "--set", f"dist_timeout={TIMEOUT_SECONDS}"]
     assert main(["render", *map(str, options), "--nodes", "2", "--master-addr", ADDRESSES[0]]) == 0
-    commands = [line.partition(":  ")[2].split() for line in capsys.readouterr().out.splitlines()]
+    commands = _commands(capsys.readouterr().out)
     with two_hosts(), on_hosts(commands, tmp_path) as hosts:
         _wait(lambda: list_checkpoints(out / "checkpoints") or any(host.poll() is not None for host in hosts), 400)
         assert all(host.poll() is None for host in hosts), _log(out, 0)
@@ -44,7 +44,7 @@ def test_a_host_that_is_cut_off_ends_the_other_which_goes_on_alone(
     newest = int(list_checkpoints(out / "checkpoints")[-1].name.partition("-ba")[2])
     options[options.index("5000ba")] = f"{newest + 3}ba"
     assert main(["render", *map(str, options)]) == 0
-    (alone,) = [line.partition(":  ")[2].split() for line in capsys.readouterr().out.splitlines()]
+    (alone,) = _commands(capsys.readouterr().out)
     with two_hosts(), on_hosts([alone], tmp_path) as hosts:
         assert hosts[0].wait(300) == 0, _log(out, 0)
     started = [event.message for event in events.read(out / "events.jsonl") if event.type == "TRAIN_STARTED"]
@@ -52,6 +52,10 @@ def test_a_host_that_is_cut_off_ends_the_other_which_goes_on_alone(
         "Training started on 2 device(s).",
         f"Training started on 1 device(s). It goes on from batch {newest}.",
     ]
+
+
+def _commands(printed: str) -> list[list[str]]:
+    return [line.partition(":  ")[2].split() for line in printed.splitlines() if line.startswith("On host ")]
 
 
 def _log(out: Path, rank: int) -> str:
