@@ -20,6 +20,8 @@ KEYS = frozenset(
 )
 """LLM Foundry's top-level keys that a run uses and a caller may set; a test compares them with LLM Foundry's own."""
 
+LESS_MEMORY = "Lower device_train_microbatch_size, or set fsdp_config.activation_checkpointing to true, by overrides"
+"""What to do where a step does not fit."""
 REFUSED: Mapping[str, str] = {
     "code_paths": "it would run any file; tundish runs no code from configuration",
     "model.trust_remote_code": "it would run code that comes with the weights",

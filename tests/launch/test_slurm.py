@@ -25,7 +25,7 @@ from tundish.paths import RunPaths
 from tundish.runs.reading import wait
 
 MakeRun = Callable[..., RunPaths]
-RECORDED = Path(__file__).parents[1] / "recorded" / "job.sbatch"
+RECORDED = Path(__file__).parent / "job.sbatch"
 GPUS = Compute(device="gpu", nodes=2, devices_per_node=4, launcher="slurm", time_limit="12:00:00",
                sbatch={"partition": "gpu", "account": "lab"})  # fmt: skip
 ONE = Compute(device="cpu", devices_per_node=1, launcher="slurm")

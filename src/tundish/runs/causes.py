@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tundish.overrides import LESS_MEMORY
+
 ERROR_LINE = re.compile(r"^(?:\[rank\d+\]: *)?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$")
 CRASHED = re.compile(r"Rank (\d+) crashed with exit code")
 LOST_NODE = re.compile(r"(node \d+ \([^)]*\) (?:has not been heard from|is heard from again).*)")
@@ -33,14 +35,12 @@ def _common(sign: str, advice: str) -> Common:
 COMMON = (
     _common(
         r"CUDA out of memory|OutOfMemoryError|HIP out of memory",
-        "A device ran out of memory. Lower device_train_microbatch_size by overrides, set "
-        "fsdp_config.activation_checkpointing to true, shorten context_length, or use more devices; `tundish estimate` "
+        f"A device ran out of memory. {LESS_MEMORY}, shorten context_length, or use more devices; `tundish estimate` "
         "plans with compute's device_memory_gib.",
     ),
     _common(
         r"DefaultCPUAllocator: can't allocate memory|Cannot allocate memory|^MemoryError|oom-kill|Out of memory: Kill",
-        "The machine ran out of memory. Use a smaller microbatch (device_train_microbatch_size), fewer ranks on it, or "
-        "a machine with more.",
+        f"The machine ran out of memory. {LESS_MEMORY}, use fewer ranks on it, or a machine with more.",
     ),
     _common(
         r"GatedRepoError|gated repo|Access to model .* is restricted|401 Client Error|403 Client Error",
