@@ -81,23 +81,19 @@ def test_a_job_takes_whole_nodes_unless_told() -> None:
     assert "--exclusive" not in text and "#SBATCH --cpus-per-task=8" in text and "gpus-per-node" not in text
 
 
-def test_a_job_goes_through_the_stages_that_are_left(submitted: Callable[..., RunPaths], make_run: MakeRun) -> None:
+def test_a_job_goes_through_the_stages_that_are_left(make_run: MakeRun, cluster: Path) -> None:
     """Nothing would run, or outside of the job; here all stages were done before."""
-    paths = submitted("ift-0")
-    wait("ift-0", 60)
-    again = make_run("ift-1", ("CREATED", "waits"), compute={"launcher": "slurm", "device": "cpu",
-                                                             "devices_per_node": 1})  # fmt: skip
-    again.logs.mkdir()
+    compute = {"launcher": "slurm", "device": "cpu", "devices_per_node": 1}
+    paths = make_run("ift-1", ("CREATED", "waits"), compute=compute)
+    paths.logs.mkdir()
     for stage in ("prepare", "train", "export", "register"):
-        again.result(stage).write_text('{"name": "main.lab.x", "version": "7"}')
-    launch.submit(again, ONE)
+        paths.result(stage).write_text('{"name": "main.lab.x", "version": "7"}')
+    launch.submit(paths, ONE)
     run = wait("ift-1", 60)
-    assert (run.status.display_name, run.details) == (
-        "Completed",
-        "Run completed. Registered as version 7 of main.lab.x.",
-    )
-    assert json.loads(again.supervisor.read_text()) == {"launcher": "slurm", "job": "2"}
-    assert json.loads(paths.supervisor.read_text())["job"] == "1"
+    assert run.status.display_name == "Completed"
+    assert run.details == "Run completed. Registered as version 7 of main.lab.x."
+    assert json.loads(paths.supervisor.read_text()) == {"launcher": "slurm", "job": "1"}
+    assert (cluster / "1.json").exists()
 
 
 def test_secrets_reach_the_job_and_no_file(
