@@ -348,3 +348,12 @@ def test_what_pytorch_reads_itself_is_what_was_saved(tmp_path: Path) -> None:
     assert given["state"]["timestamp"]["batch"] == 3
     assert json.loads((folder / "manifest.json").read_text())["files"].keys() == {".metadata", "__0_0.distcp"}
     assert pickle.loads((folder / ".metadata").read_bytes()).storage_data
+
+
+def test_a_half_written_name_of_the_newest_is_removed(tmp_path: Path) -> None:
+    """Each kill in that moment would leave a file that nobody knows."""
+    left = tmp_path / f".{CHECKPOINT_LINK}.4242.tmp"
+    left.write_text("ep1-b")
+    (tmp_path / CHECKPOINT_LINK).write_text("ep1-ba1")
+    clean(tmp_path)
+    assert not left.exists() and (tmp_path / CHECKPOINT_LINK).read_text() == "ep1-ba1"

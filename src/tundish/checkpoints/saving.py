@@ -32,7 +32,7 @@ from tundish.checkpoints.metadata import METADATA
 from tundish.checkpoints.pickles import reason
 from tundish.checkpoints.places import Place, hidden
 from tundish.errors import CheckpointError
-from tundish.paths import write_atomic
+from tundish.paths import CHECKPOINT_LINK, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -203,6 +203,8 @@ def write_checkpoint(staged: Staged, place: Place, exchange: Exchange, is_first:
 def clean(save_folder: Path) -> None:
     """Remove what killed processes have left half written or half removed, and move aside what is damaged."""
     complete = list_checkpoints(save_folder)
+    for path in save_folder.glob(f".{CHECKPOINT_LINK}.*.tmp"):
+        path.unlink()
     for path in sorted(save_folder.iterdir()) if save_folder.is_dir() else ():
         if not path.is_dir() or path.is_symlink() or path in complete:
             continue
