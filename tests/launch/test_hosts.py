@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tests.launch.hosts import ADDRESSES, can, cut, on_hosts, two_hosts
+from tests.runs.processes import wait_until
 
 from tundish import events
 from tundish.checkpoints import list_checkpoints
@@ -32,7 +33,7 @@ def test_a_host_that_is_cut_off_ends_the_other_which_goes_on_alone(
     assert main(["render", *map(str, options), "--nodes", "2", "--master-addr", ADDRESSES[0]]) == 0
     commands = _commands(capsys.readouterr().out)
     with two_hosts(), on_hosts(commands, tmp_path) as hosts:
-        _wait(lambda: list_checkpoints(out / "checkpoints") or any(host.poll() is not None for host in hosts), 400)
+        wait_until(lambda: list_checkpoints(out / "checkpoints") or any(host.poll() is not None for host in hosts), 400)
         assert all(host.poll() is None for host in hosts), _log(out, 0)
         cut(1)
         begun = time.monotonic()
@@ -60,10 +61,3 @@ def _commands(printed: str) -> list[list[str]]:
 
 def _log(out: Path, rank: int) -> str:
     return (out / "logs" / f"train-rank{rank}.log").read_text(errors="replace")
-
-
-def _wait(condition: Callable[[], object], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.3)

@@ -32,7 +32,7 @@ from tundish.checkpoints.metadata import METADATA
 from tundish.checkpoints.pickles import reason
 from tundish.checkpoints.places import Place, hidden
 from tundish.errors import CheckpointError
-from tundish.paths import CHECKPOINT_LINK, write_atomic
+from tundish.paths import CHECKPOINT_LINK, flush_folder, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -121,9 +121,9 @@ class Staged(StorageWriter):
         path = self.hidden / METADATA
         write_atomic(path, self._pickled(shares))
         write_manifest(self.hidden, files | {METADATA: FileFacts.of(path)})
-        _flush(self.hidden)
+        flush_folder(self.hidden)
         self.hidden.rename(self.folder)
-        _flush(self.folder.parent)
+        flush_folder(self.folder.parent)
 
     def _pickled(self, shares: Sequence[Share]) -> bytes:
         assert self._metadata is not None
@@ -259,12 +259,3 @@ def _failure(folder: Path, error: OSError) -> str:
         f"{folder}: cannot be written ({error.strerror}); {free:,} bytes are free there. Earlier checkpoints are "
         "untouched. Make room, then `tundish resume` the run."
     )
-
-
-def _flush(folder: Path) -> None:
-    """Let the names in a folder outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
