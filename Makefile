@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install format check test test-spark test-slurm test-kill demo bench-data bench-train bench-checkpoint bench-runs lock clean
+.PHONY: help install format check test test-fast test-spark test-slurm test-kill demo bench-data bench-train bench-checkpoint bench-runs lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -34,14 +34,17 @@ check: $(INSTALLED)  ## check format, lint and types
 test: $(INSTALLED)  ## run the tests (CPU, no network)
 	$(BIN)/python -m pytest
 
+test-fast: $(INSTALLED)  ## run the tests that train nothing (a minute and a half)
+	$(BIN)/python -m pytest -m "not slow and not spark and not slurm and not kill"
+
 test-spark: $(INSTALLED)  ## run the tests on a Spark cluster of this machine (Java)
-	$(BIN)/python -m pytest -o addopts="--import-mode=importlib" tests/data/test_spark.py
+	$(BIN)/python -m pytest -m spark
 
 test-slurm: $(INSTALLED)  ## run the tests on a Slurm and on two hosts of this machine (root; slurm-wlm, munge, iproute2)
-	$(BIN)/python -m pytest -s -o addopts="--import-mode=importlib" tests/launch/test_real_slurm.py tests/launch/test_hosts.py
+	$(BIN)/python -m pytest -s -m slurm
 
 test-kill: $(INSTALLED)  ## kill runs at any moment, and start twenty at once (CPU, 45 minutes)
-	$(BIN)/python -m pytest -s -o addopts="--import-mode=importlib" tests/runs/test_killing.py tests/runs/test_queue_of_runs.py tests/runs/test_canceling.py
+	$(BIN)/python -m pytest -s -m kill
 
 demo: $(INSTALLED)  ## train a tiny model on this machine and ask it what it has learned
 	$(BIN)/python recipes/demo.py

@@ -29,6 +29,7 @@ from tundish.errors import DataError, StageError
 from tundish.spec import TaskType
 
 pytestmark = [
+    pytest.mark.spark,
     pytest.mark.skipif(shutil.which("java") is None, reason="Spark runs on Java, which is not installed"),
     # Streaming's LocalDataset leaves index.json open.
     pytest.mark.filterwarnings(r"ignore:unclosed file .*index\.json:ResourceWarning"),

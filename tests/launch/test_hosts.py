@@ -17,7 +17,10 @@ from tundish.cli import main
 WriteLines = Callable[[Path, Iterable[object]], Path]
 TIMEOUT_SECONDS = 40
 
-pytestmark = pytest.mark.skipif(not can(), reason="needs root and ip, to make network namespaces")
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(not can(), reason="needs root and ip, to make network namespaces"),
+]
 
 
 def test_a_host_that_is_cut_off_ends_the_other_which_goes_on_alone(

@@ -20,9 +20,12 @@ from tundish.runs.records import TrainingRun
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or bool(missing()), reason=f"needs root, and {', '.join(missing()) or 'nothing else'}"
-)
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(
+        os.geteuid() != 0 or bool(missing()), reason=f"needs root, and {', '.join(missing()) or 'nothing else'}"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

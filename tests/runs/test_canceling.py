@@ -16,6 +16,8 @@ from tundish.processes import ProcessId
 from tundish.runs.records import TrainingRun
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
+pytestmark = pytest.mark.kill
+
 MOST_SECONDS = 10.0
 
 

@@ -23,6 +23,8 @@ from tundish.runs.running import is_done
 from tundish.runs.tracking import Tracking
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
+pytestmark = pytest.mark.kill
+
 RANKS = (1, 2, 1, 2, 1)
 """Of each run that is killed."""
 SEED = 20

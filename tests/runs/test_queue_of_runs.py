@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from tests.runs.processes import stages, supervisor, wait_until
 
 from tundish import events
@@ -23,6 +24,8 @@ from tundish.paths import RunPaths
 from tundish.runs.records import TrainingRun
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
+pytestmark = pytest.mark.kill
+
 RUNS = 21
 CREATE = """\
 import json, os, sys, time
