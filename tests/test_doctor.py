@@ -64,7 +64,7 @@ def test_a_machine_where_all_is_well_is_told_in_one_line_a_check(
 
 def test_a_terminal_shows_the_same(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """The report would be empty where people read it, or brackets in it be taken for colours."""
-    monkeypatch.setattr("tundish.cli_doctor.examine", lambda: [Finding("MLflow", "problem", "at [red]x", "Look.")])
+    monkeypatch.setattr("tundish.cli.machine.examine", lambda: [Finding("MLflow", "problem", "at [red]x", "Look.")])
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("TERM", "dumb")
     assert main(["doctor"]) == 1

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import yaml
 
-from tundish.cli_commands import read_experiment
+from tundish.cli.arguments import read_experiment
 from tundish.models import model_cards
 from tundish.overrides import KEYS as MAY_BE_SET
 from tundish.overrides import REFUSED

@@ -19,10 +19,13 @@ class Compute:
     """Where to train and on how many devices."""
 
     device: Literal["gpu", "cpu"]
+    """What trains; default: gpu where there is one."""
     devices_per_node: int
-    """Processes on each node: one a GPU, or ranks that share the processor."""
+    """Processes on each node: one a GPU, or ranks that share the processor; default: all GPUs, else 1."""
     nodes: int = 1
+    """Machines that train together; default 1."""
     launcher: Literal["local", "slurm"] = "local"
+    """What starts the run: this machine (default), or Slurm."""
     device_memory_gib: float = PLANNED_GIB
     """Of one device; on a CPU, a rank's share of the machine's."""
     time_limit: str | None = None

@@ -13,7 +13,8 @@ Messages say: where – what was found – what is allowed – what to do. The `
 aliases, so that `except` clauses written for the original client still work after its import line is changed.
 """
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class TundishError(Exception):
@@ -64,6 +65,12 @@ class StageError(TundishError, RuntimeError):
 
     def __reduce__(self) -> tuple[type["StageError"], tuple[str, str | None]]:
         return type(self), (self.message, self.log_path)
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """A sentence with what may have been meant, to put behind another one; empty when nothing is near."""
+    near = difflib.get_close_matches(given, list(known), n=3)
+    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 def _join(problems: Sequence[str]) -> str:

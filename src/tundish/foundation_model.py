@@ -56,7 +56,7 @@ def create(
     """Fine-tune a model: returns as soon as the run is accepted, work goes on in a detached process.
 
     Args:
-        model: a supported model's name (see `get_models`), or the path of a Hugging Face folder.
+        model: a supported model's name (`tundish models` lists them), or the path of a Hugging Face folder.
         train_data_path: for chats and instructions a .jsonl file (.gz and .zst too), a Delta table
             (`catalog.schema.table` or its folder) or a Hugging Face dataset with its split (`org/dataset/split`); for
             continued pretraining a folder of .txt files. Files and tables may be on `s3://` and other object stores.

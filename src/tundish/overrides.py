@@ -1,12 +1,12 @@
 """The `overrides` argument: LLM-Foundry keys that a caller may set, and those that a run depends on."""
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import yaml
 
+from tundish.errors import did_you_mean
 from tundish.paths import is_uri, resolve, yamls_dir
 
 KEYS = frozenset(
@@ -156,5 +156,4 @@ def _shape_problem(path: str, parts: list[str], value: Any, base: Mapping[str, A
 
 
 def _hint(word: str, known: frozenset[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=3)
-    return f"Did you mean {' or '.join(near)}?" if near else f"It has {', '.join(sorted(known))}."
+    return did_you_mean(word, known).strip() or f"It has {', '.join(sorted(known))}."

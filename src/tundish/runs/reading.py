@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 from tundish import events, launch
-from tundish.errors import RunNotFoundError
+from tundish.errors import RunNotFoundError, did_you_mean
 from tundish.launch import Life
 from tundish.paths import RUN_NAME, RunPaths, runs_dir
 from tundish.runs.records import ObjectList, RunStatus, TrainingEvent, TrainingRun
@@ -103,10 +103,7 @@ def find_run(name: str) -> RunPaths:
     """
     if RUN_NAME.fullmatch(name) and (paths := RunPaths(runs_dir() / name)).spec.is_file():
         return paths
-    import difflib
-
-    near = difflib.get_close_matches(name, list(run_names()), n=3)
-    hint = f" Did you mean {' or '.join(near)}?" if near else " `tundish list` shows the runs."
+    hint = did_you_mean(name, run_names()) or " `tundish list` shows the runs."
     raise RunNotFoundError(f"there is no run {name!r} in {runs_dir()}.{hint}")
 
 

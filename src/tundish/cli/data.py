@@ -12,13 +12,24 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from tundish.cli_arguments import create_arguments, print_json
+from tundish.cli.arguments import DATA_USAGE, add_create_options, create_arguments
+from tundish.cli.output import add_json, print_json
+from tundish.cli.parsing import Command
 from tundish.errors import DataError, SpecError
 from tundish.progress import bar
 from tundish.runs import creating
 
 if TYPE_CHECKING:
     from tundish.data.report import Report, Validation
+
+REQUIRED = ("model", "train_data_path")
+
+
+def validate_options(command: argparse.ArgumentParser) -> None:
+    """What `tundish validate` takes."""
+    add_json(command)
+    command.add_argument("--report", metavar="FILE", help="write the report with all line numbers as JSON")
+    add_create_options(command, REQUIRED)
 
 
 def validate(arguments: argparse.Namespace) -> int:
@@ -34,6 +45,13 @@ def validate(arguments: argparse.Namespace) -> int:
     return 0 if found.ok else 1
 
 
+def estimate_options(command: argparse.ArgumentParser) -> None:
+    """What `tundish estimate` takes."""
+    add_json(command)
+    command.add_argument("--plot", metavar="FILE", help="draw the histogram of sample lengths as PNG")
+    add_create_options(command, REQUIRED)
+
+
 def estimate(arguments: argparse.Namespace) -> int:
     """`tundish estimate`."""
     _check_folder("--plot", arguments.plot)
@@ -46,6 +64,13 @@ def estimate(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         print(f"\nHistogram drawn: {arguments.plot}")
     return 0
+
+
+def prepare_options(command: argparse.ArgumentParser) -> None:
+    """What `tundish prepare` takes."""
+    add_json(command)
+    command.add_argument("--out", metavar="DIR", help="copy the shards there: DIR/train and DIR/eval")
+    add_create_options(command, REQUIRED)
 
 
 def prepare(arguments: argparse.Namespace) -> int:
@@ -124,3 +149,34 @@ def _show_report(console: Console, report: "Report") -> None:
     if report.preview:
         console.print(Text("  The first sample as the model sees it; trained tokens in green.", style="dim"))
         console.print(Text.assemble(*((text, "green" if trained else "dim") for text, trained in report.preview)))
+
+
+COMMANDS = {
+    "validate": Command(
+        options=validate_options,
+        action=validate,
+        usage=DATA_USAGE,
+        examples=[
+            "tundish validate --model ./my-model --train-data-path ./train.jsonl",
+            "tundish validate --model ./my-model --train-data-path ./train.jsonl --report report.json",
+        ],
+    ),
+    "estimate": Command(
+        options=estimate_options,
+        action=estimate,
+        usage=DATA_USAGE,
+        examples=[
+            "tundish estimate --model ./my-model --train-data-path ./train.jsonl --training-duration 3ep",
+            "tundish estimate --model ./my-model --train-data-path ./train.jsonl --plot lengths.png",
+        ],
+    ),
+    "prepare": Command(
+        options=prepare_options,
+        action=prepare,
+        usage=DATA_USAGE,
+        examples=[
+            "tundish prepare --model ./my-model --train-data-path ./train.jsonl",
+            "tundish prepare --model ./my-model --train-data-path ./train.jsonl --out ./prepared",
+        ],
+    ),
+}

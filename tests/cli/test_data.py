@@ -1,4 +1,4 @@
-"""cli_data.py: validate, estimate and prepare on a terminal."""
+"""cli/data.py: validate, estimate and prepare on a terminal."""
 
 import json
 from collections.abc import Callable

@@ -5,9 +5,19 @@ import os
 import time
 from pathlib import Path
 
-from tundish.cli_arguments import print_json
+from tundish.cli.output import add_json, print_json
+from tundish.cli.parsing import Command
 from tundish.errors import CheckpointError, SpecError
 from tundish.progress import bar
+
+
+def checkpoints_options(command: argparse.ArgumentParser) -> None:
+    """What `tundish checkpoints` takes."""
+    add_json(command)
+    command.add_argument(
+        "run", metavar="RUN", help="run name; to verify, also a checkpoint's path or URI, or that of its folder"
+    )
+    command.add_argument("--verify", action="store_true", help="read every byte and compare it with what was written")
 
 
 def checkpoints(arguments: argparse.Namespace) -> int:
@@ -57,6 +67,17 @@ def _verify(given: str, *, as_json: bool) -> int:
     return 1 if any(entry["problems"] for entry in found) else 0
 
 
+def export_options(command: argparse.ArgumentParser) -> None:
+    """What `tundish export` takes."""
+    add_json(command)
+    command.add_argument("source", metavar="RUN|CHECKPOINT", help="run name (its newest) or a checkpoint's path or URI")
+    command.add_argument("--out", metavar="DIR", help="folder to make (default: RUN-ep#-ba# in this folder)")
+    command.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (default bfloat16)"
+    )
+    command.add_argument("--model", metavar="NAME", help="base model of a checkpoint that no run here has made")
+
+
 def export(arguments: argparse.Namespace) -> int:
     """`tundish export`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -84,3 +105,17 @@ def export(arguments: argparse.Namespace) -> int:
     )
     print(out.absolute())
     return 0
+
+
+COMMANDS = {
+    "checkpoints": Command(
+        options=checkpoints_options,
+        action=checkpoints,
+        examples=["tundish checkpoints RUN", "tundish checkpoints RUN --verify"],
+    ),
+    "export": Command(
+        options=export_options,
+        action=export,
+        examples=["tundish export RUN --out ./model", "tundish export ./checkpoints/ep1-ba60 --model ./my-model"],
+    ),
+}

@@ -1,17 +1,28 @@
-"""The command that looks at the machine: doctor."""
+"""The commands that tell what there is: models, doctor."""
 
 import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
 
-from tundish.cli_arguments import print_json
+from tundish import foundation_model as fm
+from tundish.cli.output import add_json, print_json, print_table
+from tundish.cli.parsing import Command
 from tundish.data.findings import printable
 from tundish.doctor import examine
 from tundish.doctor.finding import Finding
 
 MARKS = {"ok": "OK", "problem": "!!", "absent": "--"}
 STYLES = {"ok": "green", "problem": "bold red", "absent": "dim"}
+
+
+def models(arguments: argparse.Namespace) -> int:
+    """`tundish models`."""
+    found = fm.get_models()
+    if arguments.json:
+        return print_json([dataclasses.asdict(model) for model in found])
+    print_table(found, {"name": "NAME", "display_name": "MODEL", "max_context_length": "MAX CONTEXT"})
+    return 0
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -43,3 +54,9 @@ def _show(found: Sequence[Finding]) -> None:
 
 def _text(finding: Finding) -> str:
     return printable(f"{finding.found}. {finding.advice}".strip())
+
+
+COMMANDS = {
+    "models": Command(options=add_json, action=models, examples=["tundish models", "tundish models --json"]),
+    "doctor": Command(options=add_json, action=doctor, examples=["tundish doctor", "tundish doctor --json"]),
+}

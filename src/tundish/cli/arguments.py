@@ -1,0 +1,189 @@
+"""The arguments of `create()` on a command line: its options, YAML files, and assignments.
+
+An option's name, type and help text are those of the parameter of `create()`, or of the field of Compute.
+"""
+
+import argparse
+import ast
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+from tundish import foundation_model as fm
+from tundish.compute import Compute
+from tundish.errors import SpecError, did_you_mean
+
+PATH_ARGUMENTS = ("train_data_path", "eval_data_path", "custom_weights_path")
+GROUPS: Mapping[str, Mapping[str, str]] = {
+    "data": {
+        "train_data_path": "PATH",
+        "eval_data_path": "PATH",
+        "eval_prompts": "TEXT",
+        "data_prep_cluster_id": "MASTER",
+    },
+    "training": {
+        "model": "MODEL",
+        "task_type": "TYPE",
+        "training_duration": "N",
+        "learning_rate": "X",
+        "context_length": "N",
+        "custom_weights_path": "PATH",
+    },
+    "output": {"register_to": "NAME", "run_name": "NAME", "experiment_path": "NAME"},
+}
+"""Where the help shows a parameter of `create()`, and what stands for its value."""
+CREATE_ARGUMENTS = [name for group in GROUPS.values() for name in group]
+COMPUTE: Mapping[str, tuple[str, str | None]] = {
+    "device": ("--device", None),
+    "devices_per_node": ("--devices", "N"),
+    "nodes": ("--nodes", "N"),
+    "launcher": ("--launcher", None),
+    "time_limit": ("--time-limit", "T"),
+    "sbatch": ("--sbatch", "OPTION=VALUE"),
+}
+"""Field of Compute → its option, and what stands for its value; the others are set by `--set compute.FIELD=VALUE`."""
+REQUIRED = ("model", "train_data_path", "register_to")
+USAGE = "--model MODEL --train-data-path PATH --register-to NAME [options]"
+DATA_USAGE = "--model MODEL --train-data-path PATH [options]"
+
+
+def add_create_options(command: argparse.ArgumentParser, required: Iterable[str] = REQUIRED) -> None:
+    """Give a command the arguments of `create()`, in groups."""
+    parameters, texts = inspect.signature(fm.create).parameters, _parameter_texts()
+    for title, names in GROUPS.items():
+        group = command.add_argument_group(title)
+        for name, metavar in names.items():
+            kind = str(parameters[name].annotation)
+            settings: dict[str, Any] = {"nargs": "+"} if "Sequence" in kind else {"type": int} if "int" in kind else {}
+            # Not required of the parser: create() tells all problems at once.
+            text = f"(required) {texts[name]}" if name in required else texts[name]
+            group.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=_help(text), **settings)
+    add_compute_options(command)
+    command.add_argument_group("other options").add_argument(
+        "--set",
+        action="append",
+        metavar="KEY=VALUE",
+        help="LLM-Foundry key to override, such as optimizer.betas=[0.9,0.95]; compute.KEY=VALUE sets a field of "
+        "compute (repeatable)",
+    )
+
+
+def add_compute_options(command: argparse.ArgumentParser) -> None:
+    """Give a command the fields of Compute."""
+    group = command.add_argument_group("compute")
+    for name, (option, metavar) in COMPUTE.items():
+        kind, text = _compute_fields()[name]
+        settings: dict[str, Any] = {"metavar": metavar} if metavar else {}
+        if kind.startswith("Literal"):
+            settings["choices"] = ast.literal_eval(kind.removeprefix("Literal"))
+        elif kind.startswith("Mapping"):
+            settings["action"], text = "append", f"{text} (repeatable)"
+        elif kind == "int":
+            settings["type"] = int
+        group.add_argument(option, dest=name, help=_help(text), **settings)
+
+
+def _parameter_texts() -> dict[str, str]:
+    """What the docstring of `create()` says of each parameter."""
+    section = inspect.cleandoc(fm.create.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}
+
+
+def _compute_fields() -> dict[str, tuple[str, str]]:
+    """Annotation and docstring of each field of Compute; only its source has the docstrings of fields."""
+    body = cast(ast.ClassDef, ast.parse(inspect.getsource(Compute)).body[0]).body
+    return {
+        ast.unparse(field.target): (ast.unparse(field.annotation), str(text.value.value))
+        for field, text in pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+
+
+def _help(text: str) -> str:
+    """A docstring's text as argparse takes it: begun small, without a full stop at its end."""
+    small = text if text[:2].isupper() or text.startswith("`") else f"{text[0].lower()}{text[1:]}"
+    return small.rstrip(".").replace("%", "%%").replace("`", "")
+
+
+def create_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `create()` that the options mean."""
+    values: dict[str, Any] = {name: getattr(arguments, name) for name in CREATE_ARGUMENTS}
+    values |= {"compute": compute_arguments(arguments) or {}, "overrides": {}}
+    for text in arguments.set or ():
+        key, value = assignment(text)
+        section, _, below = key.partition(".")
+        if below and section in ("compute", "overrides"):
+            values[section][below] = value
+        else:
+            values["overrides"][key] = value
+    return values
+
+
+def compute_arguments(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The `compute` argument that the options mean; None where none was given."""
+    compute = {name: getattr(arguments, name) for name in COMPUTE}
+    compute["sbatch"] = {key: value for text in arguments.sbatch or () for key, value in _option(text)} or None
+    return {name: value for name, value in compute.items() if value is not None} or None
+
+
+def _option(text: str) -> Iterator[tuple[str, str | bool]]:
+    """`partition=gpu`, or `exclusive` alone."""
+    key, sign, value = text.partition("=")
+    yield key, value if sign else True
+
+
+def read_experiment(file: Path) -> dict[str, Any]:
+    """The arguments of `create()` in a YAML file; relative data paths are taken from the file's own folder.
+
+    Raises:
+        SpecError: the file cannot be read or is no mapping, or names an argument that `create()` does not have.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SpecError(
+            f"{file}: cannot be read ({error}). Give a YAML file with the arguments of create()."
+        ) from error
+    if not isinstance(content, dict):
+        raise SpecError(f"{file}: found no mapping. Write one argument of create() a line, like 'model: …'.")
+    check_names(str(file), content)
+    return content | {name: _beside(file, content[name]) for name in PATH_ARGUMENTS if content.get(name)}
+
+
+def check_names(where: str, arguments: Iterable[Any]) -> None:
+    """Refuse what is no argument of `create()`, with a SpecError that lists those that are."""
+    known = inspect.signature(fm.create).parameters
+    if unknown := sorted(str(key) for key in arguments if key not in known):
+        near = "".join(did_you_mean(key, known) for key in unknown[:1])
+        raise SpecError(f"{where}: create() has no argument {', '.join(unknown)}; it has {', '.join(known)}.{near}")
+
+
+def _beside(file: Path, given: Any) -> Any:
+    """A relative path is taken from the file's folder."""
+    text = str(given)
+    if ":" in text.split("/")[0] or text.startswith(("/", "~")):
+        return given
+    return str(file.parent / text)
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """Key and value of `key=value`, the value read as YAML.
+
+    Raises:
+        SpecError: it is none.
+    """
+    import yaml
+
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise SpecError(f"found {text!r}; needed is key=value.")
+    try:
+        return key, yaml.safe_load(value) if value else None
+    except yaml.YAMLError as error:
+        raise SpecError(f"found {text!r}; the value is not YAML. Quote it.") from error

@@ -1,0 +1,104 @@
+"""The parser: a command's module is loaded when the command is chosen; mistyped words get suggestions."""
+
+import argparse
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from tundish.errors import did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """What a module of commands says of one of them."""
+
+    options: Callable[[argparse.ArgumentParser], object]
+    """Adds its options to a parser."""
+    action: Callable[[argparse.Namespace], int]
+    """Does it, and returns the exit code."""
+    examples: Sequence[str]
+    usage: str | None = None
+    """What comes after `tundish COMMAND`, where a list of all options would be too long."""
+
+
+class UsageError(Exception):
+    """The command line makes no sense."""
+
+    def __init__(self, message: str, usage: str) -> None:
+        super().__init__(message)
+        self.message, self.usage = message, usage
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that suggests what may have been meant, and does not end the process."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(
+            allow_abbrev=False,  # an option that is added later must not change what a script means
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **settings,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a UsageError."""
+        raise UsageError(message, self.format_usage().strip())
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        known = [str(choice) for choice in action.choices]
+        near = did_you_mean(str(value), known)
+        if isinstance(action, argparse._SubParsersAction):
+            raise argparse.ArgumentError(
+                None, f"there is no command {value!r}.{near} `tundish --help` lists the commands."
+            )
+        raise argparse.ArgumentError(action, f"found {value!r}; allowed is {' or '.join(known)}.{near}")
+
+
+class CommandParser(Parser):
+    """The parser of one command; what it takes is read from its module once it is asked to parse."""
+
+    def __init__(self, *, module: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._module, self._loaded, self._parsing = module, False, False
+
+    def load(self) -> None:
+        """Add the command's options, action and examples."""
+        if self._loaded:
+            return
+        self._loaded = True
+        command: Command = importlib.import_module(self._module).COMMANDS[self.prog.split()[-1]]
+        command.options(self)
+        self.set_defaults(action=command.action)
+        self.usage = None if command.usage is None else f"{self.prog} {command.usage}"
+        self.epilog = "\n".join(["examples:", *(f"  {example}" for example in command.examples)])
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Options and other arguments in any order; an unknown option is an error."""
+        if self._parsing:
+            return super().parse_known_args(args, namespace)
+        self.load()
+        self._parsing = True  # what is called next calls this method for each of its two passes
+        try:
+            found, extra = self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._parsing = False
+        if extra:
+            self.error(self._unknown(extra))
+        return found, extra
+
+    def _unknown(self, words: Sequence[str]) -> str:
+        option = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
+        if option is None:
+            return f"found {' '.join(words)!r}, which `{self.prog}` does not take."
+        near = did_you_mean(option, self._option_string_actions)
+        return f"`{self.prog}` has no option {option}.{near} `{self.prog} --help` lists its options."
+
+
+def add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, tuple[str, str]]) -> None:
+    """Give a parser its commands: name → module and summary."""
+    parsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=CommandParser, title="commands")
+    for name, (module, summary) in commands.items():
+        description = f"{summary[0].upper()}{summary[1:]}."
+        parsers.add_parser(name, help=summary, description=description, module=f"tundish.cli.{module}")

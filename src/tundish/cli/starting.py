@@ -1,0 +1,145 @@
+"""The commands that start a run, or show what would start: create, run, render, resume."""
+
+import argparse
+from pathlib import Path
+
+from tundish import foundation_model as fm
+from tundish.cli.arguments import (
+    USAGE,
+    add_compute_options,
+    add_create_options,
+    assignment,
+    check_names,
+    compute_arguments,
+    create_arguments,
+    read_experiment,
+)
+from tundish.cli.output import add_json, print_json, record
+from tundish.cli.parsing import Command
+from tundish.progress import bar, watch
+from tundish.runs import creating
+from tundish.runs.records import TrainingRun
+
+
+def create_options(command: argparse.ArgumentParser) -> None:
+    """What `tundish create` takes."""
+    add_json(command)
+    command.add_argument("--no-validate-inputs", action="store_true", help="leave checking the rows to the run")
+    command.add_argument("--wait", action="store_true", help="show the run's progress until it has ended")
+    add_create_options(command)
+
+
+def create(arguments: argparse.Namespace) -> int:
+    """`tundish create`."""
+    values = create_arguments(arguments)
+    values["validate_inputs"] = not arguments.no_validate_inputs
+    return _started(creating.create(values, bar), arguments.json, wait=arguments.wait)
+
+
+def run_options(command: argparse.ArgumentParser) -> None:
+    """What `tundish run` takes."""
+    add_json(command)
+    command.add_argument("file", metavar="FILE", help="YAML file with the arguments of create()")
+    command.add_argument("arguments", nargs="*", metavar="key=value", help="arguments that replace the file's")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`tundish run FILE key=value …`."""
+    values = read_experiment(Path(arguments.file))
+    for text in arguments.arguments:
+        key, value = assignment(text)
+        check_names("the command line", [key])
+        values[key] = value
+    return _started(creating.create(values, bar), arguments.json, wait=True)
+
+
+def render_options(command: argparse.ArgumentParser) -> None:
+    """What `tundish render` takes."""
+    command.add_argument("--launch", action="store_true", help="print what starts the run: sbatch script, or commands")
+    command.add_argument("--out", metavar="DIR", help="with --launch: make DIR, with data and a script for each host")
+    command.add_argument(
+        "--master-addr", metavar="HOST", help="with --launch: the first host's address, as the others reach it"
+    )
+    command.add_argument("--master-port", metavar="PORT", type=int, default=29500, help="… a port of it that is free")
+    add_create_options(command)
+
+
+def render(arguments: argparse.Namespace) -> int:
+    """`tundish render`."""
+    if arguments.launch:
+        return _launch(arguments)
+    print(creating.render_only(create_arguments(arguments)), end="")
+    return 0
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    """Print what starts the run, or make a folder of it."""
+    from tundish.runs import by_hand
+
+    given, where = create_arguments(arguments), (arguments.master_addr, arguments.master_port)
+    if arguments.out is None:
+        print("\n".join(by_hand.scripts(given, *where).values()), end="")
+        return 0
+    for host, script in enumerate(by_hand.write(given, *where, Path(arguments.out))):
+        print(f"On host {host}:  bash {script}")
+    return 0
+
+
+def resume_options(command: argparse.ArgumentParser) -> None:
+    """What `tundish resume` takes."""
+    add_json(command)
+    command.add_argument("run", metavar="RUN", help="run name")
+    command.add_argument("--wait", action="store_true", help="show the run's progress until it has ended")
+    add_compute_options(command)
+
+
+def resume(arguments: argparse.Namespace) -> int:
+    """`tundish resume`."""
+    run = fm.resume(arguments.run, compute=compute_arguments(arguments))
+    return _started(run, arguments.json, wait=arguments.wait, done="goes on")
+
+
+def _started(run: TrainingRun, as_json: bool, *, wait: bool, done: str = "was created") -> int:
+    if not as_json:
+        print(f"Run {run.name} {done}.")
+    if wait:
+        run = run.wait() if as_json else watch(run.name)
+    if as_json:
+        print_json(record(run))
+    elif not wait:
+        print(f"Follow it with:  tundish events {run.name} --follow")
+    return 1 if run.status.value in ("FAILED", "STOPPED") else 0
+
+
+COMMANDS = {
+    "create": Command(
+        options=create_options,
+        action=create,
+        usage=USAGE,
+        examples=[
+            "tundish create --model ./my-model --train-data-path ./train.jsonl --register-to main.lab --wait",
+            "tundish create --model meta-llama/Llama-3.1-8B --train-data-path main.lab.chats \\\n"
+            "    --register-to main.lab.dates --training-duration 3ep --devices 8 --set seed=3",
+        ],
+    ),
+    "run": Command(
+        options=run_options,
+        action=run,
+        examples=["tundish run chat.yaml", "tundish run chat.yaml train_data_path=./train.jsonl training_duration=1ep"],
+    ),
+    "render": Command(
+        options=render_options,
+        action=render,
+        usage=USAGE,
+        examples=[
+            "tundish render --model ./my-model --train-data-path ./train.jsonl --register-to main.lab > run.yaml",
+            "tundish render --model ./my-model --train-data-path ./train.jsonl --register-to main.lab \\\n"
+            "    --launcher slurm --nodes 2 --devices 4 --launch",
+        ],
+    ),
+    "resume": Command(
+        options=resume_options,
+        action=resume,
+        examples=["tundish resume RUN --wait", "tundish resume RUN --devices 4"],
+    ),
+}
