@@ -79,6 +79,7 @@ def read_run(name: str) -> TrainingRun:
         experiment_id=tracking.experiment_id,
         run_id=tracking.run_id,
         run_dir=paths.folder,
+        tracking_uri=tracking.tracking_uri,
     )
 
 

@@ -7,11 +7,13 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, SupportsIndex, TypeVar
 
+from tundish.errors import RequestError
 from tundish.events import TERMINAL_TYPES
 from tundish.runs import tables
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 T = TypeVar("T")
 
@@ -199,6 +201,8 @@ class TrainingRun:
     run_id: str | None = None
     run_dir: Path | None = None
     """The run's folder on this machine."""
+    tracking_uri: str | None = None
+    """The MLflow store that has the run."""
     COLUMNS: ClassVar[dict[str, str]] = {
         "name": "Name",
         "run_progress": "Status",
@@ -273,6 +277,35 @@ class TrainingRun:
         from tundish.runs.reading import wait
 
         return wait(self.name, timeout)
+
+    def metrics(self, key: str | None = None) -> "pd.DataFrame":
+        """All points of the run's metrics so far, from MLflow: columns `key`, `step`, `time`, `value`.
+
+        Args:
+            key: only this one, such as `loss/train/total`; None = all.
+
+        Raises:
+            RequestError: MLflow does not answer, or the run has no metric of that name.
+        """
+        from tundish.runs import metrics
+
+        return metrics.read(*self._mlflow(), key)
+
+    def plot(self) -> "Figure":
+        """Training and evaluation loss so far, by batch; `run.plot().savefig("loss.png")` keeps the picture.
+
+        Raises:
+            RequestError: MLflow does not answer.
+        """
+        from tundish.runs import metrics
+
+        return metrics.plot(self.metrics(), f"{self.name}: {self.status.display_name.lower()}")
+
+    def _mlflow(self) -> tuple[str, str]:
+        """The store, and the run's id in it."""
+        if not self.tracking_uri or not self.run_id:
+            raise RequestError(f"{self.name}: has no MLflow run. Get the run by fm.get({self.name!r}) first.")
+        return self.tracking_uri, self.run_id
 
     def _repr_html_(self) -> str:
         names = (

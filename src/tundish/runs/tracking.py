@@ -120,7 +120,7 @@ def open_tracking(run_name: str, experiment_name: str, tags: dict[str, str], roo
     # A SQLite file that is made by two at once is made by none: MLflow's migrations know no lock.
     alone = locked(home() / "mlflow" / "lock") if uri == default_tracking_uri() else nullcontext()
     try:
-        with _quiet(), _impatient(), alone:
+        with quiet(), impatient(), alone:
             client: Any = MlflowClient(uri)
             experiment = client.get_experiment_by_name(experiment_name)
             experiment_id = experiment.experiment_id if experiment else _create_experiment(client, experiment_name, uri)
@@ -152,7 +152,7 @@ def check_registry(name: str) -> None:
     if (uri := registry_uri()) is None:
         return
     try:
-        with _quiet(), _impatient():
+        with quiet(), impatient():
             MlflowClient(_made(tracking_uri()), uri).search_model_versions(f"name='{name}'", max_results=1)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):  # the model may be new
@@ -163,7 +163,7 @@ def check_registry(name: str) -> None:
 
 
 @contextmanager
-def _impatient() -> Iterator[None]:
+def impatient() -> Iterator[None]:
     """A server that is away is told to who waits for it within half a minute; MLflow asks for four, and up to twenty.
 
     What the environment says of it counts.
@@ -179,7 +179,7 @@ def _impatient() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Nothing below a warning is logged: MLflow's first database migration tells of each of its forty steps."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)
@@ -193,7 +193,7 @@ def end_tracking(tracking: Tracking, status: str) -> None:
     """Close the MLflow run with `FAILED` or `KILLED`; a server that is away is given up after half a minute."""
     from mlflow import MlflowClient
 
-    with _impatient():
+    with impatient():
         MlflowClient(tracking.tracking_uri).set_terminated(tracking.run_id, status)
 
 
@@ -207,7 +207,7 @@ def reopen_tracking(tracking: Tracking) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        with _impatient():
+        with impatient():
             MlflowClient(tracking.tracking_uri).update_run(tracking.run_id, "RUNNING")
     except MlflowException as error:
         raise RequestError(
