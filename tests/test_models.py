@@ -200,7 +200,8 @@ def test_what_changes_the_architecture_changes_the_count(
 def test_a_folder_without_config_says_so(tmp_path: Path) -> None:
     """The caller would see a traceback of a missing file."""
     with pytest.raises(
-        SpecError, match=r"model: .*config\.json cannot be read .*Give the folder of a Hugging Face model"
+        SpecError,
+        match=r"model: .*config\.json: there is no such file\. Give the complete folder of a Hugging Face model",
     ):
         find_card(str(tmp_path))
 
@@ -246,6 +247,57 @@ def test_what_must_change_at_scale_comes_with_the_size(name: str, init_device: s
 def test_a_small_model_changes_nothing(config_folder: Path) -> None:
     """Small models would pay for what only large ones need."""
     assert not any(foundry_layers(find_card(str(config_folder))))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads: found 0; allowed is a whole number from 1 to 4,096."),
+        ({"num_hidden_layers": -2}, "num_hidden_layers: found -2; allowed is a whole number from 1 to 1,000."),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: found 1000000000; allowed is"),
+        ({"vocab_size": True}, "vocab_size: found True; allowed is a whole number"),
+        ({"hidden_size": 64.0}, "hidden_size: found 64.0; allowed is a whole number"),
+        ({"intermediate_size": "128"}, "intermediate_size: found '128'; allowed is a whole number"),
+        ({"hidden_size": 66}, "hidden_size: found 66; allowed is a multiple of num_attention_heads, 4."),
+        ({"num_key_value_heads": 3}, "num_attention_heads: found 4; allowed is a multiple of num_key_value_heads, 3."),
+        ({"head_dim": 0}, "head_dim: found 0; allowed is"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings: found 'no'; allowed is true or false."),
+        ({"max_position_embeddings": 10**400}, "max_position_embeddings: found 1000000"),
+    ],
+)
+def test_a_number_that_no_model_can_have_is_named(config_folder: Path, change: dict[str, Any], said: str) -> None:
+    """Planning would divide by zero, or transformers fail after the data was prepared."""
+    _change_config(config_folder, **change)
+    with pytest.raises(SpecError) as error:
+        find_card(str(config_folder))
+    assert f"model: {config_folder / 'config.json'}: {said}" in error.value.message
+    assert "Correct the model's config." in error.value.message and len(error.value.message) < 400
+
+
+def test_all_numbers_that_are_wrong_are_told_at_once(config_folder: Path) -> None:
+    """The caller would correct one, and be told of the next."""
+    _change_config(config_folder, num_hidden_layers=0, vocab_size=-1, num_attention_heads=None)
+    with pytest.raises(SpecError, match="lacks num_attention_heads"):
+        find_card(str(config_folder))
+    _change_config(config_folder, num_attention_heads=4)
+    with pytest.raises(SpecError) as error:
+        find_card(str(config_folder))
+    assert [problem.split(": ")[2] for problem in error.value.problems] == ["num_hidden_layers", "vocab_size"]
+
+
+def test_a_token_goes_to_no_more_experts_than_there_are(config_folder: Path) -> None:
+    """Training would fail in its first step."""
+    _change_config(config_folder, model_type="mixtral", num_local_experts=4, num_experts_per_tok=5)
+    with pytest.raises(SpecError, match="num_experts_per_tok: found 5; allowed is at most num_local_experts, 4"):
+        find_card(str(config_folder))
+
+
+def test_a_readme_that_expands_without_measure_costs_nothing(config_folder: Path) -> None:
+    """As YAML, these lines are gigabytes, or a traceback."""
+    anchors = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 40))
+    for front in (f"a0: &a0 x\n{anchors}\nlicense: mit", "license: mit\nx: " + "[" * 100_000):
+        (config_folder / "README.md").write_text(f"---\n{front}\n---\n")
+        assert find_card(str(config_folder)).license == "mit"
 
 
 def _change_config(folder: Path, **changes: Any) -> None:

@@ -5,20 +5,37 @@ a card of its own from its `config.json`, by the same family's key names.
 """
 
 import difflib
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from tundish.errors import SpecError
+from tundish.model_files import check_files, is_model_folder, license_files, read_bytes, read_json
 from tundish.paths import yamls_dir
 
 UNKNOWN_LICENSE = "unknown"
+DECLARED = re.compile(r"""^(license(?:_name)?):[ \t]*["']?([\w.+ -]*[\w.+-])["']?[ \t]*(?:#.*)?$""", re.MULTILINE)
+"""License lines of a model card's front matter."""
+OPTIONAL_NUMBERS = ("tied_embeddings", "head_size", "experts", "experts_per_token", "key_value_heads")
+LARGEST: Mapping[str, int] = {
+    "max_context_length": 1 << 30,
+    "layers": 1_000,
+    "hidden_size": 1 << 17,
+    "heads": 1 << 12,
+    "key_value_heads": 1 << 12,
+    "head_size": 1 << 13,
+    "feed_forward_size": 1 << 20,
+    "vocabulary_size": 1 << 22,
+    "experts": 1_024,
+    "experts_per_token": 1_024,
+}
+"""What a model folder's numbers may be: some times those of the largest models. A larger one is damage, and making such
+a model would take all time and memory."""
 DEFAULT_LEARNING_RATE = 5e-7
 """The managed service's peak learning rate for every model whose card names no other."""
 
@@ -35,9 +52,9 @@ class ModelCard:
     family: str
     """The file in `yamls/model/` that the card comes from."""
     gated: bool
-    """Whether the hub asks for a licence agreement and a token."""
+    """Whether the hub asks for a license agreement and a token."""
     license: str = UNKNOWN_LICENSE
-    """The hub's identifier of the licence; of a folder, what it says of itself, or UNKNOWN_LICENSE."""
+    """The hub's identifier of the license; of a folder, what it says of itself, or UNKNOWN_LICENSE."""
     system_message: bool
     """Whether the family's chat template takes a system message."""
     gpu_attention: str
@@ -110,7 +127,7 @@ def find_card(model: str) -> ModelCard:
     for spelling in (model, model.replace("/Llama-3.1-", "/Meta-Llama-3.1-")):
         if spelling in cards:
             return cards[spelling]
-    if _is_folder(model):
+    if is_model_folder(model):
         return _folder_card(Path(model))
     near = difflib.get_close_matches(model, cards, n=3, cutoff=0.4)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -120,24 +137,9 @@ def find_card(model: str) -> ModelCard:
     )
 
 
-def _is_folder(text: str) -> bool:
-    try:
-        return Path(text).is_dir()
-    except OSError:
-        # A text too long for a path.
-        return False
-
-
 def _folder_card(folder: Path) -> ModelCard:
-    config_path = folder / "config.json"
-    try:
-        config = json.loads(config_path.read_text())
-    except (OSError, ValueError) as error:
-        raise SpecError(
-            f"model: {config_path} cannot be read ({error}). Give the folder of a Hugging Face model."
-        ) from error
-    if not isinstance(config, dict):
-        raise SpecError(f"model: {config_path} holds no JSON object. Give the folder of a Hugging Face model.")
+    check_files(str(folder))
+    config_path, config = folder / "config.json", read_json(folder, "config.json")
     by_type = {model_type: family for family, content in _families().items() for model_type in content["model_types"]}
     family = by_type.get(str(config.get("model_type")))
     if family is None:
@@ -146,24 +148,43 @@ def _folder_card(folder: Path) -> ModelCard:
             f"tundish trains {', '.join(sorted(by_type))}. Use a model of these architectures."
         )
     content = _families()[family]
-    numbers = {name: _lookup(config, key) for name, key in content["config_keys"].items()}
-    numbers = {name: value for name, value in numbers.items() if value is not None}
-    if wrong := [content["config_keys"][name] for name, value in numbers.items() if not isinstance(value, int)]:
-        raise SpecError(f"model: {config_path}: {', '.join(wrong)} must be a whole number. Correct the model's config.")
+    keys = cast(dict[str, str], content["config_keys"])
+    numbers = {name: value for name, key in keys.items() if (value := _lookup(config, key)) is not None}
     numbers.setdefault("key_value_heads", numbers.get("heads"))
-    try:
-        return ModelCard(
-            name=str(folder.resolve()), display_name=folder.resolve().name, family=family, gated=False,
-            license=_folder_license(folder), **_common(content), **numbers,
-        )  # fmt: skip
-    except TypeError as error:
-        optional = ("tied_embeddings", "head_size", "experts", "experts_per_token", "key_value_heads")
-        missing = [key for name, key in content["config_keys"].items() if name not in numbers and name not in optional]
-        raise SpecError(f"model: {config_path} lacks {', '.join(missing)}. Complete the model's config.") from error
+    if missing := [key for name, key in keys.items() if name not in numbers and name not in OPTIONAL_NUMBERS]:
+        raise SpecError(f"model: {config_path} lacks {', '.join(missing)}. Complete the model's config.")
+    if problems := list(_number_problems(numbers, keys)):
+        raise SpecError([f"model: {config_path}: {problem} Correct the model's config." for problem in problems])
+    return ModelCard(
+        name=str(folder.resolve()), display_name=folder.resolve().name, family=family, gated=False,
+        license=_folder_license(folder), **_common(content), **numbers,
+    )  # fmt: skip
+
+
+def _number_problems(numbers: Mapping[str, Any], keys: Mapping[str, str]) -> Iterator[str]:
+    """Numbers of which no model can be made."""
+    wrong = set[str]()
+    for name, value in numbers.items():
+        if name == "tied_embeddings":
+            allowed, fits = "true or false", type(value) is bool
+        else:
+            allowed = f"a whole number from 1 to {LARGEST[name]:,}"
+            fits = type(value) is int and 1 <= value <= LARGEST[name]
+        if not fits:
+            wrong.add(name)
+            yield f"{keys[name]}: found {repr(value)[:80]}; allowed is {allowed}."
+    dividing = [("heads", "key_value_heads"), *([] if "head_size" in numbers else [("hidden_size", "heads")])]
+    for name, divisor in dividing:
+        if not {name, divisor} & wrong and numbers[name] % numbers[divisor]:
+            text = f"found {numbers[name]:,}; allowed is a multiple of {keys[divisor]}, {numbers[divisor]:,}."
+            yield f"{keys[name]}: {text}"
+    experts, used = numbers.get("experts", 1), numbers.get("experts_per_token", 1)
+    if not {"experts", "experts_per_token"} & wrong and used > experts:
+        yield f"{keys['experts_per_token']}: found {used:,}; allowed is at most {keys['experts']}, {experts:,}."
 
 
 def license_of(model: str) -> str:
-    """The licence of a supported model, or of a folder; UNKNOWN_LICENSE where the folder is gone or does not say."""
+    """The license of a supported model, or of a folder; UNKNOWN_LICENSE where the folder is gone or does not say."""
     try:
         return find_card(model).license
     except SpecError:
@@ -171,35 +192,30 @@ def license_of(model: str) -> str:
 
 
 def _folder_license(folder: Path) -> str:
-    """What a folder's README.md declares, in the hub's way, else the title of its licence file."""
-    if declared := _declared_license(folder / "README.md"):
+    """What a folder's README.md declares, in the hub's way, else the title of its license file."""
+    if (folder / "README.md").exists() and (declared := _declared_license(_text(folder, "README.md"))):
         return declared
-    for path in sorted(folder.glob("LICENSE*")):
-        if title := next(filter(None, map(str.strip, _text(path).splitlines())), None):
+    for name in license_files(folder):
+        lines = map(str.strip, _text(folder, name).splitlines())
+        if name.upper().startswith(("LICENSE", "LICENCE")) and (title := next(filter(None, lines), None)):
             return title[:100]
     return UNKNOWN_LICENSE
 
 
-def _declared_license(readme: Path) -> str | None:
-    """`license` of the front matter; `license_name` where the hub has no identifier for it (`other`)."""
-    parts = re.split(r"^---[ \t]*$", _text(readme), maxsplit=2, flags=re.MULTILINE)
+def _declared_license(readme: str) -> str | None:
+    """`license` of the front matter; `license_name` where the hub has no identifier for it (`other`).
+
+    Only these lines are read: as YAML, somebody else's file could nest or expand without measure.
+    """
+    parts = re.split(r"^---[ \t]*$", readme, maxsplit=2, flags=re.MULTILINE)
     if len(parts) < 3 or parts[0].strip():
         return None
-    try:
-        content = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
-        return None  # somebody else's file, which training does not need
-    found = content if isinstance(content, dict) else {}
-    declared = found.get("license_name") if found.get("license") == "other" else None
-    declared = declared or found.get("license")
-    return declared if isinstance(declared, str) else None
+    declared = dict(DECLARED.findall(parts[1]))
+    return (declared.get("license_name") if declared.get("license") == "other" else None) or declared.get("license")
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
+def _text(folder: Path, name: str) -> str:
+    return read_bytes(folder, name).decode(errors="replace")
 
 
 def _lookup(config: Mapping[str, Any], dotted_key: str) -> Any:

@@ -178,6 +178,11 @@ def copies_dir() -> Path:
     return home() / "checkpoints"
 
 
+def architectures_dir() -> Path:
+    """What models' configs ask of their weights; one file for each config."""
+    return home() / "architectures"
+
+
 def mlflow_artifacts_dir() -> Path:
     """Artifact root of the default MLflow store: `<experiment>/<run id>/artifacts` below it."""
     return home() / "mlflow" / "artifacts"

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tundish.architecture import Shapes, architecture_of, hollow
 from tundish.checkpoints import MODEL_PREFIX, StoredTensor, check_complete, read_tensors
 from tundish.checkpoints.pickles import shown
 from tundish.checkpoints.places import place_of
@@ -15,7 +16,6 @@ WEIGHT_PREFIX = f"{MODEL_PREFIX}model."
 SHOWN = 5
 LINKED = re.compile(r"[\w-][\w.=+-]{0,250}")
 """What a `.symlink` file may name."""
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def find_weights(address: str) -> str:
@@ -71,7 +71,7 @@ def check_weights(path: Path, model: str) -> None:
         CheckpointError: it is damaged or unsafe, or another model's.
     """
     found = {name: tensor.shape for name, tensor in read_weights(path).items()} if path.is_dir() else _pt_shapes(path)
-    check_shapes(path, found, expected_shapes(model_config(model)))
+    check_shapes(path, found, architecture_of(model).shapes)
 
 
 def read_weights(checkpoint: Path) -> dict[str, StoredTensor]:
@@ -84,38 +84,13 @@ def read_weights(checkpoint: Path) -> dict[str, StoredTensor]:
     return {_plain(name): tensor for name, tensor in tensors if name.startswith(WEIGHT_PREFIX)}
 
 
-def model_config(model: str) -> Any:
-    """The `transformers` config of a model's name or folder."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(model, trust_remote_code=False)
-
-
-def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight that the config asks for, tied ones once; nothing is allocated."""
-    model = _hollow(config)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set[str]()
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-
-
-def _hollow(config: Any) -> Any:
-    """The model of a config, its weights without memory."""
-    import torch
-    import transformers.modeling_utils  # what it imports cannot be imported while a device is set
-    from transformers import AutoModelForCausalLM
-
-    assert transformers.modeling_utils
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-
 def fit_vocabulary(config: Any, weights: Mapping[str, StoredTensor], tokens: int, checkpoint: Path) -> None:
     """Give `config` the vocabulary of the checkpoint, where tokens were added before it was trained.
 
     Raises:
         CheckpointError: the tokenizer has more tokens than the checkpoint's embedding.
     """
-    model = _hollow(config)
+    model = hollow(config)
     embedding = model.get_input_embeddings().weight
     name = next(name for name, tensor in model.named_parameters() if tensor is embedding)
     stored = weights.get(name)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from tundish.data.templates import CHATML
 from tundish.errors import SpecError
+from tundish.model_files import check_files
 from tundish.spec import TaskType
 
 if TYPE_CHECKING:
@@ -21,13 +22,14 @@ def load_tokenizer(model: str, task_type: TaskType) -> "PreTrainedTokenizerBase"
     """
     from transformers import AutoTokenizer
 
+    check_files(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare ones
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise SpecError(
             f"model: the tokenizer of {model} cannot be loaded ({reason}). "
-            "Check that the folder has tokenizer files; for a gated model set HF_TOKEN after accepting its licence."
+            "Check that the folder has tokenizer files; for a gated model set HF_TOKEN after accepting its license."
         ) from error
     if tokenizer.eos_token_id is None:
         raise SpecError(f"model: the tokenizer of {model} has no end-of-sequence token. Set eos_token in its config.")

@@ -18,13 +18,14 @@ from typing import Any, cast
 
 import psutil
 
+from tundish.architecture import expected_shapes, model_config
 from tundish.checkpoints.archive import BLOCK_BYTES
 from tundish.data.tokenizer import load_tokenizer
 from tundish.errors import CheckpointError, SpecError
 from tundish.export.plan import ExportDtype, Shard, Target, plan
 from tundish.paths import write_atomic
 from tundish.spec import TaskType
-from tundish.weights import check_shapes, expected_shapes, fit_vocabulary, model_config, read_weights
+from tundish.weights import check_shapes, fit_vocabulary, read_weights
 
 SHARD_BYTES = 2_000_000_000
 LICENCE_FILES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
