@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tundish.data import templates
 from tundish.data.records import Messages
-from tundish.data.templates import CHATML, TEMPLATE_DATE, ChatTemplate, Rendered
+from tundish.data.templates import CHATML, TEMPLATE_DATE, ChatTemplate, Kept, Rendered
 from tundish.data.tokenizer import load_tokenizer
 from tundish.errors import DataError
 
@@ -77,8 +78,16 @@ CHATS = st.lists(
 
 
 @pytest.mark.parametrize("name", ["simple", "chatml", "llama 3.1", "mistral", "trim", "think", "refuses bad"])
-def test_turns_are_those_of_rendered_prefixes(make: MakeTemplate, chat_templates: dict[str, str], name: str) -> None:
+@pytest.mark.parametrize("every_prefix", [templates.EVERY_PREFIX, 1], ids=["short", "as if long"])
+def test_turns_are_those_of_rendered_prefixes(
+    make: MakeTemplate,
+    chat_templates: dict[str, str],
+    name: str,
+    every_prefix: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Prompts and replies would be cut in other places, and other tokens be trained."""
+    monkeypatch.setattr(templates, "EVERY_PREFIX", every_prefix)
     template = make(chat_templates[name])
     counts = {"by places": 0, "by prefixes": 0, "refused": 0}
 
@@ -112,6 +121,74 @@ def test_a_chat_is_rendered_once_whatever_its_turns(
     counting.rendered.clear()
     assert template.render(chats) == first and counting.rendered == [100] * len(chats)
     assert all(isinstance(result, Rendered) and len(result.turns) == 50 for result in first)
+
+
+def _long(messages: int, system: str | None = None) -> Messages:
+    return _chat(*(f" {number}\n" for number in range(messages)), system=system)
+
+
+@pytest.mark.parametrize("name", ["simple", "chatml", "llama 3.1", "mistral", "trim", "think"])
+def test_a_long_chat_is_cut_as_its_prefixes(make: MakeTemplate, chat_templates: dict[str, str], name: str) -> None:
+    """Its places are not found by rendering every prefix: from some turn on, other tokens would be trained."""
+    template = make(chat_templates[name])
+    for chat in (_long(templates.EVERY_PREFIX + 150), _long(templates.EVERY_PREFIX + 2, system="be short")):
+        (rendered,) = template.render([chat])
+        assert _found(rendered) == _expected(template, chat)
+        assert isinstance(rendered, DataError) == (name == "mistral" and chat[0]["role"] == "system")
+        assert isinstance(rendered, DataError) or rendered.fixed is not None
+
+
+def test_what_is_rendered_for_a_long_chat_grows_as_its_turns(
+    make: MakeTemplate, chat_templates: dict[str, str]
+) -> None:
+    """A chat of 4,000 turns took 13 s, one of 60,000 did not end."""
+    template = make(chat_templates["chatml"])
+    counting = template._tokenizer = Counting(template._tokenizer)
+    for messages in (4_000, 16_000):
+        counting.rendered.clear()
+        (rendered,) = template.render([_long(messages)])
+        assert isinstance(rendered, Rendered) and len(rendered.turns) == messages // 2
+        assert sum(counting.rendered) < 10 * messages + templates.EVERY_PREFIX**2
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "{% if loop.index0 == 300 %}!{% endif %}",
+        "{% if loop.last and loop.index > 200 %}!{% endif %}",
+        "{{ loop.index0 // 2 }}",
+        "{% if messages | length == 340 %}!{% endif %}",
+    ],
+    ids=["one turn", "the last", "numbers", "one length"],
+)
+def test_a_template_that_is_odd_late_in_a_chat_is_found_out(make: MakeTemplate, odd: str) -> None:
+    """What holds for the first turns would be taken to hold for all."""
+    template = make(
+        f"{{% for m in messages %}}<{{{{ m['role'] }}}}>{{{{ m['content'] }}}}{odd}</s>{{% endfor %}}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (rendered,) = template.render([_long(340)])
+    assert _found(rendered) == _expected(template, _long(340))
+
+
+def test_a_chat_that_needs_all_its_prefixes_has_a_limit(make: MakeTemplate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hang: what is rendered grows with the square of its turns."""
+    template = make("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | upper }}{{ loop.index }}{% endfor %}")
+    assert templates.MOST_RENDERED > 1_000_000
+    monkeypatch.setattr(templates, "MOST_RENDERED", 1_000)
+    good, bad = template.render([_long(30), _long(100)])
+    assert isinstance(good, Rendered) and isinstance(bad, DataError)
+    assert bad.message.startswith("the chat has 100 messages") and "Split the chat into several." in bad.message
+
+
+def test_places_of_few_messages_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data in which no two chats have as many turns would fill the memory."""
+    monkeypatch.setattr(templates, "MOST_KEPT", 10)
+    made = list[int]()
+    kept = Kept(lambda key: made.append(len(key)))
+    for length in (4, 6, 4, 6, 1, 4, 30, 30):
+        kept(("user",) * length)
+    assert made == [4, 6, 1, 4, 30] and list(kept._values) == [("user",) * 30]
 
 
 def test_what_the_template_wrote_is_told(make: MakeTemplate, chat_templates: dict[str, str]) -> None:

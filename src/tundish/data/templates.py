@@ -3,12 +3,15 @@
 LLM Foundry renders every prefix of a conversation, which is quadratic in its turns. Here the places of the contents are
 found once for each sequence of roles, by rendering marks instead of contents. A chat is then rendered once, as a whole,
 and cut at those places; where the result is not what the places say, its prefixes are rendered after all.
+
+The places of a long conversation are found without rendering every prefix: see `_turns_by_places`.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from tundish.data.records import Messages
 from tundish.errors import DataError
@@ -26,8 +29,32 @@ OPEN, CLOSE = "\ufdd0", "\ufdd1"
 """Noncharacters, which no text should hold; a number between them stands for something else."""
 MARK = OPEN + "{}" + CLOSE
 
+EVERY_PREFIX = 128
+"""Messages of a conversation up to which every prefix is rendered to find the places of its contents."""
+MOST_RENDERED = 1 << 21
+"""Messages that are rendered for one chat at most, where a template wants all of its prefixes: those of a chat of two
+thousand messages."""
+MOST_KEPT = 1 << 17
+"""Roles, of all sequences together, of which places are kept."""
+
 Turn = tuple[str, str]
 """Templated prompt and reply."""
+Value = TypeVar("Value")
+
+
+class Kept(Generic[Value]):
+    """Values by a sequence of texts, made when they are first asked for; the oldest give way to new ones."""
+
+    def __init__(self, make: Callable[[tuple[str, ...]], Value]) -> None:
+        self._make, self._values = make, dict[tuple[str, ...], Value]()
+
+    def __call__(self, key: tuple[str, ...]) -> Value:
+        """The value of a key."""
+        if key not in self._values:
+            self._values[key] = self._make(key)
+            while len(self._values) > 1 and sum(map(len, self._values)) > MOST_KEPT:
+                del self._values[next(iter(self._values))]
+        return self._values[key]
 
 
 class Rendered(NamedTuple):
@@ -70,7 +97,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
+        self._skeleton = Kept(self._find_skeleton)
 
     def render(self, chats: Sequence[Messages]) -> list[Rendered | DataError]:
         """Every chat's turns; the error where the template refuses it."""
@@ -97,12 +124,21 @@ class ChatTemplate:
         """The turns as LLM Foundry finds them: by rendering the conversation up to each.
 
         Raises:
-            DataError: the template refuses the conversation, or rewrites earlier turns.
+            DataError: the template refuses the conversation, rewrites earlier turns, or the conversation is too long to
+                be rendered so.
         """
         turns: list[Turn] = []
         before = ""
+        rendered = 0
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
+                rendered += 2 * number + 1
+                if rendered > MOST_RENDERED:
+                    raise DataError(
+                        f"the chat has {len(messages):,} messages, and this model's chat template does not just write "
+                        f"one after the other, so each prefix has to be rendered; it ends at message {number:,}. "
+                        "Split the chat into several."
+                    )
                 prompt, *_ = self._rendered([messages[:number]], add_generation_prompt=True)
                 whole, *_ = self._rendered([messages[: number + 1]], add_generation_prompt=False)
                 if not (prompt.startswith(before) and whole.startswith(prompt)):
@@ -132,15 +168,10 @@ class ChatTemplate:
             text = f"{type(error).__name__}: {error}"[:300]
             raise DataError(f"the model's chat template fails on the conversation ({text}).") from error
 
-    def _skeleton(self, roles: tuple[str, ...]) -> _Skeleton | None:
-        if roles not in self._skeletons:
-            self._skeletons[roles] = self._find_skeleton(roles)
-        return self._skeletons[roles]
-
     def _find_skeleton(self, roles: tuple[str, ...]) -> _Skeleton | None:
         marked = [{"role": role, "content": f" \n{MARK.format(number)}\n "} for number, role in enumerate(roles)]
         try:
-            turns = self.turns_by_prefix(marked)
+            turns = self.turns_by_prefix(marked) if len(roles) <= EVERY_PREFIX else self._turns_by_places(marked)
         except DataError:
             return None  # told of the chat itself
         found = [(list(_pieces(prompt)), list(_pieces(reply))) for prompt, reply in turns]
@@ -149,11 +180,71 @@ class ChatTemplate:
         between = "".join(piece if isinstance(piece, str) else OPEN for piece in pieces)
         return _Skeleton(found, tuple(between.split(OPEN))) if holes == list(range(len(roles))) else None
 
+    def _turns_by_places(self, marked: Messages) -> list[Turn]:
+        """The turns of a long conversation of marks, at a number of renderings that does not grow with it.
+
+        A prompt ends with what the template writes after the last content to ask for a reply, a reply with what it
+        writes after one. Both are looked at in the first prefixes, in some of each length, and in the last ones; they
+        must be the same wherever the roles before are. That they stand in the whole is seen at every turn.
+
+        Raises:
+            DataError: the template refuses the conversation, or does not write one message after the other.
+        """
+        (whole,) = self._rendered([marked], add_generation_prompt=False)
+        ends = [0, *(mark.end() for mark in _MARKED.finditer(whole))]
+        kinds = {
+            number: tuple(before["role"] for before in marked[max(0, number - 2) : number])
+            for number, message in enumerate(marked)
+            if message["role"] == "assistant"
+        }
+        other = DataError("the template does not write one message after the other.")
+        if len(ends) != len(marked) + 1:
+            raise other
+        tails: dict[tuple[str, ...], tuple[str, str]] = {}
+        for number in _some(kinds):
+            (prompt,) = self._rendered([marked[:number]], add_generation_prompt=True)
+            (reply,) = self._rendered([marked[: number + 1]], add_generation_prompt=False)
+            tail = prompt[ends[number] :], reply[ends[number + 1] :]
+            if (
+                not (reply.startswith(prompt) and whole.startswith(reply))
+                or tails.setdefault(kinds[number], tail) != tail
+            ):
+                raise other
+        turns: list[Turn] = []
+        start = 0
+        for number, kind in kinds.items():
+            asked, ended = tails[kind]
+            middle, end = ends[number] + len(asked), ends[number + 1] + len(ended)
+            if not (whole.startswith(asked, ends[number]) and whole.startswith(ended, ends[number + 1])):
+                raise other
+            turns.append((whole[start:middle], whole[middle:end]))
+            start = end
+        if start != len(whole):
+            raise other
+        return turns
+
+
+def _some(kinds: Mapping[int, object]) -> list[int]:
+    """Which replies are looked at: the first, fewer and fewer of the later ones, the last two, some of each kind."""
+    numbers = list(kinds)
+    of_kind = defaultdict[object, list[int]](list)
+    for number, kind in kinds.items():
+        of_kind[kind].append(number)
+    chosen = {*(number for number in numbers if number < EVERY_PREFIX), *numbers[-2:]}
+    chosen.update(number for same in of_kind.values() for number in (same[0], same[-1]))
+    half = len(numbers)
+    while half := half // 2:
+        chosen.add(numbers[half])
+    return sorted(chosen)
+
+
+_MARKED = re.compile(rf"( \n)?{OPEN}(\d+){CLOSE}(\n )?")
+
 
 def _pieces(text: str) -> Iterator[str | _Hole]:
     """Fixed texts and holes; a template that strips contents leaves the marks without the blanks around them."""
     end = 0
-    for mark in re.finditer(rf"( \n)?{OPEN}(\d+){CLOSE}(\n )?", text):
+    for mark in _MARKED.finditer(text):
         yield text[end : mark.start()]
         if (mark[1] is None) != (mark[3] is None):
             yield mark[0]  # stripped at one end only: no hole that is known here

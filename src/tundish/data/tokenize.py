@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tundish.data.bpe import BytePairEncoder, Ids
 from tundish.data.control import Finder, Known, PlainText
 from tundish.data.records import Messages, PromptResponse, Sample
-from tundish.data.templates import ChatTemplate, Rendered
+from tundish.data.templates import ChatTemplate, Kept, Rendered
 from tundish.data.tokenizer import load_tokenizer, tokenizer_digest
 from tundish.errors import DataError
 from tundish.spec import TaskType
@@ -63,7 +63,7 @@ class Encoder:
         # The last stands for all ids that are no added tokens.
         self._is_control = np.isin(np.arange(max([*added, 0]) + 2), list(control))
         self._template = ChatTemplate(tokenizer)
-        self._known: dict[tuple[str, ...], Known] = {}
+        self._known = Kept(lambda fixed: Known.of(fixed, self._control))
         self._plain_text = PlainText(serialized, sorted(control.values()))
         self._around = self._added_around()
         self._fast = None if self._around is None else BytePairEncoder.of(self.backend, serialized)
@@ -114,22 +114,26 @@ class Encoder:
     def _encode_chats(self, chats: Sequence[Messages]) -> Iterator[Encoded | DataError]:
         masked = [self._plain_text.mask(messages, self._control) for messages in chats]
         rendered = self._template.render([messages for messages, _ in masked])
+        known = [
+            self._known(found.fixed) if isinstance(found, Rendered) and found.fixed is not None else None
+            for found in rendered
+        ]
         texts = [
-            (text, found.fixed)
-            for (_, is_masked), found in zip(masked, rendered, strict=True)
+            (text, template)
+            for (_, is_masked), found, template in zip(masked, rendered, known, strict=True)
             if not isinstance(found, DataError) and not is_masked
             for turn in found.turns
             for text in turn
         ]
         # The template has written the special tokens already.
-        ids = iter(self._ids([text for text, _ in texts], special=False, fixed=[fixed for _, fixed in texts]))
-        for (messages, is_masked), found in zip(masked, rendered, strict=True):
+        ids = iter(self._ids([text for text, _ in texts], special=False, known=[template for _, template in texts]))
+        for (messages, is_masked), found, template in zip(masked, rendered, known, strict=True):
             if isinstance(found, DataError):
                 yield found
                 continue
             encode = self._plain_text.encode if is_masked else lambda _: next(ids)
             pairs = [(encode(prompt), encode(reply)) for prompt, reply in found.turns]
-            if (error := self._forged(messages, found, pairs)) is not None:
+            if (error := self._forged(messages, template or self._known_of(found, messages), pairs)) is not None:
                 yield error
                 continue
             if is_masked:
@@ -137,9 +141,8 @@ class Encoder:
             pairs[-1] = (pairs[-1][0], self._with_eos(pairs[-1][1]))
             yield _joined(pairs, len(pairs) - 1 if self.targets == "last" else 0)
 
-    def _forged(self, messages: Messages, found: Rendered, pairs: Sequence[tuple[Ids, Ids]]) -> DataError | None:
-        """What is wrong with a chat whose messages act as the template does."""
-        known = self._known_of(found, messages)
+    def _forged(self, messages: Messages, known: Known, pairs: Sequence[tuple[Ids, Ids]]) -> DataError | None:
+        """What is wrong with a chat whose messages act as the template does, of which it is known what it writes."""
         for border in known.borders:
             if any(border in message["content"] for message in messages):
                 return DataError(
@@ -154,12 +157,8 @@ class Encoder:
             )
         return None
 
-    def _known_of(self, found: Rendered, messages: Messages) -> "Known":
-        """What the template itself writes into a chat like this one."""
-        if found.fixed is not None:
-            if found.fixed not in self._known:
-                self._known[found.fixed] = Known.of(found.fixed, self._control)
-            return self._known[found.fixed]
+    def _known_of(self, found: Rendered, messages: Messages) -> Known:
+        """What the template itself writes into a chat like this one, in which that cannot be told from the contents."""
         neutral = [{**message, "content": "x"} for message in messages]
         try:
             text = "".join(text for turn in self._template.turns_by_prefix(neutral) for text in turn)
@@ -167,14 +166,14 @@ class Encoder:
             text = "".join(text for turn in found.turns for text in turn)
         return Known.of((text,), self._control)
 
-    def _ids(self, texts: Sequence[str], *, special: bool, fixed: "Fixed" = None) -> list[Ids]:
+    def _ids(self, texts: Sequence[str], *, special: bool, known: Sequence[Known | None] | None = None) -> list[Ids]:
         """Ids of texts; `special`: with the tokens that the tokenizer adds at beginning and end.
 
-        `fixed`: for each text, what of it may hold control tokens, where that is known.
+        `known`: for each text, what a template has written into it, where that is known.
         """
         if self._fast is None:
             return self._slow_ids(texts, special=special)
-        known = fixed or [None] * len(texts)
+        known = known or [None] * len(texts)
         allowed = (self._added_in(text, own) for text, own in zip(texts, known, strict=True))
         return [self._fast_ids(self._fast, text, some, special) for text, some in zip(texts, allowed, strict=True)]
 
@@ -190,14 +189,12 @@ class Encoder:
         before, after = cast(tuple[Ids, Ids], self._around)
         return np.concatenate([before, ids, after]) if special and (len(before) or len(after)) else ids
 
-    def _added_in(self, text: str, fixed: tuple[str, ...] | None) -> frozenset[str]:
+    def _added_in(self, text: str, known: Known | None) -> frozenset[str]:
         """Added tokens of a text: to hand tiktoken all of them costs more than to tokenize a short text."""
         if self._other.find(text) is not None:
             return self._added
-        if fixed is not None:
-            if fixed not in self._known:
-                self._known[fixed] = Known.of(fixed, self._control)
-            return self._known[fixed].added
+        if known is not None:
+            return known.added
         return frozenset(self._control.pattern.findall(text)) if self._control.find(text) is not None else _NONE
 
     def _added_around(self) -> tuple[Ids, Ids] | None:
@@ -233,9 +230,6 @@ def _load_encoder(
     model: str, task_type: TaskType, targets: TargetResponses, version: tuple[tuple[str, int, int], ...]
 ) -> Encoder:
     return Encoder(load_tokenizer(model, task_type), task_type, targets)
-
-
-Fixed = Sequence[tuple[str, ...] | None] | None
 
 
 def _pieces(text: str) -> Iterator[str]:
