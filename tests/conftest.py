@@ -89,8 +89,13 @@ SaveTokenizer = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`$TUNDISH_HOME` of this test, not created; no other setting of the machine reaches the test."""
-    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
-        monkeypatch.delenv(name)
+    # What a test sets itself, by create(), does not reach the next one either.
+    for name in {"MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "TUNDISH_SET_MLFLOW_TRACKING_URI", *os.environ}:
+        if "MLFLOW_" in name:
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+    if mlflow := sys.modules.get("mlflow"):
+        mlflow.set_tracking_uri(None)
     folder = tmp_path / "home"
     monkeypatch.setenv("TUNDISH_HOME", str(folder))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

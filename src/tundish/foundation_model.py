@@ -6,11 +6,12 @@ import line. Each verb is a few calls into the parts that do the work.
 
 import builtins
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from tundish import progress
+from tundish import mlflow_process, progress
 from tundish.compute import Compute
 from tundish.models import model_cards
 from tundish.runs import control, creating, reading, selecting
@@ -81,7 +82,19 @@ def create(
         SpecError: an argument is wrong; all problems of the call are listed, those of the data too.
         DataError: only the data is wrong.
     """
-    return creating.create(dict(locals()), progress.bar)
+    run = creating.create(dict(locals()), progress.bar)
+    _use_store_of(run, aloud=True)
+    return run
+
+
+def _use_store_of(run: TrainingRun, *, aloud: bool = False) -> None:
+    """Let MLflow in this process find the run, where its user has chosen no store."""
+    notebook = progress.in_notebook()
+    if run.tracking_uri and mlflow_process.use(run.tracking_uri, run.registry_uri) and (aloud or notebook):
+        text = f"MLflow in this process looks at {run.tracking_uri}, where the run is"
+        text += f" ({mlflow_process.VARIABLE} was not set)."
+        # What a script prints is its own.
+        print(text, file=sys.stdout if notebook else sys.stderr)
 
 
 def validate(model: str, train_data_path: str, register_to: str | None = None, **others: Any) -> "Validation":
@@ -132,7 +145,9 @@ def get(training_run: str | TrainingRun) -> TrainingRun:
     Raises:
         RunNotFoundError: there is none of that name.
     """
-    return reading.read_run(selecting.name_of(training_run))
+    run = reading.read_run(selecting.name_of(training_run))
+    _use_store_of(run)
+    return run
 
 
 def list(
@@ -161,7 +176,10 @@ def list(
     names = None if training_runs is None else {selecting.name_of(run) for run in training_runs}
     # Notebooks fill these from widgets, whose empty texts mean nothing.
     wanted = selecting.Filter.parse(names, experiment_id or None, statuses, user_emails, before or None, after or None)
-    return selecting.select(wanted, limit=limit, include_details=include_details)
+    runs = selecting.select(wanted, limit=limit, include_details=include_details)
+    if len(runs):
+        _use_store_of(runs[0])
+    return runs
 
 
 def cancel(
@@ -194,7 +212,9 @@ def resume(training_run: str | TrainingRun, *, compute: Mapping[str, Any] | None
         RequestError: the run is still going on, or is completed.
         SpecError: `compute` is wrong.
     """
-    return control.resume(selecting.name_of(training_run), compute)
+    run = control.resume(selecting.name_of(training_run), compute)
+    _use_store_of(run)
+    return run
 
 
 def get_events(training_run: str | TrainingRun, follow: bool = False) -> ObjectList[TrainingEvent]:

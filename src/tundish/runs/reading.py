@@ -80,6 +80,7 @@ def read_run(name: str) -> TrainingRun:
         run_id=tracking.run_id,
         run_dir=paths.folder,
         tracking_uri=tracking.tracking_uri,
+        registry_uri=tracking.registry_uri,
     )
 
 

@@ -203,6 +203,8 @@ class TrainingRun:
     """The run's folder on this machine."""
     tracking_uri: str | None = None
     """The MLflow store that has the run."""
+    registry_uri: str | None = None
+    """The model registry; None: the tracking store is it."""
     COLUMNS: ClassVar[dict[str, str]] = {
         "name": "Name",
         "run_progress": "Status",

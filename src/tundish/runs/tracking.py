@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+from tundish import mlflow_process
 from tundish.errors import RequestError, SpecError
 from tundish.paths import RunPaths, default_tracking_uri, home, mlflow_artifacts_dir, write_atomic
 from tundish.processes import locked
@@ -50,13 +51,13 @@ class Tracking:
 
 
 def tracking_uri() -> str:
-    """`MLFLOW_TRACKING_URI`, else the SQLite file in `$TUNDISH_HOME`."""
-    return _absolute(os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri())
+    """What the user has chosen for MLflow, in this process or by the environment; else the file in `$TUNDISH_HOME`."""
+    return _absolute(mlflow_process.chosen_uri() or default_tracking_uri())
 
 
 def registry_uri() -> str | None:
     """`MLFLOW_REGISTRY_URI`; Unity Catalog where Databricks does the tracking; else None: the tracking store is it."""
-    if given := os.environ.get("MLFLOW_REGISTRY_URI"):
+    if given := os.environ.get(mlflow_process.REGISTRY_VARIABLE):  # `mlflow.set_registry_uri` sets it, too
         return _absolute(given)
     scheme, separator, profile = tracking_uri().partition("://")
     return f"databricks-uc{separator}{profile}" if scheme == "databricks" else None
@@ -72,8 +73,11 @@ def uri_problems() -> list[str]:
         f"{name}: holds a password, which would be written into the run's files. Take it out, and set "
         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, PGPASSWORD or ~/.pgpass for PostgreSQL, "
         "an option file for MySQL."
-        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
-        if PASSWORD.search(os.environ.get(name, ""))
+        for name, given in (
+            (mlflow_process.VARIABLE, mlflow_process.chosen_uri()),
+            (mlflow_process.REGISTRY_VARIABLE, os.environ.get(mlflow_process.REGISTRY_VARIABLE)),
+        )
+        if given and PASSWORD.search(given)
     ]
 
 
