@@ -8,6 +8,8 @@
     ├── RunNotFoundError (LookupError) no run of that name
     ├── CheckpointError (ValueError)   a checkpoint that is incomplete, damaged or unsafe to read
     └── StageError (RuntimeError)      a stage of a run ended without its result; `.log_path` says more
+    KeyboardInterrupt
+    └── Interrupted                    Ctrl-C when a run had been started; `.run_name` goes on
 
 Messages say: where – what was found – what is allowed – what to do. The `DatabricksGenAI…` names at the end are
 aliases, so that `except` clauses written for the original client still work after its import line is changed.
@@ -65,6 +67,14 @@ class StageError(TundishError, RuntimeError):
 
     def __reduce__(self) -> tuple[type["StageError"], tuple[str, str | None]]:
         return type(self), (self.message, self.log_path)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while a run that has been started is waited for; it goes on."""
+
+    def __init__(self, run_name: str) -> None:
+        super().__init__(f"Run {run_name} goes on.")
+        self.run_name = run_name
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

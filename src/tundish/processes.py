@@ -173,6 +173,22 @@ def _signal(process: psutil.Process, *, kill: bool) -> None:
 
 
 @contextmanager
+def interrupt_waits(error: KeyboardInterrupt) -> Iterator[None]:
+    """Ctrl-C does not end what is done in this block, which belongs together; `error` is raised behind it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # it is the main thread that Ctrl-C ends
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)
+    if came:
+        raise error
+
+
+@contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock on a file, which is made, or on a folder that exists; waits for whoever holds it.
 

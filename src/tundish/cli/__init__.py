@@ -1,15 +1,17 @@
 """The `tundish` command: the verbs of `tundish.foundation_model` for a terminal.
 
 The only place that prints results or exits. Exit codes: 0 done, 1 failed (invalid data, a run that failed), 2 wrong
-arguments. A command's options, action and examples are in one of the modules of this package, which is loaded when the
-command is chosen: `tundish --help` answers at once.
+arguments, 130 stopped by Ctrl-C. A command's options, action and examples are in one of the modules of this package,
+which is loaded when the command is chosen: `tundish --help` answers at once.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 
 from tundish import __version__
+from tundish.cli import failures, streams
 from tundish.cli.parsing import Parser, UsageError, add_commands
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -44,37 +46,28 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code."""
-    from tundish.errors import DataError, InputError, RequestError, RunNotFoundError, TundishError
-
-    parser, command = build_parser(), ""
+    """Run one command and return the exit code; whatever goes wrong ends in a sentence."""
+    streams.prepare()
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = parser.parse_args(argv)
-        if arguments.command is None:
-            parser.print_help()
-            return 0
-        command = arguments.command
-        return arguments.action(arguments)
-    except UsageError as error:
-        print(f"tundish: {error.message}\n{error.usage}", file=sys.stderr)
-        return 2
-    except TundishError as error:
-        from tundish.data.findings import printable
+        code = _run(words)
+    except SystemExit:  # --help, --version
+        code = 0
+    except BaseException as error:
+        return failures.report(error, words)
+    # A full disk shows here, not when Python ends.
+    return failures.report(lost, words) if (lost := streams.flush()) else code
 
-        print(f"tundish: {printable(error.message)}", file=sys.stderr)
-        wrong_arguments = isinstance(error, InputError | RequestError | RunNotFoundError)
-        return 2 if wrong_arguments and not isinstance(error, DataError) else 1
-    except BrokenPipeError:
-        sys.stderr.close()
+
+def _run(words: Sequence[str]) -> int:
+    if wrong := next((word for word in words if word != word.encode(errors="replace").decode()), None):
+        raise UsageError(f"{os.fsencode(wrong)!r} is not UTF-8, as all names in a run are. Rename it.")
+    parser = build_parser()
+    arguments = parser.parse_args(words)
+    if arguments.command is None:
+        parser.print_help()
         return 0
-    except OSError as error:
-        print(
-            f"tundish: {error}. Check that the path is there and may be written, and that the disk has room.",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        watching = command in ("create", "run", "resume", "events")
-        goes_on = " watching; a run that was started goes on" if watching else ""
-        print(f"\ntundish: stopped{goes_on}.", file=sys.stderr)
-        return 130
+    try:
+        return arguments.action(arguments)
+    except KeyboardInterrupt as stop:
+        raise stop if stop.args else KeyboardInterrupt(arguments.interrupted) from None

@@ -17,6 +17,7 @@ from tundish.compute import Compute
 from tundish.errors import SpecError, did_you_mean
 
 PATH_ARGUMENTS = ("train_data_path", "eval_data_path", "custom_weights_path")
+LARGEST_FILE = 1 << 20
 GROUPS: Mapping[str, Mapping[str, str]] = {
     "data": {
         "train_data_path": "PATH",
@@ -46,7 +47,7 @@ COMPUTE: Mapping[str, tuple[str, str | None]] = {
 }
 """Field of Compute → its option, and what stands for its value; the others are set by `--set compute.FIELD=VALUE`."""
 REQUIRED = ("model", "train_data_path", "register_to")
-USAGE = "--model MODEL --train-data-path PATH --register-to NAME [options]"
+USAGE = "--model MODEL --train-data-path PATH --register-to NAME\n       [options]"
 DATA_USAGE = "--model MODEL --train-data-path PATH [options]"
 
 
@@ -142,18 +143,34 @@ def read_experiment(file: Path) -> dict[str, Any]:
     Raises:
         SpecError: the file cannot be read or is no mapping, or names an argument that `create()` does not have.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SpecError(
-            f"{file}: cannot be read ({error}). Give a YAML file with the arguments of create()."
-        ) from error
+    content = _read_yaml(file)
     if not isinstance(content, dict):
         raise SpecError(f"{file}: found no mapping. Write one argument of create() a line, like 'model: …'.")
     check_names(str(file), content)
     return content | {name: _beside(file, content[name]) for name in PATH_ARGUMENTS if content.get(name)}
+
+
+def _read_yaml(file: Path) -> Any:
+    import yaml
+
+    try:
+        with open(file, "rb") as stream:  # may be a pipe
+            data = stream.read(LARGEST_FILE + 1)
+        if len(data) > LARGEST_FILE:
+            raise ValueError(f"it has more than {LARGEST_FILE:,} bytes")
+        return yaml.safe_load(data.decode())
+    except OSError as error:
+        reason = error.strerror
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8 text"
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        reason = f"{line}{error.problem}"
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+    raise SpecError(f"{file}: cannot be read ({reason}). Give a YAML file with the arguments of create().")
 
 
 def check_names(where: str, arguments: Iterable[Any]) -> None:
@@ -185,5 +202,5 @@ def assignment(text: str) -> tuple[str, Any]:
         raise SpecError(f"found {text!r}; needed is key=value.")
     try:
         return key, yaml.safe_load(value) if value else None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise SpecError(f"found {text!r}; the value is not YAML. Quote it.") from error

@@ -34,7 +34,7 @@ def validate_options(command: argparse.ArgumentParser) -> None:
 
 def validate(arguments: argparse.Namespace) -> int:
     """`tundish validate`."""
-    _check_folder("--report", arguments.report)
+    _check_file("--report", arguments.report)
     found = creating.validate(_data_arguments(arguments), bar)
     if arguments.report:
         found.save(arguments.report)
@@ -54,7 +54,7 @@ def estimate_options(command: argparse.ArgumentParser) -> None:
 
 def estimate(arguments: argparse.Namespace) -> int:
     """`tundish estimate`."""
-    _check_folder("--plot", arguments.plot)
+    _check_file("--plot", arguments.plot)
     found = creating.estimate(_data_arguments(arguments), bar)
     if arguments.plot:
         found.plot(arguments.plot)
@@ -102,9 +102,12 @@ def _split(report: "Report") -> str:
     return report.argument.removesuffix("_data_path")
 
 
-def _check_folder(option: str, file: str | None) -> None:
+def _check_file(option: str, file: str | None) -> None:
+    """Refuse what cannot be written in the end, before hours are spent on it."""
     if file and not Path(file).parent.is_dir():
         raise SpecError(f"{option}: there is no folder {Path(file).parent}. Make it, or name another one.")
+    if file and (Path(file).is_dir() or not os.access(Path(file).parent, os.W_OK)):
+        raise SpecError(f"{option}: {file} cannot be written. Name a file in a folder of yours.")
 
 
 def _folder(report: "Report") -> Path:

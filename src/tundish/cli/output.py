@@ -9,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from tundish.cli import streams
 from tundish.runs.records import ObjectList, TrainingRun
 
 
@@ -19,7 +20,8 @@ def add_json(command: argparse.ArgumentParser) -> None:
 
 def print_json(content: Any) -> int:
     """Print one JSON document; returns exit code 0."""
-    print(json.dumps(content, indent=2, default=plain, ensure_ascii=False))
+    text = json.dumps(content, indent=2, default=plain, ensure_ascii=False)
+    print(text if streams.takes(text) else json.dumps(content, indent=2, default=plain))
     return 0
 
 

@@ -20,40 +20,51 @@ class Command:
     examples: Sequence[str]
     usage: str | None = None
     """What comes after `tundish COMMAND`, where a list of all options would be too long."""
+    interrupted: str = ""
+    """What is true after Ctrl-C, where the action itself says nothing."""
 
 
 class UsageError(Exception):
     """The command line makes no sense."""
 
-    def __init__(self, message: str, usage: str) -> None:
+    def __init__(self, message: str, usage: str = "") -> None:
         super().__init__(message)
         self.message, self.usage = message, usage
+
+
+class _Help(argparse.HelpFormatter):
+    """Names up to 24 letters have their text beside them; text that has lines of its own keeps them."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 class Parser(argparse.ArgumentParser):
     """A parser that suggests what may have been meant, and does not end the process."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(
-            allow_abbrev=False,  # an option that is added later must not change what a script means
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            **settings,
-        )
+        # An option that is added later must not change what a script means.
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **settings)
 
     def error(self, message: str) -> NoReturn:
         """Raise a UsageError."""
         raise UsageError(message, self.format_usage().strip())
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Help goes to a full disk or a closed pipe as everything else: with an error."""
+        print(message, end="", file=file)
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
             return
         known = [str(choice) for choice in action.choices]
+        if not isinstance(action, argparse._SubParsersAction):
+            raise argparse.ArgumentError(action, f"found {value!r}; allowed is {' or '.join(known)}.")
         near = did_you_mean(str(value), known)
-        if isinstance(action, argparse._SubParsersAction):
-            raise argparse.ArgumentError(
-                None, f"there is no command {value!r}.{near} `tundish --help` lists the commands."
-            )
-        raise argparse.ArgumentError(action, f"found {value!r}; allowed is {' or '.join(known)}.{near}")
+        raise argparse.ArgumentError(None, f"there is no command {value!r}.{near} `tundish --help` lists them.")
 
 
 class CommandParser(Parser):
@@ -70,8 +81,8 @@ class CommandParser(Parser):
         self._loaded = True
         command: Command = importlib.import_module(self._module).COMMANDS[self.prog.split()[-1]]
         command.options(self)
-        self.set_defaults(action=command.action)
-        self.usage = None if command.usage is None else f"{self.prog} {command.usage}"
+        self.set_defaults(action=command.action, interrupted=command.interrupted)
+        self.usage = command.usage and f"{self.prog} {command.usage}"
         self.epilog = "\n".join(["examples:", *(f"  {example}" for example in command.examples)])
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -6,6 +6,7 @@ import dataclasses
 from tundish import foundation_model as fm
 from tundish.cli.output import add_json, print_json, print_table, record
 from tundish.cli.parsing import Command
+from tundish.errors import Interrupted
 from tundish.progress import watch
 
 
@@ -71,7 +72,10 @@ def events_options(command: argparse.ArgumentParser) -> None:
 def events(arguments: argparse.Namespace) -> int:
     """`tundish events [--follow]`."""
     if arguments.follow and not arguments.json:
-        return 1 if watch(arguments.run).status.value == "FAILED" else 0
+        try:
+            return 1 if watch(arguments.run).status.value == "FAILED" else 0
+        except KeyboardInterrupt:
+            raise Interrupted(arguments.run) from None
     found = fm.get_events(arguments.run)
     if arguments.json:
         return print_json([dataclasses.asdict(event) for event in found])

@@ -16,6 +16,7 @@ from tundish.cli.arguments import (
 )
 from tundish.cli.output import add_json, print_json, record
 from tundish.cli.parsing import Command
+from tundish.errors import Interrupted
 from tundish.progress import bar, watch
 from tundish.runs import creating
 from tundish.runs.records import TrainingRun
@@ -103,7 +104,10 @@ def _started(run: TrainingRun, as_json: bool, *, wait: bool, done: str = "was cr
     if not as_json:
         print(f"Run {run.name} {done}.")
     if wait:
-        run = run.wait() if as_json else watch(run.name)
+        try:
+            run = run.wait() if as_json else watch(run.name)
+        except KeyboardInterrupt:
+            raise Interrupted(run.name) from None
     if as_json:
         print_json(record(run))
     elif not wait:
@@ -115,6 +119,7 @@ COMMANDS = {
     "create": Command(
         options=create_options,
         action=create,
+        interrupted="No run was created.",
         usage=USAGE,
         examples=[
             "tundish create --model ./my-model --train-data-path ./train.jsonl --register-to main.lab --wait",
@@ -125,6 +130,7 @@ COMMANDS = {
     "run": Command(
         options=run_options,
         action=run,
+        interrupted="No run was created.",
         examples=["tundish run chat.yaml", "tundish run chat.yaml train_data_path=./train.jsonl training_duration=1ep"],
     ),
     "render": Command(
@@ -140,6 +146,7 @@ COMMANDS = {
     "resume": Command(
         options=resume_options,
         action=resume,
+        interrupted="The run is as it was.",
         examples=["tundish resume RUN --wait", "tundish resume RUN --devices 4"],
     ),
 }

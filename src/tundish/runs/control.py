@@ -11,9 +11,9 @@ import psutil
 
 from tundish import events, launch
 from tundish.compute import Compute
-from tundish.errors import RequestError, RunNotFoundError, SpecError
+from tundish.errors import Interrupted, RequestError, RunNotFoundError, SpecError
 from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
-from tundish.processes import locked, processes_with, start
+from tundish.processes import interrupt_waits, locked, processes_with, start
 from tundish.runs import running, selecting, supervisor
 from tundish.runs.checking import machine_problems, same_batches
 from tundish.runs.reading import find_run, read_run
@@ -98,9 +98,10 @@ def _resume(name: str, paths: RunPaths, compute: object) -> TrainingRun:
     where = f"from checkpoint {checkpoints[-1].rpartition('/')[2]}" if checkpoints else "from the beginning"
     trained = running.is_done(paths, "train")
     how = "Training is done; what comes after it goes on." if trained else f"Training goes on {where}."
-    paths.supervisor.unlink(missing_ok=True)  # the next one is about to start
-    events.append(paths.events, "REQUEUED", f"Run resumed by user. {how}")
-    launch.submit(paths, spec.compute)
+    with interrupt_waits(Interrupted(name)):
+        paths.supervisor.unlink(missing_ok=True)  # the next one is about to start
+        events.append(paths.events, "REQUEUED", f"Run resumed by user. {how}")
+        launch.submit(paths, spec.compute)
     return read_run(name)
 
 

@@ -14,12 +14,13 @@ from tundish import __version__, events, launch
 from tundish.checkpoints import list_checkpoints
 from tundish.checkpoints.places import Place
 from tundish.data.sources import open_source
-from tundish.errors import CheckpointError, DataError, SpecError
+from tundish.errors import CheckpointError, DataError, Interrupted, SpecError
 from tundish.foundry import Destination, isolating_attentions, memory_plan, planned_steps, render, steps_problem
 from tundish.memory import GIB
 from tundish.models import ModelCard
 from tundish.overrides import check_overrides, flat, save_root
 from tundish.paths import RunPaths, flush_folder, runs_dir, write_atomic
+from tundish.processes import interrupt_waits
 from tundish.runs.addresses import checkpoint_address
 from tundish.runs.checking import BarOf, CheckedData, check_data, collected, job_of, machine_problems, no_bar
 from tundish.runs.reading import read_run
@@ -60,12 +61,13 @@ def create(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> TrainingRu
     draft = RunPaths(Path(tempfile.mkdtemp(prefix=".", dir=runs_dir())))
     try:
         _write_run(spec, draft)
-        try:
-            draft.folder.rename(paths.folder)
-        except OSError:
-            raise SpecError(f"run_name: there is a run {spec.run_name!r} already. Choose another name.") from None
-        flush_folder(runs_dir())
-        _submit(spec, paths)
+        with interrupt_waits(Interrupted(spec.run_name)):
+            try:
+                draft.folder.rename(paths.folder)
+            except OSError:
+                raise SpecError(f"run_name: there is a run {spec.run_name!r} already. Choose another name.") from None
+            flush_folder(runs_dir())
+            _submit(spec, paths)
     except BaseException:
         if draft.result("tracking").exists():
             end_tracking(Tracking.read(draft), "FAILED")

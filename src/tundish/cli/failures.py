@@ -1,0 +1,66 @@
+"""What went wrong, as a sentence and an exit code."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tundish.cli import streams
+from tundish.cli.parsing import UsageError
+
+TRACEBACK = "TUNDISH_TRACEBACK"
+"""Environment variable: set, Python's traceback is shown too."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    message: str
+    code: int = 1
+    problems: Sequence[str] = ()
+    more: str = ""
+
+
+def report(error: BaseException, words: Sequence[str]) -> int:
+    """Tell what went wrong on standard error, with `--json` on standard output too; returns the exit code."""
+    from tundish.data.findings import printable
+
+    if isinstance(error, BrokenPipeError) and streams.reader_is_gone():
+        streams.flush()
+        return 0  # it has read enough
+    streams.flush()
+    failure = _failure(error)
+    print(f"tundish: {printable(failure.message)}{failure.more}", file=sys.stderr)
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
+    if "--json" in words:
+        facts = {"type": type(error).__name__, "message": failure.message, "exit_code": failure.code}
+        print(json.dumps({"error": {**facts, "problems": [*failure.problems] or [failure.message]}}, indent=2))
+        streams.flush()
+    return failure.code
+
+
+def _failure(error: BaseException) -> _Failure:
+    from tundish.errors import DataError, InputError, Interrupted, RequestError, RunNotFoundError, TundishError
+
+    if isinstance(error, UsageError):
+        return _Failure(error.message, 2, more=f"\n{error.usage}" if error.usage else "")
+    if isinstance(error, InputError):
+        return _Failure(error.message, 1 if isinstance(error, DataError) else 2, error.problems)
+    if isinstance(error, TundishError):
+        return _Failure(error.message, 2 if isinstance(error, RequestError | RunNotFoundError) else 1)
+    if isinstance(error, Interrupted):
+        return _Failure(f"{error} Watch it with:  tundish events {error.run_name} --follow", 130)
+    if isinstance(error, KeyboardInterrupt):
+        return _Failure(f"stopped. {error}".strip(), 130)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        advice = "Check that the path is there and may be written, and that the disk has room."
+        return _Failure(f"{where}{error.strerror or error}. {advice}")
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    said = " ".join(str(error).split())[:500]
+    return _Failure(
+        f"this is a fault of tundish, not yours: {type(error).__name__}: {said} ({place.filename}, line "
+        f"{place.lineno}). Please report it with what you did; {TRACEBACK}=1 shows more."
+    )
