@@ -4,8 +4,11 @@ import re
 from datetime import date
 from pathlib import Path
 
+import pytest
+
 from tundish import tiny
 from tundish.data.sources import open_source
+from tundish.errors import SpecError
 from tundish.models import find_card
 
 
@@ -45,3 +48,15 @@ def test_the_same_seed_makes_the_same_model(tmp_path: Path) -> None:
     ]
     weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
     assert weights[0] == weights[1] != weights[2]
+
+
+def test_an_example_is_written_once_and_never_over_somebodys_files(tmp_path: Path) -> None:
+    """The README's first command would make nothing that the next ones take, or destroy a train.jsonl."""
+    made = tiny.write_example(tmp_path / "new folder")
+    assert [path.name for path in made] == ["my-model", "train.jsonl", "eval.jsonl", "chat.yaml"]
+    train, evaluation = (path.read_text().splitlines() for path in made[1:3])
+    assert (len(train), len(evaluation)) == (2000, 100) and not set(train) & set(evaluation)
+    (tmp_path / "train.jsonl").write_text("mine")
+    with pytest.raises(SpecError, match=r"train\.jsonl: already exists"):
+        tiny.write_example(tmp_path)
+    assert (tmp_path / "train.jsonl").read_text() == "mine" and not (tmp_path / "my-model").exists()

@@ -5,11 +5,14 @@ look up months and to fill in zeros; guessing scores nothing.
 """
 
 import json
+import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
+
+from tundish.errors import SpecError
 
 SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
 CHAT_TEMPLATE = (
@@ -100,6 +103,45 @@ def write_chats(path: Path | str, pairs: Iterable[tuple[str, str]]) -> Path:
     )
     Path(path).write_text("\n".join(lines) + "\n")
     return Path(path)
+
+
+EXAMPLE_YAML = """\
+# Arguments of create(), one a line. `tundish run chat.yaml` starts the run; `tundish run chat.yaml learning_rate=1e-4`
+# replaces one of them.
+# Paths are relative to this file.
+model: ./my-model
+train_data_path: ./train.jsonl
+eval_data_path: ./eval.jsonl
+eval_prompts: ["Friday, 11 March 1977"]
+register_to: main.lab.dates
+training_duration: 1ep
+learning_rate: 7e-4
+context_length: 256
+"""
+
+
+def write_example(folder: Path | str) -> list[Path]:
+    """What somebody needs who wants to try the commands: a tiny model, chats to train and to evaluate, and a YAML file.
+
+    Returns:
+        What was made: `my-model`, `train.jsonl`, `eval.jsonl`, `chat.yaml`.
+
+    Raises:
+        SpecError: one of these is there already; nothing is written.
+    """
+    folder = Path(folder)
+    model, train, evaluation, experiment = (
+        folder / name for name in ("my-model", "train.jsonl", "eval.jsonl", "chat.yaml")
+    )
+    if there := [str(path) for path in (model, train, evaluation, experiment) if os.path.lexists(path)]:
+        raise SpecError(f"{', '.join(there)}: already exists. Name another folder: `tundish example DIR`.")
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = date_pairs(2_100, seed=1)
+    make_base_model(model, (text for pair in pairs for text in pair))
+    write_chats(train, pairs[100:])
+    write_chats(evaluation, pairs[:100])
+    experiment.write_text(EXAMPLE_YAML, encoding="utf-8")
+    return [model, train, evaluation, experiment]
 
 
 def answer(model_folder: Path | str, questions: Sequence[str], max_new_tokens: int = 24) -> list[str]:
