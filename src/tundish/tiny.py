@@ -134,7 +134,7 @@ def write_example(folder: Path | str) -> list[Path]:
         folder / name for name in ("my-model", "train.jsonl", "eval.jsonl", "chat.yaml")
     )
     if there := [str(path) for path in (model, train, evaluation, experiment) if os.path.lexists(path)]:
-        raise SpecError(f"{', '.join(there)}: already exists. Name another folder: `tundish example DIR`.")
+        raise SpecError(f"{', '.join(there)} already there. Name another folder: `tundish example DIR`.")
     folder.mkdir(parents=True, exist_ok=True)
     pairs = date_pairs(2_100, seed=1)
     make_base_model(model, (text for pair in pairs for text in pair))

@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "cancel": ("runs", "stop runs; checkpoints stay"),
     "checkpoints": ("checkpoints", "list a run's checkpoints, or verify them"),
     "export": ("checkpoints", "write a checkpoint as a Hugging Face folder"),
+    "example": ("machine", "write a tiny model and data, to try the commands with"),
     "models": ("machine", "list the supported models"),
     "doctor": ("machine", "tell what this machine and its surroundings lack for a run"),
 }

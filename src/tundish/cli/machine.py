@@ -1,7 +1,8 @@
-"""The commands that tell what there is: models, doctor."""
+"""The commands for a start: models, doctor, example."""
 
 import argparse
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -39,6 +40,28 @@ def doctor(arguments: argparse.Namespace) -> int:
     return 1 if any(finding.state == "problem" for finding in found) else 0
 
 
+def example_options(command: argparse.ArgumentParser) -> None:
+    """What `tundish example` takes."""
+    command.add_argument("folder", nargs="?", default=".", metavar="DIR", help="where (default: this folder)")
+
+
+def example(arguments: argparse.Namespace) -> int:
+    """`tundish example`."""
+    from tundish.tiny import write_example
+
+    made = write_example(arguments.folder)
+    texts = [
+        "a language model of 0.4 million random weights",
+        "2,000 chats: a written date, and the date in ISO form",
+        "100 others, to evaluate on",
+        "the arguments of create() for them",
+    ]
+    width = max(len(str(path)) for path in made)
+    print("\n".join(f"{path!s:<{width}}  {text}" for path, text in zip(made, texts, strict=True)))
+    print(f"\nTo train it: tundish run {shlex.quote(str(made[-1]))}")
+    return 0
+
+
 def _show(found: Sequence[Finding]) -> None:
     """For a terminal: in colours, long texts wrapped in their column."""
     from rich.console import Console
@@ -59,4 +82,5 @@ def _text(finding: Finding) -> str:
 COMMANDS = {
     "models": Command(options=add_json, action=models, examples=["tundish models", "tundish models --json"]),
     "doctor": Command(options=add_json, action=doctor, examples=["tundish doctor", "tundish doctor --json"]),
+    "example": Command(options=example_options, action=example, examples=["tundish example", "tundish example ./try"]),
 }
