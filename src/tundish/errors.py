@@ -11,27 +11,30 @@
     KeyboardInterrupt
     └── Interrupted                    Ctrl-C when a run had been started; `.run_name` goes on
 
-Messages say: where – what was found – what is allowed – what to do. The `DatabricksGenAI…` names at the end are
-aliases, so that `except` clauses written for the original client still work after its import line is changed.
+Messages say: where – what was found – what is allowed – what to do; secrets are masked in all of them. The
+`DatabricksGenAI…` names at the end are aliases, so that `except` clauses written for the original client still work
+after its import line is changed.
 """
 
 import difflib
 from collections.abc import Iterable, Sequence
+
+from tundish.text import redacted
 
 
 class TundishError(Exception):
     """Base of all errors of tundish; `.message` is the whole text."""
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = redacted(message)
+        super().__init__(self.message)
 
 
 class InputError(TundishError, ValueError):
     """What the caller gave is wrong. `.problems` lists all problems of the call, one sentence or two each."""
 
     def __init__(self, problems: Sequence[str] | str) -> None:
-        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        self.problems = tuple(map(redacted, (problems,) if isinstance(problems, str) else problems))
         super().__init__(_join(self.problems))
 
     def __reduce__(self) -> tuple[type["InputError"], tuple[tuple[str, ...]]]:

@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from tundish.paths import flush_folder
+from tundish.text import redacted
 
 PROGRESS = b'{"type": "TRAIN_UPDATED"'
 TERMINAL_TYPES = frozenset({"COMPLETED", "FAILED", "STOPPED", "CANCELED"})
@@ -30,8 +31,9 @@ class Event:
 
 
 def append(path: Path, type: str, message: str, **facts: Any) -> None:
-    """Append one event; whole lines only, whoever else writes."""
-    record = {"type": type, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), "message": message, **facts}
+    """Append one event, its message without secrets; whole lines only, whoever else writes."""
+    time = datetime.now(UTC).isoformat(timespec="milliseconds")
+    record = {"type": type, "time": time, "message": redacted(message), **facts}
     line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:

@@ -24,19 +24,20 @@ class _Failure:
 
 def report(error: BaseException, words: Sequence[str]) -> int:
     """Tell what went wrong on standard error, with `--json` on standard output too; returns the exit code."""
-    from tundish.data.findings import printable
+    from tundish.text import printable, redacted
 
     if isinstance(error, BrokenPipeError) and streams.reader_is_gone():
         streams.flush()
         return 0  # it has read enough
     streams.flush()
     failure = _failure(error)
-    print(f"tundish: {printable(failure.message)}{failure.more}", file=sys.stderr)
+    message = redacted(failure.message)  # what other libraries say, too
+    print(f"tundish: {printable(message)}{failure.more}", file=sys.stderr)
     if os.environ.get(TRACEBACK):
-        traceback.print_exception(error)
+        print(redacted("".join(traceback.format_exception(error))), file=sys.stderr)
     if "--json" in words:
-        facts = {"type": type(error).__name__, "message": failure.message, "exit_code": failure.code}
-        print(json.dumps({"error": {**facts, "problems": [*failure.problems] or [failure.message]}}, indent=2))
+        facts = {"type": type(error).__name__, "message": message, "exit_code": failure.code}
+        print(json.dumps({"error": {**facts, "problems": [*failure.problems] or [message]}}, indent=2))
         streams.flush()
     return failure.code
 

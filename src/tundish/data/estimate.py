@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from tundish.data import first_samples
 from tundish.data.chunks import Chunk
 from tundish.data.encoding import EncodedChunk, Job, encode_chunk
-from tundish.data.findings import printable
 from tundish.data.pack import pack
 from tundish.data.share import Progress
 from tundish.data.sources import Source
 from tundish.data.workers import Workers
 from tundish.errors import DataError
 from tundish.memory import MemoryPlan
+from tundish.text import printable
 
 SAMPLED_CHUNKS = 96
 """Chunks, of about a megabyte each, that are tokenized; data with fewer is tokenized as a whole."""

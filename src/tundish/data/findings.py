@@ -6,14 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tundish.data.records import Problem
+from tundish.text import printable
 
 SHOWN = 20
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-
-
-def printable(text: str) -> str:
-    """`text` of the data, for a terminal: what would command it is written out."""
-    return text.translate(_CONTROLS).encode(errors="backslashreplace").decode()
 
 
 @dataclass(slots=True)

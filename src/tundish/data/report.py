@@ -9,13 +9,14 @@ from typing import Any
 
 from tundish.data import Outcome, Prepared, examine, first_samples
 from tundish.data.encoding import Job
-from tundish.data.findings import Finding, printable
+from tundish.data.findings import Finding
 from tundish.data.preview import Segment, marked_html, segments
 from tundish.data.share import Progress
 from tundish.data.sources import Source
 from tundish.data.tokenize import Encoder
 from tundish.errors import DataError
 from tundish.paths import write_atomic
+from tundish.text import printable
 
 PREVIEW_TOKENS = 400
 PREVIEW_CHARACTERS = 1 << 14

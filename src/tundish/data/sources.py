@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Protocol
 
 from tundish.data.chunks import CHUNK_BYTES, Chunk, Compression, TextFiles, line_blocks, open_lines
-from tundish.data.findings import Place, printable
+from tundish.data.findings import Place
 from tundish.data.records import Rules
 from tundish.errors import DataError, SpecError
 from tundish.paths import REMOTE_SCHEMES, home, inside, resolve
 from tundish.spec import TaskType
+from tundish.text import printable
 
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 TEXT_TASK: TaskType = "CONTINUED_PRETRAIN"

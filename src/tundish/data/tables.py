@@ -14,10 +14,11 @@ from typing import Any
 from urllib.parse import unquote
 
 from tundish.data.chunks import Chunk, TableRows
-from tundish.data.findings import Place, printable
+from tundish.data.findings import Place
 from tundish.data.records import Rules
 from tundish.data.sources import Source, groups
 from tundish.errors import DataError, SpecError
+from tundish.text import printable
 
 BATCH_ROWS = 256
 READABLE = {"deletionVectors", "timestampNtz", "v2Checkpoint", "vacuumProtocolCheck", "domainMetadata"}

@@ -1,16 +1,15 @@
 """Why a stage failed, from what its processes have written: the cause in a sentence, and the end of the log; pure."""
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tundish.overrides import LESS_MEMORY
+from tundish.text import redacted
 
 ERROR_LINE = re.compile(r"^(?:\[rank\d+\]: *)?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$")
 CRASHED = re.compile(r"Rank (\d+) crashed with exit code")
 LOST_NODE = re.compile(r"(node \d+ \([^)]*\) (?:has not been heard from|is heard from again).*)")
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY|SAS", re.IGNORECASE)
 QUOTED_LINES = 12
 QUOTED_CHARACTERS = 300
 """Of a line, at most."""
@@ -84,7 +83,7 @@ def explain(logs: Mapping[str, str], returncode: int) -> str:
         returncode: of the stage's process.
     """
     name = failing_log(logs)
-    text = logs.get(name, "") if name else ""
+    text = redacted(logs.get(name, "")) if name else ""  # before its lines are cut, a secret among them
     line = last_error(text)
     if line is None:
         if 192 < returncode < 255:
@@ -97,7 +96,7 @@ def explain(logs: Mapping[str, str], returncode: int) -> str:
     sentences += [f"{lost[0].upper()}{lost[1:]}" for lost in lost_nodes("\n".join(logs.values()))]
     sentences += [cause.advice for cause in COMMON if cause.sign.search(line) or cause.sign.search(_end(text))][:1]
     quoted = f"\nThe end of {name}:\n{_end(text)}" if _end(text) else ""
-    return redacted(" ".join(sentences) + quoted)
+    return " ".join(sentences) + quoted
 
 
 def failing_log(logs: Mapping[str, str]) -> str | None:
@@ -129,11 +128,3 @@ def _end(text: str) -> str:
     """The last lines that are not the launcher's, indented."""
     lines = [line.rstrip() for line in text.splitlines() if line.strip() and not any(w in line for w in LAUNCHER_WORDS)]
     return "\n".join(f"    {line[:QUOTED_CHARACTERS]}" for line in lines[-QUOTED_LINES:])
-
-
-def redacted(text: str) -> str:
-    """The text without the values of variables whose names say that they are secret, and without passwords in URIs."""
-    for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and len(value) >= 6:
-            text = text.replace(value, "***")
-    return re.sub(r"(\w://[^\s/:@]*):[^\s/@]+@", r"\1:***@", text)

@@ -16,6 +16,7 @@ from tundish import mlflow_process
 from tundish.errors import RequestError, SpecError
 from tundish.paths import RunPaths, default_tracking_uri, home, mlflow_artifacts_dir, write_atomic
 from tundish.processes import locked
+from tundish.text import holds_secret
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,10 +64,6 @@ def registry_uri() -> str | None:
     return f"databricks-uc{separator}{profile}" if scheme == "databricks" else None
 
 
-PASSWORD = re.compile(r"^[\w+.-]+://[^/@]*:[^/]*@|^https?://[^/]*@|[?&](password|passwd|token)=", re.IGNORECASE)
-"""In the address of a store: before its host (a server's may be a token alone), or in its query."""
-
-
 def uri_problems() -> list[str]:
     """Passwords that would be written into a run's files and logs."""
     return [
@@ -77,7 +74,7 @@ def uri_problems() -> list[str]:
             (mlflow_process.VARIABLE, mlflow_process.chosen_uri()),
             (mlflow_process.REGISTRY_VARIABLE, os.environ.get(mlflow_process.REGISTRY_VARIABLE)),
         )
-        if given and PASSWORD.search(given)
+        if given and holds_secret(given)
     ]
 
 
