@@ -299,13 +299,15 @@ def save_tokenizer() -> SaveTokenizer:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, save_tokenizer: SaveTokenizer) -> Path:
-    """A Hugging Face folder: tokenizer with chat template, and the config of a Llama of 0.1 M parameters."""
-    from transformers import LlamaConfig
+    """A Hugging Face folder: tokenizer with chat template, and a Llama of 0.1 M parameters with random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = save_tokenizer(tmp_path_factory.mktemp("models") / "tiny-llama", chat_template=CHAT_TEMPLATE)
     numbers = {name: value for name, value in TINY_CONFIG.items() if name not in ("architectures", "model_type")}
     numbers |= {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
-    LlamaConfig(**numbers).save_pretrained(folder)
+    torch.manual_seed(17)
+    LlamaForCausalLM(LlamaConfig(**numbers)).save_pretrained(folder)
     return folder
 
 
@@ -313,17 +315,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, save_tokenizer: SaveTok
 def bare_model(tmp_path_factory: pytest.TempPathFactory, save_tokenizer: SaveTokenizer) -> Path:
     """A folder with a tokenizer that has no chat template."""
     return save_tokenizer(tmp_path_factory.mktemp("models") / "bare")
-
-
-@pytest.fixture(scope="session")
-def tiny_weights(tiny_model: Path) -> Path:
-    """`tiny_model` with random weights beside its config."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(17)
-    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_model)).save_pretrained(tiny_model)
-    return tiny_model
 
 
 @pytest.fixture(scope="session")

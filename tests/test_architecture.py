@@ -22,13 +22,13 @@ def _write_config(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def test_shapes_are_those_of_the_model_that_transformers_makes(tiny_weights: Path) -> None:
+def test_shapes_are_those_of_the_model_that_transformers_makes(tiny_model: Path) -> None:
     """A good base model would be refused, or a damaged one taken."""
     from safetensors import safe_open
 
-    with safe_open(tiny_weights / "model.safetensors", "pt") as file:
+    with safe_open(tiny_model / "model.safetensors", "pt") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
-    found = architecture_of(str(tiny_weights))
+    found = architecture_of(str(tiny_model))
     assert (found.shapes, found.tied, found.prefix) == (stored, {}, "model")
     assert found.class_name == "LlamaForCausalLM" and len(stored) == 21
 

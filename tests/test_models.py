@@ -171,13 +171,13 @@ def test_a_folder_s_licence_is_what_it_says_of_itself(
     assert license_of(str(config_folder / "gone")) == "unknown"
 
 
-def test_parameters_of_a_folder_are_those_that_transformers_makes(tiny_weights: Path) -> None:
+def test_parameters_of_a_folder_are_those_that_transformers_makes(tiny_model: Path) -> None:
     """The formula would count other weights than the model has."""
     from safetensors import safe_open
 
-    with safe_open(tiny_weights / "model.safetensors", "pt") as weights:
+    with safe_open(tiny_model / "model.safetensors", "pt") as weights:
         counted = sum(weights.get_tensor(name).numel() for name in list(weights.keys()))
-    assert find_card(str(tiny_weights)).parameters == counted > 0
+    assert find_card(str(tiny_model)).parameters == counted > 0
 
 
 @pytest.mark.parametrize(

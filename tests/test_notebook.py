@@ -31,7 +31,7 @@ fm.get(run).status.display_name, run.cancel()
 
 @pytest.fixture
 def executed(
-    tiny_weights: Path, arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[list[Any]]:
     """The outputs of each cell, once all were run."""
     # The kernel that this Python ships, whatever the user has set up for Jupyter and IPython.

@@ -19,11 +19,11 @@ Change = Callable[[dict[str, Any]], object]
 
 
 @pytest.fixture(scope="module")
-def weights(tiny_weights: Path) -> dict[str, Any]:
+def weights(tiny_model: Path) -> dict[str, Any]:
     """The tiny model's weights by name."""
     from safetensors.torch import load_file
 
-    return load_file(tiny_weights / "model.safetensors")
+    return load_file(tiny_model / "model.safetensors")
 
 
 @pytest.fixture(params=["folder", "symlink", "pt"])
@@ -64,12 +64,12 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-def test_weights_of_the_model_are_taken(save: Callable[..., Path], tiny_weights: Path) -> None:
+def test_weights_of_the_model_are_taken(save: Callable[..., Path], tiny_model: Path) -> None:
     """A chain of runs would be refused."""
-    check_weights(fetch_weights(str(save())), str(tiny_weights))
+    check_weights(fetch_weights(str(save())), str(tiny_model))
 
 
-def test_weights_of_another_model_are_told(save: Callable[..., Path], tiny_weights: Path) -> None:
+def test_weights_of_another_model_are_told(save: Callable[..., Path], tiny_model: Path) -> None:
     """Composer would load what fits and train the rest from the base model, or fail after minutes."""
     import torch
 
@@ -78,13 +78,13 @@ def test_weights_of_another_model_are_told(save: Callable[..., Path], tiny_weigh
         state["lm_head.weight"] = torch.zeros(400, 64)
 
     with pytest.raises(CheckpointError) as error:
-        check_weights(fetch_weights(str(save(change))), str(tiny_weights))
+        check_weights(fetch_weights(str(save(change))), str(tiny_model))
     assert "not a checkpoint of this model: 2 of its 21 weights differ" in error.value.message
     assert "Missing: model.norm.weight." in error.value.message
     assert "lm_head.weight [400, 64] instead of [384, 64]" in error.value.message
 
 
-def test_a_pt_file_with_code_is_refused(tmp_path: Path, tiny_weights: Path) -> None:
+def test_a_pt_file_with_code_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     """`.pt` is a pickle: to load it freely is to run it."""
     import os
 
@@ -96,17 +96,17 @@ def test_a_pt_file_with_code_is_refused(tmp_path: Path, tiny_weights: Path) -> N
 
     torch.save({"state": {"model": RunsCode()}}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="cannot be loaded without running code"):
-        check_weights(tmp_path / "x.pt", str(tiny_weights))
+        check_weights(tmp_path / "x.pt", str(tiny_model))
     assert not (tmp_path / "marker").exists()
 
 
-def test_a_pt_file_that_is_no_checkpoint_is_refused(tmp_path: Path, tiny_weights: Path) -> None:
+def test_a_pt_file_that_is_no_checkpoint_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     """A state dict of PyTorch's own has no place for the model."""
     import torch
 
     torch.save({"model.norm.weight": torch.ones(3)}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=r"x\.pt: has no 'state' with a 'model', so it is no Composer checkpoint"):
-        check_weights(tmp_path / "x.pt", str(tiny_weights))
+        check_weights(tmp_path / "x.pt", str(tiny_model))
 
 
 def test_custom_weights_are_a_folder_or_what_a_symlink_file_names(checkpoint: Path) -> None:

@@ -150,11 +150,11 @@ def test_a_server_that_is_away_is_named(
 
 @pytest.fixture
 def peculiar_export(
-    tiny_weights: Path, tmp_path: Path, save_tokenizer: Callable[..., Path], chat_templates: dict[str, str]
+    tiny_model: Path, tmp_path: Path, save_tokenizer: Callable[..., Path], chat_templates: dict[str, str]
 ) -> Path:
     """An export whose template begins with BOS, as its tokenizer does by itself."""
     folder = tmp_path / "export"
-    shutil.copytree(tiny_weights, folder)
+    shutil.copytree(tiny_model, folder)
     return save_tokenizer(folder, chat_template=chat_templates["llama 3.1"], bos=True)
 
 

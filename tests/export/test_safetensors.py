@@ -423,16 +423,14 @@ def test_a_chat_model_gets_its_chat_template(
         assert tokenizer("two and two").input_ids == AutoTokenizer.from_pretrained(folder)("two and two").input_ids
 
 
-def test_a_models_own_chat_template_is_kept(
-    tiny_weights: Path, save_checkpoint: SaveCheckpoint, tmp_path: Path
-) -> None:
+def test_a_models_own_chat_template_is_kept(tiny_model: Path, save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:
     """The model would be served in another form than it was trained in."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    checkpoint = save_checkpoint(_state(AutoModelForCausalLM.from_pretrained(tiny_weights)))
-    export(checkpoint, str(tiny_weights), "CHAT_COMPLETION", tmp_path / "export")
+    checkpoint = save_checkpoint(_state(AutoModelForCausalLM.from_pretrained(tiny_model)))
+    export(checkpoint, str(tiny_model), "CHAT_COMPLETION", tmp_path / "export")
     template = AutoTokenizer.from_pretrained(tmp_path / "export").chat_template
-    assert template == AutoTokenizer.from_pretrained(tiny_weights).chat_template != CHATML
+    assert template == AutoTokenizer.from_pretrained(tiny_model).chat_template != CHATML
 
 
 def test_the_export_generates_as_the_base_model_does(

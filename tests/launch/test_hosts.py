@@ -24,12 +24,12 @@ pytestmark = [
 
 
 def test_a_host_that_is_cut_off_ends_the_other_which_goes_on_alone(
-    tiny_weights: Path, tmp_path: Path, write_lines: WriteLines, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, tmp_path: Path, write_lines: WriteLines, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A lost cable would hold all other nodes for half an hour, and nobody would know which one it is."""
     pairs = [{"prompt": f"{n}: ", "response": "fox " * 20} for n in range(40)]
     data, out = write_lines(tmp_path / "train.jsonl", pairs), tmp_path / "shared"
-    options: list[Any] = ["--model", tiny_weights, "--train-data-path", data, "--register-to", "main.lab", "--launch"]
+    options: list[Any] = ["--model", tiny_model, "--train-data-path", data, "--register-to", "main.lab", "--launch"]
     options += ["--task-type", "INSTRUCTION_FINETUNE", "--context-length", 64, "--training-duration", "5000ba"]
     options += ["--device", "cpu", "--devices", 1, "--run-name", "hosts", "--out", out, "--set", "save_interval=20ba"]
     options += ["--set", "global_train_batch_size=4", "--set", f"dist_timeout={TIMEOUT_SECONDS}"]

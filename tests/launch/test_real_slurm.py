@@ -37,14 +37,14 @@ def conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def given(
-    conf: Path, tiny_weights: Path, tmp_path: Path, write_lines: WriteLines, monkeypatch: pytest.MonkeyPatch
+    conf: Path, tiny_model: Path, tmp_path: Path, write_lines: WriteLines, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[dict[str, Any]]:
     """Arguments of a run on both nodes; no job is left for the next test."""
     monkeypatch.setenv("SLURM_CONF", str(conf))
     pairs = [{"prompt": f"{n}: ", "response": "fox " * 20} for n in range(40)]
     compute = {"nodes": 2, "devices_per_node": 1, "device": "cpu", "launcher": "slurm", "time_limit": "00:30:00"}
     yield {
-        "model": str(tiny_weights),
+        "model": str(tiny_model),
         "train_data_path": str(write_lines(tmp_path / "train.jsonl", pairs)),
         "register_to": "main.lab",
         "task_type": "INSTRUCTION_FINETUNE",

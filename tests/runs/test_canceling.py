@@ -22,7 +22,7 @@ MOST_SECONDS = 10.0
 
 
 def test_cancel_ends_a_run_in_every_state(
-    tiny_weights: Path, tmp_path: Path, write_lines: WriteLines, sleeper: ProcessId
+    tiny_model: Path, tmp_path: Path, write_lines: WriteLines, sleeper: ProcessId
 ) -> None:
     """Somewhere it would take long, leave a process, lose a checkpoint, or leave a run that cannot go on."""
     pairs = [{"prompt": f"{n}: ", "response": "fox " * 20} for n in range(400)]
@@ -30,7 +30,7 @@ def test_cancel_ends_a_run_in_every_state(
     queue.enter("somebody", Compute(device="cpu", devices_per_node=1), sleeper)
     assert queue.wait_for_devices("somebody")
     run = fm.create(
-        model=str(tiny_weights), train_data_path=str(data), register_to="main.lab", task_type="INSTRUCTION_FINETUNE",
+        model=str(tiny_model), train_data_path=str(data), register_to="main.lab", task_type="INSTRUCTION_FINETUNE",
         context_length=64, training_duration="120ba", learning_rate=1e-4, validate_inputs=False,
         compute={"device": "cpu", "devices_per_node": 2},
         overrides={"global_train_batch_size": 4, "save_interval": "20ba"},

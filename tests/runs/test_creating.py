@@ -30,8 +30,23 @@ def _refused(arguments: dict[str, Any], home: Path) -> InputError:
 
 
 def _files(home: Path) -> dict[Path, int]:
-    """All files but the locks of prepared data, which another process may be waiting for."""
-    return {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    """All files but locks of prepared data, which another process may be waiting for, and what configs ask for."""
+    files = (path for path in home.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {path: path.stat().st_mtime_ns for path in files if path.parent.name != "architectures"}
+
+
+def test_a_base_model_without_its_weights_is_refused_before_anything_waits(
+    arguments: dict[str, Any], home: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The run would wait for a device, and train from random numbers; its data can be looked at without weights."""
+    folder = shutil.copytree(tiny_model, tmp_path / "base")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-1000])
+    arguments["model"] = str(folder)
+    error = _refused(arguments | {"train_data_path": "/no/such/file"}, home)
+    assert [problem.partition(": ")[0] for problem in error.problems] == ["model", "train_data_path"]
+    assert "model.safetensors: is cut off" in error.problems[0]
+    assert fm.validate(**arguments).ok
 
 
 def test_all_problems_of_a_call_are_one_message(arguments: dict[str, Any], home: Path) -> None:

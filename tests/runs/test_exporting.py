@@ -25,7 +25,7 @@ MakeRun = Callable[..., RunPaths]
 
 
 @pytest.fixture
-def save(tiny_weights: Path) -> Callable[[Path, float], Path]:
+def save(tiny_model: Path) -> Callable[[Path, float], Path]:
     """`save(folder, value)`: a checkpoint by tundish's writer, all of the tiny model's weights `value`."""
     import torch
     from safetensors.torch import load_file
@@ -33,7 +33,7 @@ def save(tiny_weights: Path) -> Callable[[Path, float], Path]:
     from tundish.checkpoints.places import Place
     from tundish.checkpoints.saving import Staged, write_checkpoint
 
-    weights = load_file(tiny_weights / "model.safetensors")
+    weights = load_file(tiny_model / "model.safetensors")
 
     def make(folder: Path, value: float) -> Path:
         model = {f"model.{name}": torch.full_like(tensor, value) for name, tensor in weights.items()}
@@ -45,9 +45,9 @@ def save(tiny_weights: Path) -> Callable[[Path, float], Path]:
 
 
 @pytest.fixture
-def run(make_run: MakeRun, tiny_weights: Path, save: Callable[[Path, float], Path]) -> RunPaths:
+def run(make_run: MakeRun, tiny_model: Path, save: Callable[[Path, float], Path]) -> RunPaths:
     """A run with two checkpoints: its weights are 0.5, then 0.75."""
-    paths = make_run("ift-1", ("CREATED", "waits"), model=str(tiny_weights))
+    paths = make_run("ift-1", ("CREATED", "waits"), model=str(tiny_model))
     folder = Path(Tracking.read(paths).save_folder)
     save(folder / "ep0-ba5", 0.5)
     save(folder / "ep1-ba10", 0.75)
@@ -94,7 +94,7 @@ def test_nothing_is_written_over(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_a_checkpoint_that_no_run_has_made_needs_its_model(
-    run: RunPaths, tmp_path: Path, tiny_weights: Path, capsys: Capture
+    run: RunPaths, tmp_path: Path, tiny_model: Path, capsys: Capture
 ) -> None:
     """Stock LLM Foundry's checkpoints could not be exported, or with a tokenizer that was guessed."""
     foreign = tmp_path / "theirs" / "ep1-ba10"
@@ -102,11 +102,11 @@ def test_a_checkpoint_that_no_run_has_made_needs_its_model(
     (foreign / "manifest.json").unlink()
     with pytest.raises(SpecError, match=r"no run of this machine has made it.*Give --model"):
         find_exportable(str(foreign))
-    assert main(["export", str(foreign), "--model", str(tiny_weights), "--out", str(tmp_path / "out")]) == 0
+    assert main(["export", str(foreign), "--model", str(tiny_model), "--out", str(tmp_path / "out")]) == 0
     assert "ep1-ba10 of theirs" in capsys.readouterr().out and _value(tmp_path / "out")[1] == 0.75
 
 
-def test_what_is_not_there_is_told(make_run: MakeRun, tmp_path: Path, tiny_weights: Path) -> None:
+def test_what_is_not_there_is_told(make_run: MakeRun, tmp_path: Path, tiny_model: Path) -> None:
     """A traceback, or an empty folder."""
     make_run("ift-2", ("CREATED", "waits"))
     with pytest.raises(RunNotFoundError, match="Did you mean ift-2"):
@@ -114,9 +114,9 @@ def test_what_is_not_there_is_told(make_run: MakeRun, tmp_path: Path, tiny_weigh
     with pytest.raises(CheckpointError, match="ift-2: has no complete checkpoint yet"):
         find_exportable("ift-2")
     with pytest.raises(SpecError, match="there is nothing there"):
-        find_exportable(f"{tmp_path}/none/ep1-ba1", str(tiny_weights))
+        find_exportable(f"{tmp_path}/none/ep1-ba1", str(tiny_model))
     (tmp_path / "x.pt").write_bytes(b"")
-    assert main(["export", str(tmp_path / "x.pt"), "--model", str(tiny_weights), "--out", str(tmp_path / "o")]) == 2
+    assert main(["export", str(tmp_path / "x.pt"), "--model", str(tiny_model), "--out", str(tmp_path / "o")]) == 2
 
 
 def test_verifying_reads_every_byte(run: RunPaths, capsys: Capture) -> None:

@@ -16,7 +16,7 @@ WriteLines = Callable[[Path, Iterable[object]], Path]
 
 
 @pytest.fixture
-def real_arguments(tiny_weights: Path, tmp_path: Path, write_lines: WriteLines) -> dict[str, Any]:
+def real_arguments(tiny_model: Path, tmp_path: Path, write_lines: WriteLines) -> dict[str, Any]:
     """Arguments of a run that would work."""
     chats = [
         {"messages": [{"role": "user", "content": f"{n} + 1?"}, {"role": "assistant", "content": str(n + 1)}]}
@@ -24,7 +24,7 @@ def real_arguments(tiny_weights: Path, tmp_path: Path, write_lines: WriteLines) 
     ]
     data = write_lines(tmp_path / "train.jsonl", chats)
     return {
-        "model": str(tiny_weights),
+        "model": str(tiny_model),
         "train_data_path": str(data),
         "register_to": "main.lab",
         "context_length": 64,

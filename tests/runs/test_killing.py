@@ -32,14 +32,14 @@ SEED = 20
 
 @pytest.fixture
 def arguments(
-    tiny_weights: Path, tmp_path: Path, write_lines: WriteLines, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, tmp_path: Path, write_lines: WriteLines, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Any]:
     """Of a run whose stages all take a while; what its data is shows in the run alone."""
     # Threads that wait must not keep a small machine's processors from the threads that they wait for.
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     pairs = [{"prompt": f"{n}: ", "response": "fox " * 20} for n in range(20_000)]
     return {
-        "model": str(tiny_weights), "train_data_path": str(write_lines(tmp_path / "train.jsonl", pairs)),
+        "model": str(tiny_model), "train_data_path": str(write_lines(tmp_path / "train.jsonl", pairs)),
         "register_to": "main.lab", "task_type": "INSTRUCTION_FINETUNE", "context_length": 64,
         "training_duration": "100ba", "learning_rate": 1e-4, "validate_inputs": False,
         "overrides": {"global_train_batch_size": 4, "save_interval": "10ba"},

@@ -119,12 +119,12 @@ def _kill_holder(name: str, following: str) -> str:
 
 
 def test_runs_that_are_created_at_once_train_one_after_another(
-    tiny_weights: Path, tmp_path: Path, write_lines: WriteLines, home: Path
+    tiny_model: Path, tmp_path: Path, write_lines: WriteLines, home: Path
 ) -> None:
     """Two runs would share the devices and run out of memory, one would never be started, or MLflow be left broken."""
     pairs = [{"prompt": f"{n}: ", "response": "fox"} for n in range(40)]
     arguments = {
-        "model": str(tiny_weights), "train_data_path": str(write_lines(tmp_path / "train.jsonl", pairs)),
+        "model": str(tiny_model), "train_data_path": str(write_lines(tmp_path / "train.jsonl", pairs)),
         "register_to": "main.lab", "task_type": "INSTRUCTION_FINETUNE", "context_length": 64,
         "training_duration": "2ba", "compute": {"device": "cpu", "devices_per_node": 1},
     }  # fmt: skip

@@ -23,13 +23,13 @@ MakeRun = Callable[..., RunPaths]
 
 
 @pytest.fixture
-def exported_run(make_run: MakeRun, tiny_weights: Path) -> Callable[[str], RunPaths]:
+def exported_run(make_run: MakeRun, tiny_model: Path) -> Callable[[str], RunPaths]:
     """Makes a run that has failed after its export, with an MLflow run in the store of the environment."""
 
     def make(name: str) -> RunPaths:
         paths = make_run(name, ("CREATED", "waits"), ("FAILED", "in register"))
         open_tracking(name, f"/Users/me/{name}", {}).write(paths)
-        shutil.copytree(tiny_weights, paths.export)
+        shutil.copytree(tiny_model, paths.export)
         for stage in ("prepare", "train", "export"):
             write_atomic(paths.result(stage), "{}")
         return paths

@@ -44,13 +44,13 @@ def _count(run: TrainingRun, type: str) -> int:
 
 
 def test_a_run_survives_the_death_of_all_its_processes(
-    tiny_weights: Path, tmp_path: Path, write_lines: WriteLines, bucket: Any
+    tiny_model: Path, tmp_path: Path, write_lines: WriteLines, bucket: Any
 ) -> None:
     """Days of training would be lost, or a version be registered twice; with checkpoints in an object store too."""
     pairs = [{"prompt": f"{n}: ", "response": "fox " * 20} for n in range(40)]
     data = write_lines(tmp_path / "train.jsonl", pairs)
     run = fm.create(
-        model=str(tiny_weights), train_data_path=str(data), register_to="main.lab", task_type="INSTRUCTION_FINETUNE",
+        model=str(tiny_model), train_data_path=str(data), register_to="main.lab", task_type="INSTRUCTION_FINETUNE",
         context_length=64, training_duration="120ba", learning_rate=1e-4, compute={"device": "cpu"},
         overrides={"global_train_batch_size": 4, "save_interval": "10ba", "save_folder": bucket.uri("kept"),
                    "save_num_checkpoints_to_keep": 2},

@@ -106,7 +106,7 @@ def ranks() -> Iterator[Ranks]:
 
 
 @pytest.fixture
-def plan(tmp_path: Path, tiny_weights: Path, write_lines: WriteLines) -> Callable[..., Path]:
+def plan(tmp_path: Path, tiny_model: Path, write_lines: WriteLines) -> Callable[..., Path]:
     """`plan(name, world=1, samples=40, …)`: the file of a run in a folder of its own, its data prepared.
 
     Samples are short and long, three or four a row. `more` are arguments of `create()`, `overrides` among them.
@@ -123,7 +123,7 @@ def plan(tmp_path: Path, tiny_weights: Path, write_lines: WriteLines) -> Callabl
         pairs = [{"prompt": f"{n}: ", "response": f"fox {n} " * (1 + n % 5)} for n in range(samples)]
         data = write_lines(paths.folder / "train.jsonl", pairs)
         arguments = {
-            "model": str(tiny_weights),
+            "model": str(tiny_model),
             "train_data_path": str(data),
             "register_to": "main.lab",
             "task_type": "INSTRUCTION_FINETUNE",

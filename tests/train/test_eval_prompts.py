@@ -98,14 +98,14 @@ def test_inside_the_numbers_are_always_the_same(model: Any) -> None:
 
 
 @pytest.fixture
-def state(tiny_weights: Any) -> Callable[..., Any]:
+def state(tiny_model: Any) -> Callable[..., Any]:
     """What the callback reads of Composer's state, with the real tiny model and its tokenizer."""
     from composer.core import Precision
     from composer.devices import DeviceCPU
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_weights)
-    model.tokenizer = AutoTokenizer.from_pretrained(tiny_weights)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     return SimpleNamespace(model=model.train(), is_model_ddp=False, device=DeviceCPU(), precision=Precision.FP32)
 
 

@@ -26,15 +26,15 @@ def imported() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_weights: Path) -> Any:
+def model(tiny_model: Path) -> Any:
     """The tiny model as LLM Foundry builds it from a run's YAML: by name, through its registry."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from llmfoundry.utils.builders import build_composer_model, build_tokenizer
 
-        tokenizer = build_tokenizer(str(tiny_weights), {"model_max_length": 64})
+        tokenizer = build_tokenizer(str(tiny_model), {"model_max_length": 64})
         settings = {
-            "pretrained_model_name_or_path": str(tiny_weights),
+            "pretrained_model_name_or_path": str(tiny_model),
             "pretrained": True,
             "init_device": "cpu",
             "trust_remote_code": False,

@@ -62,6 +62,24 @@ def describe(content: bytes) -> Described:
     return found.described
 
 
+def describe_all(content: bytes, sizes: Mapping[str, int]) -> dict[str, Described]:
+    """What a pickle says that holds tensors by their names, and nothing else.
+
+    Args:
+        content: the pickle.
+        sizes: bytes of each storage that the archive has, by its key.
+
+    Raises:
+        CheckpointError: it holds something else; `.message` has no place in it.
+    """
+    found = _Unpickler(content, _STATE_NAMES, sizes).load()
+    if type(found) is not dict or not all(type(name) is str for name in cast(dict[Any, Any], found)):
+        raise CheckpointError("it holds no tensors by their names")
+    if not all(type(tensor) is _Tensor for tensor in cast(dict[str, Any], found).values()):
+        raise CheckpointError("it holds other things than tensors")
+    return {name: tensor.described for name, tensor in cast(dict[str, _Tensor], found).items()}
+
+
 def check_object(content: bytes, sizes: Mapping[str, int]) -> None:
     """Look through a pickle before PyTorch's `weights_only` reads it, which believes sizes and calls what it allows.
 
@@ -145,6 +163,11 @@ _TENSOR_NAMES: Mapping[str, Any] = {
     "torch._utils._rebuild_tensor_v2": Call(_Tensor),
     "collections.OrderedDict": Call(empty_dict),
     **{f"torch.{name}": dtype for name, dtype in _STORAGES.items()},
+}
+_STATE_NAMES: Mapping[str, Any] = {
+    **_TENSOR_NAMES,
+    # Of a parameter, the tensor.
+    "torch._utils._rebuild_parameter": Call(lambda tensor, *_: tensor),
 }
 _OBJECT_NAMES: Mapping[str, Any] = {
     **_TENSOR_NAMES,

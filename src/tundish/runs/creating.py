@@ -3,7 +3,7 @@
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -20,6 +20,7 @@ from tundish.memory import GIB
 from tundish.models import ModelCard
 from tundish.overrides import check_overrides, flat, save_root
 from tundish.paths import RunPaths, flush_folder, runs_dir, write_atomic
+from tundish.pretrained import check_pretrained
 from tundish.processes import interrupt_waits
 from tundish.runs.addresses import checkpoint_address
 from tundish.runs.checking import BarOf, CheckedData, check_data, collected, job_of, machine_problems, no_bar
@@ -128,6 +129,7 @@ def check(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> RunSpec:
     parsed, problems = _parse(arguments)
     if parsed is not None:
         problems.extend(machine_problems(parsed[0].compute))
+        problems.extend(_model_problems(parsed[0].model))
     problems.extend(uri_problems())
     problems.extend(_weights_problems(arguments.get("custom_weights_path")))
     rows = arguments.get("validate_inputs") is not False
@@ -234,6 +236,15 @@ def _steps_problems(spec: RunSpec, data: CheckedData) -> list[str]:
     prepared = next((each.prepared for each in data.reports if each.argument == "train_data_path"), None)
     problem = None if prepared is None else steps_problem(spec, prepared.rows, prepared.tokens)
     return [problem] if problem else []
+
+
+def _model_problems(model: str) -> Sequence[str]:
+    """Weights with which no run can begin."""
+    try:
+        check_pretrained(model)
+    except SpecError as error:
+        return error.problems
+    return ()
 
 
 def _weights_problems(given: object) -> list[str]:

@@ -21,6 +21,7 @@ from tundish.errors import StageError, TundishError
 from tundish.foundry import Destination, render, steps_problem
 from tundish.models import find_card
 from tundish.paths import RunPaths, write_atomic
+from tundish.pretrained import check_pretrained
 from tundish.processes import locked
 from tundish.runs.addresses import checkpoint_address
 from tundish.runs.checking import job_of
@@ -60,6 +61,7 @@ def _canceled(paths: RunPaths, tracking: Tracking) -> int:
 def prepare_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:
     """Training and evaluation data, and the YAML that now knows the number of rows."""
     card = find_card(spec.model)
+    check_pretrained(spec.model)  # once more: the folder may have changed since
     found: dict[str, Prepared] = {}
     for split, given in (("train", spec.train_data_path), ("eval", spec.eval_data_path)):
         if given is not None:
