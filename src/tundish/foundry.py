@@ -22,10 +22,8 @@ from tundish.spec import RunSpec
 
 MAX_ROWS_PER_DEVICE = 16
 """Upper end of the automatic batch size, in rows of one device."""
-MIN_STEPS = 500
-"""A run should take at least this many optimizer steps, as far as its rows allow."""
-LEAST_STEPS = 2
-"""Of a run: the learning rate of the first is 0, and nothing is learned from it."""
+MIN_STEPS = 100
+"""An epoch should take at least this many optimizer steps, as far as its rows allow."""
 WARM_UP = 0.02
 """Of a run, as in the managed service."""
 CHOICES = {
@@ -47,15 +45,15 @@ class Destination:
     """Checkpoint whose weights replace the model's; None = the model's own."""
 
 
-def choose_batch_size(rows: int, devices: int, epochs: int) -> int:
-    """Rows in one optimizer step, over all devices: a multiple of `devices`.
+def choose_batch_size(rows: int, devices: int) -> int:
+    """Rows in one optimizer step, over all devices: a multiple of `devices`, the same for every duration.
 
-    The largest power of two of rows a device, up to MAX_ROWS_PER_DEVICE, that still leaves MIN_STEPS steps; one row a
-    device where even that leaves fewer. Rows that do not divide evenly are no matter: the loader fills the last batch
-    of an epoch with rows without targets, so that every sample is trained in every epoch.
+    The largest power of two of rows a device, up to MAX_ROWS_PER_DEVICE, that still leaves MIN_STEPS steps an epoch;
+    one row a device where even that leaves fewer. Rows that do not divide evenly are no matter: the loader fills the
+    last batch of an epoch with rows without targets, so that every sample is trained in every epoch.
     """
     per_device = MAX_ROWS_PER_DEVICE
-    while per_device > 1 and epochs * math.ceil(rows / (per_device * devices)) < MIN_STEPS:
+    while per_device > 1 and math.ceil(rows / (per_device * devices)) < MIN_STEPS:
         per_device //= 2
     return per_device * devices
 
@@ -68,19 +66,6 @@ def planned_steps(spec: RunSpec, rows: int, tokens: int) -> tuple[int, int]:
         tokens_in_batch = tokens * min(1, batch_size / rows)
         return batch_size, math.ceil(spec.training_duration.value / tokens_in_batch)
     return batch_size, _steps(spec, rows, batch_size) or 0
-
-
-def steps_problem(spec: RunSpec, rows: int, tokens: int) -> str | None:
-    """Why a run on so many rows would learn nothing: its only step is the one at which the warm-up begins, at 0."""
-    batch_size, steps = planned_steps(spec, rows, tokens)
-    given = flat(spec.overrides)
-    no_warm_up = re.fullmatch(r"0[0.]*\s*[a-z]*", str(given.get("scheduler.t_warmup", "")).strip())
-    if steps >= LEAST_STEPS or "scheduler.name" in given or no_warm_up:
-        return None
-    return (
-        f"training_duration: {spec.training_duration} of {rows:,} row(s), {batch_size:,} in a step, is 1 optimizer "
-        f"step, at which the learning rate is still 0; allowed are {LEAST_STEPS} or more. Train longer or on more data."
-    )
 
 
 def memory_plan(spec: RunSpec, card: ModelCard, batch_size: int) -> MemoryPlan:
@@ -123,7 +108,7 @@ def render(spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destina
     merged: dict[str, Any] = {}
     for layer in layers:
         merged = _merge(merged, layer)
-    merged["scheduler"]["t_warmup"] = _in_batches(merged["scheduler"]["t_warmup"], spec, steps)
+    merged["scheduler"] = _schedule(merged["scheduler"], layers[0]["scheduler"], spec, steps)
     comments: dict[tuple[str, ...], list[str]] = {}
     for text in texts:
         comments |= comments_of(text)
@@ -154,13 +139,13 @@ def _batch_size(spec: RunSpec, rows: int | None) -> tuple[int, str]:
     given = spec.overrides.get("global_train_batch_size")
     if given is not None:
         return int(given), "Set by overrides."
-    devices, epochs = spec.compute.devices, spec.training_duration.value if spec.training_duration.unit == "ep" else 1
+    devices = spec.compute.devices
     if rows is None:
         return (
             MAX_ROWS_PER_DEVICE * devices,
             "For large data; chosen again from the number of rows once they are packed.",
         )
-    size = choose_batch_size(rows, devices, epochs)
+    size = choose_batch_size(rows, devices)
     steps = math.ceil(rows / size)
     return size, f"Chosen for {rows:,} rows on {devices} device(s): {steps:,} steps an epoch."
 
@@ -171,6 +156,18 @@ def _steps(spec: RunSpec, rows: int | None, batch_size: int) -> int | None:
     if duration.unit == "ba":
         return duration.value
     return None if rows is None else math.ceil(rows / batch_size) * duration.value
+
+
+def _schedule(merged: Mapping[str, Any], base: Mapping[str, Any], spec: RunSpec, steps: int | None) -> dict[str, Any]:
+    """The schedule of a run; what ours is set to means nothing to another one, except that it has a warm-up too."""
+    given = {key for key in flat(spec.overrides) if key.startswith("scheduler.")}
+    ours = merged["name"] == base["name"]
+    kept = {
+        key: value
+        for key, value in merged.items()
+        if ours or key in ("name", "t_warmup") or f"scheduler.{key}" in given
+    }
+    return kept | {"t_warmup": _in_batches(kept["t_warmup"], spec, steps)}
 
 
 def _in_batches(warm_up: object, spec: RunSpec, steps: int | None) -> object:

@@ -128,6 +128,11 @@ class RunPaths:
         """What a stage found, as JSON: its result, or the sentence that says why it failed."""
         return self.folder / "results" / f"{stage}.json"
 
+    @property
+    def learned(self) -> Path:
+        """Left by the ranks when training has changed a weight."""
+        return self.folder / "results" / "learned"
+
     def data(self, split: str) -> Path:
         """A link to the prepared data of `train` or `eval`."""
         return self.folder / "data" / split

@@ -234,23 +234,6 @@ def test_eval_prompts_that_leave_no_room_are_told(nothing_starts: None, argument
     assert problem.endswith("at most 28 fit into the context of 128. Shorten it, or raise context_length.")
 
 
-@pytest.mark.parametrize(
-    ("changes", "found"),
-    [
-        ({"training_duration": "1ep"}, "1ep of 1 row(s), 1 in a step, is 1 optimizer step"),
-        ({"training_duration": "1ba"}, "1ba of 1 row(s)"),
-        ({"training_duration": "3tok"}, "3tok of 1 row(s)"),
-        ({"training_duration": "1ep", "overrides": {"global_train_batch_size": 64}}, "64 in a step"),
-    ],
-)
-def test_a_run_of_one_step_is_refused(arguments: dict[str, Any], changes: dict[str, Any], found: str) -> None:
-    """The base model would be registered as a fine-tuned one: the learning rate of the first step is 0."""
-    with pytest.raises(SpecError) as caught:
-        creating.create(arguments | changes)
-    (problem,) = caught.value.problems
-    assert problem.startswith("training_duration: ") and found in problem and "Train longer" in problem
-
-
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention", "paged", 7])
 def test_an_attention_that_lets_samples_see_each_other_is_refused(arguments: dict[str, Any], attention: object) -> None:
     """The data would be prepared for hours before the first batch says so."""

@@ -32,6 +32,18 @@ class Trained:
         return {int(batch): loss for batch, loss in json.loads((self.folder / "losses.json").read_text()).items()}
 
     @property
+    def rates(self) -> list[float]:
+        """Learning rate of each step that the optimizer took; what was logged is the same."""
+        found = json.loads((self.folder / "rates.json").read_text())
+        assert found["logged"] == found["used"]
+        return found["used"]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Trained before each step, and in the end."""
+        return json.loads((self.folder / "rates.json").read_text())["tokens"]
+
+    @property
     def tables(self) -> dict[str, Any]:
         """Tables by name, as Composer's logger keeps them."""
         return json.loads((self.folder / "tables.json").read_text())
@@ -143,7 +155,7 @@ def plan(tmp_path: Path, tiny_model: Path, write_lines: WriteLines) -> Callable[
         )
         content = yaml.safe_load(render(spec, card, paths, destination, prepared.rows))
         del content["loggers"]
-        paths.foundry_yaml.write_text(yaml.safe_dump(content))
+        paths.foundry_yaml.write_text(yaml.safe_dump(content, sort_keys=False))
         return paths.foundry_yaml
 
     return make

@@ -2,7 +2,9 @@
 
 `python ranks.py` reads one run a line from its input, as JSON: `yaml`, `world`, `folder` (for logs and results) and
 `environment`. It answers with the ranks' process ids when they are started, and with their exit codes when they have
-ended. Rank 0 leaves `losses.json`, the loss of each batch, and `tables.json` in the folder.
+ended. Rank 0 leaves in the folder `losses.json`, the loss of each batch, `rates.json` (the learning rate of each
+step as it was used and logged, and the tokens trained before it), and `tables.json`. With GREEDY, eval prompts are
+answered without chance.
 
 Things that happen to the rank whose environment names it:
 - KILL_RANK, KILL_AT = a batch: it kills itself there; KILL_WHEN says whether after the batch (`batch`) or while
@@ -109,7 +111,11 @@ def _rank(run: dict[str, Any], rank: int, port: int) -> None:
     from tundish.train import __main__ as entry
 
     torch.set_num_threads(1)
-    built = entry.build_trainer
+    if "GREEDY" in os.environ:
+        from tundish.train import eval_prompts
+
+        eval_prompts.GENERATION = {"max_new_tokens": eval_prompts.ANSWER_TOKENS, "do_sample": False}
+    built, used = entry.build_trainer, list[float]()
 
     def build(cfg: Any) -> Any:
         trainer = built(cfg)
@@ -123,6 +129,8 @@ def _rank(run: dict[str, Any], rank: int, port: int) -> None:
         if os.environ.get("FULL_RANK") == str(rank):
             trainer.state.callbacks.append(_filler())
         build.memory = memory
+        (optimizer,) = trainer.state.optimizers
+        optimizer.register_step_pre_hook(lambda *_: used.append(float(optimizer.param_groups[0]["lr"])))
         return trainer
 
     entry.build_trainer = build
@@ -131,6 +139,10 @@ def _rank(run: dict[str, Any], rank: int, port: int) -> None:
     if rank == 0:
         losses = {int(time.batch): value for time, value in build.memory.data.get("loss/train/total", [])}
         (Path(run["folder"]) / "losses.json").write_text(json.dumps(losses))
+        logged = [value for _, value in build.memory.data.get("lr-DecoupledLionW/group0", [])]
+        tokens = [int(value) for _, value in build.memory.data.get("time/token", [])]
+        rates = {"used": used, "logged": logged, "tokens": tokens}
+        (Path(run["folder"]) / "rates.json").write_text(json.dumps(rates))
         (Path(run["folder"]) / "tables.json").write_text(json.dumps(build.memory.tables))
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tests.train.conftest import Trained, counted, prepared, weights
+
+from tundish.checkpoints import list_checkpoints
 
 Plan = Callable[..., Path]
 CLOSE = 2e-4
@@ -87,6 +90,15 @@ def test_a_run_ends_where_its_duration_says(ranks: Any, plan: Plan, tmp_path: Pa
         assert found["batches"] == 5
     else:
         assert 900 <= found["tokens"] < 900 + 4 * 64, "the batch in which the number is reached is the last"
+    steps = len(trained.losses)
+    clock = trained.tokens if duration == "900tok" else list(range(steps + 1))
+    total = {"1ep": steps, "5ba": 5, "900tok": 900}[duration]
+    warm_up = 18 if duration == "900tok" else 1
+    expected = [
+        1e-4 * min(1, clock[step + 1] / warm_up, (total - clock[step]) / (total - warm_up)) for step in range(steps)
+    ]
+    assert trained.rates == pytest.approx(expected), "linear to 0, no step at 0"
+    assert min(trained.rates) > 0 and trained.rates[0] == 1e-4, "at most one step is 2 % of these runs"
 
 
 def test_eval_prompts_change_nothing_and_are_answered_alike(ranks: Any, plan: Plan, tmp_path: Path) -> None:
@@ -102,10 +114,39 @@ def test_eval_prompts_change_nothing_and_are_answered_alike(ranks: Any, plan: Pl
     assert rows == json.loads(tables[2])["data"]
 
 
+def test_answers_are_those_of_the_exported_model(ranks: Any, plan: Plan, tmp_path: Path) -> None:
+    """A model that answers rightly would be shown to answer with garbage: what the layers cache was lost."""
+    import warnings
+
+    prompts = ["17: ", "fox fox", "what is two and two?"]
+    file = plan("run", learning_rate=1e-3, eval_prompts=prompts)
+    trained: Trained = ranks.train(file, 1, tmp_path / "out", GREEDY=1)
+    assert trained.ok, trained.log[-3000:]
+    rows = json.loads(trained.tables["eval_prompts"])["data"]
+    newest = max(int(row[0]) for row in rows)
+    answers = {prompt: answer for batch, _, prompt, answer in rows if int(batch) == newest}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from tundish.export.safetensors import export
+
+        base = yaml.safe_load(file.read_text())["model"]["pretrained_model_name_or_path"]
+        checkpoint = list_checkpoints(file.parent / "checkpoints")[-1]
+        export(checkpoint, base, "INSTRUCTION_FINETUNE", tmp_path / "export", dtype="float32")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", torch_dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert checkpoint.name.endswith(f"-ba{newest}") and set(answers) == set(prompts)
+    for prompt, answer in answers.items():
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        plain = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=100)
+        assert answer == tokenizer.decode(plain[0, ids.shape[1] :], skip_special_tokens=True), prompt
+    assert len(set(answers.values())) > 1 and all(answers.values()), answers
+
+
 def test_a_run_goes_on_with_layers_computed_again(ranks: Any, plan: Plan, tmp_path: Path) -> None:
     """A run resumed on smaller devices would not find its weights: the wrapper's name stands inside theirs."""
-    import yaml
-
     whole = _run(ranks, plan, tmp_path, "whole")
     file = plan("killed", samples=43, learning_rate=1e-4)
     first = ranks.train(file, 1, tmp_path / "first", KILL_RANK=0, KILL_AT=7, KILL_WHEN="batch")

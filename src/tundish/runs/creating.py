@@ -15,7 +15,7 @@ from tundish.checkpoints import list_checkpoints
 from tundish.checkpoints.places import Place
 from tundish.data.sources import open_source
 from tundish.errors import CheckpointError, DataError, Interrupted, SpecError
-from tundish.foundry import Destination, isolating_attentions, memory_plan, planned_steps, render, steps_problem
+from tundish.foundry import Destination, isolating_attentions, memory_plan, planned_steps, render
 from tundish.memory import GIB
 from tundish.models import ModelCard
 from tundish.overrides import check_overrides, flat, save_root
@@ -138,8 +138,6 @@ def check(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> RunSpec:
     problems.extend(data.problems)
     if parsed is not None and not problems:
         problems.extend(_memory_problems(*parsed))
-    if parsed is not None:
-        problems.extend(_steps_problems(parsed[0], data))
     if problems:
         raise SpecError([*problems, *data.row_problems])
     if data.row_problems:
@@ -229,13 +227,6 @@ def _memory_problems(spec: RunSpec, card: ModelCard) -> list[str]:
     least = max(devices + 1, math.ceil(states * devices / (given * GIB)))
     text = f"weights, gradients and optimizer take {states / GIB:.0f} GiB on each of {devices} device(s)"
     return [f"compute: {text} of {given:g} GiB. Use {least} devices or more, or a smaller model."]
-
-
-def _steps_problems(spec: RunSpec, data: CheckedData) -> list[str]:
-    """Data that is too small for the run."""
-    prepared = next((each.prepared for each in data.reports if each.argument == "train_data_path"), None)
-    problem = None if prepared is None else steps_problem(spec, prepared.rows, prepared.tokens)
-    return [problem] if problem else []
 
 
 def _model_problems(model: str) -> Sequence[str]:

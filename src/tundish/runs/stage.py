@@ -18,7 +18,7 @@ from tundish.data import Prepared, prepare
 from tundish.data.report import facts
 from tundish.data.sources import open_source
 from tundish.errors import StageError, TundishError
-from tundish.foundry import Destination, render, steps_problem
+from tundish.foundry import Destination, planned_steps, render
 from tundish.models import find_card
 from tundish.paths import RunPaths, write_atomic
 from tundish.pretrained import check_pretrained
@@ -72,8 +72,6 @@ def prepare_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[st
             link.unlink(missing_ok=True)
             link.symlink_to(found[split].folder)
     train = found["train"]
-    if problem := steps_problem(spec, train.rows, train.tokens):
-        raise StageError(problem)
     weights = None if spec.custom_weights_path is None else fetch_weights(checkpoint_address(spec.custom_weights_path))
     if weights is not None:
         check_weights(weights, spec.model)
@@ -90,8 +88,11 @@ def prepare_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[st
             text += f" {count:,} samples of the {split} data have warnings; `tundish validate` tells them."
     if train.chatml_added:
         text += " The tokenizer has no chat template; ChatML is used, and saved with the export."
-    events.append(paths.events, "DATA_VALIDATED", text)
-    return {split: data.folder for split, data in found.items()}
+    batch_size, steps = planned_steps(spec, train.rows, train.tokens)
+    text += f" A step takes {batch_size:,} row(s), the run about {steps:,} step(s)."
+    planned = {"batch_size": batch_size, "steps": steps}
+    events.append(paths.events, "DATA_VALIDATED", text, rows=train.rows, tokens=train.tokens, **planned)
+    return {split: data.folder for split, data in found.items()} | planned
 
 
 def export_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:

@@ -26,6 +26,7 @@ if __name__ == "__main__":
 import torch
 from composer import State, Trainer
 from composer.utils import dist, get_device, reproducibility
+from llmfoundry import registry
 from llmfoundry.command_utils.train import validate_config
 from llmfoundry.data.dataloader import build_dataloader
 from llmfoundry.eval.metrics import InContextLearningMetric
@@ -51,12 +52,17 @@ from omegaconf import DictConfig, OmegaConf
 from tundish.checkpoints.places import Place
 from tundish.errors import TundishError
 from tundish.train.gloo import GlooMean, name_interface
+from tundish.train.guard import has_learned, nothing_learned
 from tundish.train.loader import RowOrder
 from tundish.train.peers import Peers
 from tundish.train.resuming import load_all, load_weights, newest_checkpoint
 from tundish.train.saving import Saver
+from tundish.train.schedule import StepRates
 from tundish.train.stopping import StopWhenAsked
 from tundish.train.threads import single_out_gloo
+
+# Its entry point is for stock LLM Foundry; an installation that people edit in does not see new ones.
+registry.callbacks.register("tundish_schedule", func=StepRates)
 
 TRAINER_KEYS = (
     "run_name seed max_duration eval_interval eval_subset_num_batches train_subset_num_batches precision progress_bar "
@@ -151,6 +157,8 @@ def main() -> None:
         trainer = build_trainer(cfg)
         if not _is_done(trainer.state):
             trainer.fit()
+        elif not has_learned():
+            raise nothing_learned(trainer.state)
         trainer.close()
     except TundishError as error:
         _note({"error": error.message})

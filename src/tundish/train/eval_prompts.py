@@ -4,6 +4,7 @@ Composer's own `Generate` logs no step and leaves the tokenizer changed when gen
 training as it found it: mode, random state and tokenizer.
 """
 
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ import torch
 from composer import Logger, State
 from composer.core import get_precision_context
 from composer.utils import dist, reproducibility
+from torch.distributed.fsdp import FSDPModule
 
 from tundish.spec import ANSWER_TOKENS
 from tundish.train.at_checkpoints import AtCheckpoints
@@ -64,13 +66,16 @@ def generate(state: State, prompts: list[str], max_seconds: float) -> list[str]:
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     outputs: list[str] = []
     ends = time.monotonic() + max_seconds
-    with _undisturbed(model), torch.no_grad(), get_precision_context(state.precision):
+    with _undisturbed(model), _inputs_as_given(model), torch.no_grad(), get_precision_context(state.precision):
         for prompt in prompts:
             left = _of_first_rank(ends - time.monotonic())
             if left <= 0:
                 outputs.append(NO_ANSWER)
                 continue
-            ids = state.device.tensor_to_device(torch.tensor([tokenizer(prompt)["input_ids"]]))
+            # A prompt that was made by a chat template has the beginning's token already.
+            begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+            encoded = tokenizer(prompt, add_special_tokens=not begun)["input_ids"]
+            ids = state.device.tensor_to_device(torch.tensor([encoded]))
             # One prompt at a time needs no padding, and so no mask that differs between attentions.
             arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "pad_token_id": padding, **GENERATION}
             arguments |= {"use_cache": True, "max_time": left, "synced_gpus": dist.get_world_size() > 1}
@@ -104,6 +109,23 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
             config._attn_implementation = attention
         model.train(mode)
         _restore(random_state)
+
+
+@contextmanager
+def _inputs_as_given(model: torch.nn.Module) -> Iterator[None]:
+    """FSDP2 hands each layer copies of its inputs, as another type: what a layer adds to a cache would be lost.
+
+    Nothing else changes: what one layer hands to the next has the type of the parameters already.
+    """
+    states: list[Any] = [part._get_fsdp_state() for part in model.modules() if isinstance(part, FSDPModule)]
+    policies = [each._mp_policy for each in states]
+    for each, policy in zip(states, policies, strict=True):
+        each._mp_policy = dataclasses.replace(policy, cast_forward_inputs=False)
+    try:
+        yield
+    finally:
+        for each, policy in zip(states, policies, strict=True):
+            each._mp_policy = policy
 
 
 def _restore(state: dict[str, Any]) -> None:

@@ -1,10 +1,17 @@
-"""What the loss says: logged under the names that people know; a run that learns nothing is stopped."""
+"""What the loss says: logged under the names that people know; a run that learns nothing is stopped, or has failed."""
 
 import math
+import os
+from pathlib import Path
+from typing import Any, cast
 
+import torch
 from composer import Callback, Logger, State
+from composer.utils import dist
+from torch.distributed.tensor import DTensor
 
 from tundish.errors import StageError
+from tundish.paths import RUN_VARIABLE, RunPaths
 
 METRICS = "metrics/train/Language"
 LARGEST = 700
@@ -17,6 +24,18 @@ class LossGuard(Callback):
     Composer averages the loss over all ranks, so every rank stops at the same batch.
     """
 
+    def __init__(self) -> None:
+        self._begun: torch.Tensor | None = None
+        """Digest of the weights at the beginning, until one of them has changed."""
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """The weights are those of the base model, or of the checkpoint that the run goes on from."""
+        if not int(state.timestamp.batch) and (mark := _mark()) is not None and dist.get_global_rank() == 0:
+            mark.unlink(missing_ok=True)  # of a try whose weights are lost
+        dist.barrier()
+        if not int(state.timestamp.batch) or not has_learned():
+            self._begun = digest(state.model)
+
     def batch_end(self, state: State, logger: Logger) -> None:
         """After the step, before a checkpoint of it."""
         losses = getattr(state, "total_loss_dict", {})
@@ -28,6 +47,54 @@ class LossGuard(Callback):
         metrics = {f"{METRICS}CrossEntropy": loss, f"{METRICS}Perplexity": math.exp(min(loss, LARGEST))}
         # Composer counts the batch only after it has logged the loss.
         logger.log_metrics(metrics, step=int(state.timestamp.batch) - 1)
+        if self._begun is not None:
+            self._compare(state, self._begun)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Before training is said to be finished."""
+        if self._begun is not None:
+            raise nothing_learned(state)
+
+    def _compare(self, state: State, begun: torch.Tensor) -> None:
+        """Until the first step that changes a weight on any rank: the usual run does it once."""
+        changed = state.device.tensor_to_device(torch.tensor(int(not digest(state.model).equal(begun))))
+        dist.all_reduce(changed, "MAX")
+        if changed:
+            self._begun = None
+            if (mark := _mark()) is not None and dist.get_global_rank() == 0:
+                mark.touch()
+
+
+def digest(model: torch.nn.Module) -> torch.Tensor:
+    """A sum of the bits of each parameter, as far as this rank has it: int64 [parameters]."""
+    sums: list[torch.Tensor] = []
+    for parameter in model.parameters():
+        local = parameter.detach()
+        local = local.to_local() if isinstance(local, DTensor) else local
+        whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
+        sums.append(local.view(whole).sum(dtype=torch.int64))
+    return torch.stack(sums)
+
+
+def has_learned() -> bool:
+    """Whether training has changed a weight before; of a file that is trained by hand, nobody knows."""
+    mark = _mark()
+    return mark is None or mark.exists()
+
+
+def nothing_learned(state: State) -> StageError:
+    """What is said of a run whose weights are those that it began with."""
+    rates = [group.get("initial_lr", group["lr"]) for group in cast(Any, state.optimizers[0]).param_groups]
+    return StageError(
+        f"training changed no weight in {int(state.timestamp.batch):,} batch(es): the result would be the model that "
+        f"it began with. Raise learning_rate (it is {max(rates):g}), or look at the overrides of optimizer and "
+        "scheduler."
+    )
+
+
+def _mark() -> Path | None:
+    run = os.environ.get(RUN_VARIABLE)
+    return RunPaths(Path(run).parent).learned if run else None
 
 
 def check_loss(loss: float, batch: int, learning_rate: float) -> None:
