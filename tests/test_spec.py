@@ -66,7 +66,6 @@ def test_malformed_durations_are_refused_with_examples(given: object) -> None:
 
 def test_what_is_not_given_is_what_the_service_did(arguments: dict[str, Any], tiny_model: Path) -> None:
     """A notebook that relies on the defaults would get another run."""
-    del arguments["training_duration"]
     spec = _parse(arguments)
     assert spec.task_type == "CHAT_COMPLETION"
     assert str(spec.training_duration) == "1ep"

@@ -57,7 +57,8 @@ def _time_of_step(state: State, given: str | Time[Any] | None) -> Timestamp:
     # Time.get() of all three units is of the whole run.
     name = {TimeUnit.BATCH: "batch", TimeUnit.SAMPLE: "sample", TimeUnit.TOKEN: "token"}[warm_up.unit]
     end = int(now.get(warm_up.unit)) + _length(state, name)
-    return now.copy(**{name: min(end, int(warm_up))})
+    moved: dict[str, Any] = {name: min(end, int(warm_up))}
+    return now.copy(**moved)
 
 
 def _length(state: State, unit: str) -> int:
