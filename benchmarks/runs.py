@@ -134,7 +134,7 @@ def _folders(home: Path) -> None:
 
     from tundish import events
     from tundish.compute import Compute
-    from tundish.paths import RunPaths
+    from tundish.run_folder import RunFolder
     from tundish.runs.tracking import Tracking
     from tundish.spec import Duration, RunSpec
 
@@ -144,13 +144,13 @@ def _folders(home: Path) -> None:
     )
     types = ["CREATED", "STARTED", "DATA_VALIDATED", "MODEL_INITIALIZED", "TRAIN_STARTED", *["TRAIN_UPDATED"] * 100]
     types += ["CHECKPOINT_SAVED", "TRAIN_FINISHED", "COMPLETED"]
-    model = RunPaths(home / "model")
+    model = RunFolder(home / "model")
     model.folder.mkdir(parents=True)
     for type in types:
         events.append(model.events, type, "What happened, in about as many words as runs have for it.")
     for number in range(FOLDERS):
         name = f"ift-tiny-{number:06d}"
-        paths = RunPaths(home / "runs" / name)
+        paths = RunFolder(home / "runs" / name)
         paths.result("tracking").parent.mkdir(parents=True)
         spec = RunSpec(
             run_name=name, created_by="lab", created_at="2026-11-22T10:00:00+00:00", model="/models/tiny",

@@ -51,7 +51,7 @@ def make_run(
     from tundish.data import Job, prepare
     from tundish.data.sources import open_source
     from tundish.foundry import Destination, render
-    from tundish.paths import RunPaths
+    from tundish.run_folder import RunFolder
     from tundish.spec import parse_spec
     from tundish.tiny import make_base_model
 
@@ -69,7 +69,7 @@ def make_run(
     )  # fmt: skip
     source = open_source(str(data), spec.task_type, system_message=True)
     prepared = prepare(source, Job(model=spec.model, task_type=spec.task_type, context_length=CONTEXT_LENGTH))
-    paths = RunPaths(scratch / "run")
+    paths = RunFolder(scratch / "run")
     paths.data("train").parent.mkdir(parents=True)
     paths.data("train").symlink_to(prepared.folder)
     store = Destination(

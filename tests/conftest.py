@@ -231,7 +231,8 @@ def arguments(tiny_model: Path, tmp_path: Path, write_lines: WriteLines) -> dict
 def make_run(arguments: dict[str, Any]) -> MakeRun:
     """Writes the folder of a run that nothing supervises: `make_run(name, ("STARTED", "…"), …, created_at=…)`."""
     from tundish import events
-    from tundish.paths import RunPaths, write_atomic
+    from tundish.paths import write_atomic
+    from tundish.run_folder import RunFolder
     from tundish.runs.tracking import Tracking
     from tundish.spec import parse_spec
 
@@ -241,9 +242,9 @@ def make_run(arguments: dict[str, Any]) -> MakeRun:
         created_at: str = "2026-11-21T10:00:00+00:00",
         experiment_id: str = "1",
         **more: Any,
-    ) -> RunPaths:
+    ) -> RunFolder:
         spec, _ = parse_spec(arguments | {"run_name": name} | more, created_at=created_at)
-        paths = RunPaths.of(name)
+        paths = RunFolder.of(name)
         paths.result("tracking").parent.mkdir(parents=True)
         Tracking(
             tracking_uri="sqlite:////nowhere.db",

@@ -26,11 +26,11 @@ from tundish.foundry import (
 from tundish.memory import StepMemory
 from tundish.models import ModelCard, model_cards
 from tundish.overrides import KEYS, REFUSED, check_overrides
-from tundish.paths import RunPaths
+from tundish.run_folder import RunFolder
 from tundish.spec import RunSpec, TaskType, parse_spec
 
 RECORDED = Path(__file__).parent / "recorded"
-PATHS = RunPaths(Path("/runs/recorded"))
+PATHS = RunFolder(Path("/runs/recorded"))
 DESTINATION = Destination(
     save_folder="/artifacts/recorded/checkpoints",
     tracking_uri="sqlite:////mlflow/mlflow.db",

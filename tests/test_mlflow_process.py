@@ -10,11 +10,11 @@ import pytest
 from tundish import foundation_model as fm
 from tundish import mlflow_process
 from tundish.errors import SpecError
-from tundish.paths import RunPaths
+from tundish.run_folder import RunFolder
 from tundish.runs import creating
 from tundish.runs.tracking import open_tracking, tracking_uri
 
-MakeRun = Callable[..., RunPaths]
+MakeRun = Callable[..., RunFolder]
 
 
 def test_mlflow_finds_a_run_that_was_read_here(

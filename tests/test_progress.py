@@ -11,12 +11,12 @@ import pytest
 
 from tundish import events
 from tundish import foundation_model as fm
-from tundish.paths import RunPaths
 from tundish.processes import ProcessId
 from tundish.progress import watch
+from tundish.run_folder import RunFolder
 from tundish.runs.records import RunStatus
 
-MakeRun = Callable[..., RunPaths]
+MakeRun = Callable[..., RunFolder]
 
 
 def test_watching_an_ended_run_shows_all_of_it_and_returns_it(

@@ -6,6 +6,7 @@
     │   └── DataError                  the training or evaluation data
     ├── RequestError (ValueError)      a call that makes no sense (cancel nothing, cancel two ways at once)
     ├── RunNotFoundError (LookupError) no run of that name
+    ├── RunDamagedError (ValueError)   a file of a run's folder is damaged or of another program; `.path` is the file
     ├── CheckpointError (ValueError)   a checkpoint that is incomplete, damaged or unsafe to read
     └── StageError (RuntimeError)      a stage of a run ended without its result; `.log_path` says more
     KeyboardInterrupt
@@ -18,6 +19,7 @@ after its import line is changed.
 
 import difflib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from tundish.text import redacted
 
@@ -55,6 +57,17 @@ class RequestError(TundishError, ValueError):
 
 class RunNotFoundError(TundishError, LookupError):
     """There is no run of that name."""
+
+
+class RunDamagedError(TundishError, ValueError):
+    """A file of a run's folder cannot be read, or holds something else than it must. `.path` is the file."""
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
+
+    def __reduce__(self) -> tuple[type["RunDamagedError"], tuple[str, Path]]:
+        return type(self), (self.message, self.path)
 
 
 class CheckpointError(TundishError, ValueError):

@@ -3,6 +3,7 @@
 One JSON object a line with `type`, `time` (ISO 8601, UTC), `message`, and facts for machines where there are any.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -14,9 +15,12 @@ from typing import Any
 import orjson
 
 from tundish.paths import flush_folder
+from tundish.stored import read_regular
 from tundish.text import redacted
 
 PROGRESS = b'{"type": "TRAIN_UPDATED"'
+NUMBERS = ("eta_s", "share")
+"""Facts that readers count with."""
 TERMINAL_TYPES = frozenset({"COMPLETED", "FAILED", "STOPPED", "CANCELED"})
 
 
@@ -35,7 +39,7 @@ def append(path: Path, type: str, message: str, **facts: Any) -> None:
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     record = {"type": type, "time": time, "message": redacted(message), **facts}
     line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         size = os.fstat(descriptor).st_size
@@ -44,7 +48,9 @@ def append(path: Path, type: str, message: str, **facts: Any) -> None:
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
             # A writer was killed in the middle of its line: that one is lost, not this one.
             line = b"\n" + line
-        os.write(descriptor, line)
+        if os.write(descriptor, line) < len(line):
+            os.ftruncate(descriptor, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         # Progress may be lost in a power cut; what a run reached may not.
         if type != "TRAIN_UPDATED":
             os.fsync(descriptor)
@@ -53,23 +59,37 @@ def append(path: Path, type: str, message: str, **facts: Any) -> None:
 
 
 def read(path: Path) -> list[Event]:
-    """All events in order, of TRAIN_UPDATED only the latest; a line that was cut off is left out."""
+    """All events in order, of TRAIN_UPDATED only the latest; a line that was cut off is left out.
+
+    Raises:
+        OSError: the file is there, but cannot be read.
+        ValueError: it is no regular file, or a whole line of it is no event.
+    """
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
+        lines = read_regular(path).split(b"\n")[:-1]
     except FileNotFoundError:
         return []
     latest = max((i for i, line in enumerate(lines) if line.startswith(PROGRESS)), default=-1)
     # The others are thousands in a long run, and not even looked at.
-    kept = (line for i, line in enumerate(lines) if i == latest or not line.startswith(PROGRESS))
-    return [event for line in kept if (event := _event(line)) is not None]
+    kept = ((i + 1, line) for i, line in enumerate(lines) if i == latest or not line.startswith(PROGRESS))
+    return [event for number, line in kept if (event := _event(number, line)) is not None]
 
 
-def _event(line: bytes) -> Event | None:
+def _event(number: int, line: bytes) -> Event | None:
+    """One line; None: a writer was killed, or the power failed, in the middle of it."""
     try:
         record = orjson.loads(line)
-        return Event(record.pop("type"), datetime.fromisoformat(record.pop("time")), record.pop("message"), record)
-    except (ValueError, KeyError, AttributeError):
+    except ValueError:
         return None
+    try:
+        type, time, message = record.pop("type"), datetime.fromisoformat(record.pop("time")), record.pop("message")
+        texts = isinstance(type, str) and isinstance(message, str)
+        numbers = all(isinstance(record.get(name, 0), int | float) for name in NUMBERS)
+        if not texts or not numbers or time.tzinfo is None:
+            raise ValueError
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"line {number} is no event: {line[:100].decode(errors='replace')}") from None
+    return Event(type, time, message, record)
 
 
 def short_duration(seconds: float) -> str:

@@ -8,6 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from tundish.errors import SpecError
 
@@ -81,7 +82,7 @@ class RunPaths:
     folder: Path
 
     @classmethod
-    def of(cls, run_name: str) -> "RunPaths":
+    def of(cls, run_name: str) -> Self:
         """The folder of the run of that name, whether it exists or not."""
         return cls(inside(runs_dir(), run_name))
 

@@ -109,7 +109,7 @@ def _watch_plain(name: str) -> TrainingRun:
     shown, last_progress, waiting = 0, 0.0, ""
     while True:
         run = read_run(name)
-        found = events.read(find_run(name).events)
+        found = find_run(name).read_events()
         lasting = [event for event in found if event.type != "TRAIN_UPDATED"]
         for event in lasting[shown:]:
             print(_line(event), flush=True)
@@ -150,7 +150,7 @@ def _watch_live(name: str) -> TrainingRun:
     with Live(bar, console=console, refresh_per_second=8, transient=True):
         while True:
             run = read_run(name)
-            found = events.read(find_run(name).events)
+            found = find_run(name).read_events()
             lasting = [event for event in found if event.type != "TRAIN_UPDATED"]
             for event in lasting[shown:]:
                 console.print(_line(event), style=STYLES.get(event.type, ""), markup=False, soft_wrap=True)

@@ -14,13 +14,16 @@ import secrets
 import string
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from tundish import __version__
 from tundish.compute import Compute
 from tundish.errors import SpecError
 from tundish.models import ModelCard, find_card
 from tundish.paths import RUN_NAME, RunPaths
+from tundish.stored import object_of, parse
 
 TaskType = Literal["CHAT_COMPLETION", "INSTRUCTION_FINETUNE", "CONTINUED_PRETRAIN"]
 TASK_PREFIXES: Mapping[TaskType, str] = {
@@ -29,6 +32,8 @@ TASK_PREFIXES: Mapping[TaskType, str] = {
     "CONTINUED_PRETRAIN": "cpt",
 }
 DEFAULT_CONTEXT_LENGTH = 8192
+SPEC_VERSION = 1
+"""Of `spec.json`'s format; raised when an older tundish would read a newer one's file wrongly."""
 ANSWER_TOKENS = 100
 """At most, of an answer to an eval prompt: the managed service's setting."""
 
@@ -97,16 +102,32 @@ class RunSpec:
 
     def to_json(self) -> str:
         """The content of `spec.json`."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        content = {"version": SPEC_VERSION, **dataclasses.asdict(self)}
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> "RunSpec":
-        """Read what `to_json` wrote."""
-        content = json.loads(text)
-        content["training_duration"] = Duration(**content["training_duration"])
-        content["compute"] = Compute(**content["compute"])
-        content["eval_prompts"] = tuple(content["eval_prompts"])
-        return cls(**content)
+    def from_json(cls, text: str | bytes) -> "RunSpec":
+        """Read what `to_json` wrote.
+
+        Raises:
+            NewerSpecError: a newer tundish has written it.
+            ValueError: it is something else.
+        """
+        content = object_of(text)
+        version = content.pop("version", 1)
+        if type(version) is int and version > SPEC_VERSION:
+            raise NewerSpecError(
+                f"was written by a newer version of tundish (format {version}; tundish {__version__} reads up to "
+                f"{SPEC_VERSION})"
+            )
+        spec = parse(cls, content)
+        if datetime.fromisoformat(spec.created_at).tzinfo is None:
+            raise ValueError(f"'created_at': found {spec.created_at!r} instead of a time with its zone")
+        return spec
+
+
+class NewerSpecError(ValueError):
+    """A spec in a format that only a newer tundish reads."""
 
 
 def parse_spec(arguments: Mapping[str, Any], *, created_at: str) -> tuple[RunSpec, ModelCard]:

@@ -15,13 +15,13 @@ from tundish import __version__
 from tundish.cli import COMMANDS, build_parser, main
 from tundish.cli.arguments import create_arguments, read_experiment
 from tundish.errors import SpecError
-from tundish.paths import RunPaths
+from tundish.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("nothing_starts")
 
 Capture = pytest.CaptureFixture[str]
 WriteLines = Callable[[Path, Any], Path]
-MakeRun = Callable[..., RunPaths]
+MakeRun = Callable[..., RunFolder]
 USER = {"role": "user", "content": "2 + 2?"}
 CHAT = {"messages": [USER, {"role": "assistant", "content": "4"}]}
 

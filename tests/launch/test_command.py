@@ -7,9 +7,9 @@ import pytest
 
 from tundish.compute import Compute
 from tundish.launch.command import train_command, train_environment
-from tundish.paths import RunPaths
+from tundish.run_folder import RunFolder
 
-PATHS = RunPaths(Path("/runs/recorded"))
+PATHS = RunFolder(Path("/runs/recorded"))
 CPU = Compute(device="cpu", devices_per_node=2)
 GPU = Compute(device="gpu", devices_per_node=8)
 

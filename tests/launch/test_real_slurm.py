@@ -15,7 +15,7 @@ import pytest
 from tests.launch.slurm_cluster import missing, slurm_cluster
 
 from tundish import foundation_model as fm
-from tundish.paths import RunPaths
+from tundish.run_folder import RunFolder
 from tundish.runs.records import TrainingRun
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
@@ -125,7 +125,7 @@ def _types(run: TrainingRun) -> list[str]:
 
 def _job(run: TrainingRun) -> str:
     assert run.run_dir is not None
-    return json.loads(RunPaths(run.run_dir).supervisor.read_text())["job"]
+    return json.loads(RunFolder(run.run_dir).supervisor.read_text())["job"]
 
 
 def _cancel(run: TrainingRun) -> float:

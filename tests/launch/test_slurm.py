@@ -21,10 +21,10 @@ from tundish.compute import Compute
 from tundish.errors import SpecError
 from tundish.launch import slurm
 from tundish.launch.slurm import job_script
-from tundish.paths import RunPaths
+from tundish.run_folder import RunFolder
 from tundish.runs.reading import wait
 
-MakeRun = Callable[..., RunPaths]
+MakeRun = Callable[..., RunFolder]
 RECORDED = Path(__file__).parent / "job.sbatch"
 GPUS = Compute(device="gpu", nodes=2, devices_per_node=4, launcher="slurm", time_limit="12:00:00",
                sbatch={"partition": "gpu", "account": "lab"})  # fmt: skip
@@ -44,10 +44,10 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def submitted(make_run: MakeRun, cluster: Path) -> Callable[..., RunPaths]:
+def submitted(make_run: MakeRun, cluster: Path) -> Callable[..., RunFolder]:
     """Submits a run: `submitted(name, *events)`."""
 
-    def submit(name: str, *happened: tuple[str, str]) -> RunPaths:
+    def submit(name: str, *happened: tuple[str, str]) -> RunFolder:
         paths = make_run(name, *(happened or (("CREATED", "waits"),)), compute={"launcher": "slurm", "device": "cpu",
                                                                                 "devices_per_node": 1})  # fmt: skip
         paths.logs.mkdir()
@@ -59,7 +59,7 @@ def submitted(make_run: MakeRun, cluster: Path) -> Callable[..., RunPaths]:
 
 def test_the_script_is_as_recorded() -> None:
     """Each option is there for a reason, and a change of the script is a decision."""
-    text = job_script(GPUS, RunPaths(Path("/shared/runs/recorded"))).replace(sys.executable, "python")
+    text = job_script(GPUS, RunFolder(Path("/shared/runs/recorded"))).replace(sys.executable, "python")
     if os.environ.get("TUNDISH_RECORD"):
         RECORDED.write_text(text)
     assert text == RECORDED.read_text()
@@ -68,16 +68,16 @@ def test_the_script_is_as_recorded() -> None:
 @pytest.mark.parametrize("folder", ["/shared/runs/a", '/shared/it\'s "here" 100%/a'])
 def test_the_script_is_one_that_bash_understands(folder: str) -> None:
     """A folder's name would end a string, or a command begin in it."""
-    text = job_script(GPUS, RunPaths(Path(folder)))
+    text = job_script(GPUS, RunFolder(Path(folder)))
     assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
 
 
 def test_a_job_takes_whole_nodes_unless_told() -> None:
     """Slurm gives a task one core: eight ranks of a node would share it."""
-    options = [line for line in job_script(GPUS, RunPaths(Path("/r/a"))).splitlines() if line.startswith("#SBATCH")]
+    options = [line for line in job_script(GPUS, RunFolder(Path("/r/a"))).splitlines() if line.startswith("#SBATCH")]
     assert "#SBATCH --exclusive" in options and "#SBATCH --mem=0" in options
     shared = Compute(device="cpu", devices_per_node=1, launcher="slurm", sbatch={"cpus-per-task": "8"})
-    text = job_script(shared, RunPaths(Path("/r/a")))
+    text = job_script(shared, RunFolder(Path("/r/a")))
     assert "--exclusive" not in text and "#SBATCH --cpus-per-task=8" in text and "gpus-per-node" not in text
 
 
@@ -97,7 +97,7 @@ def test_a_job_goes_through_the_stages_that_are_left(make_run: MakeRun, cluster:
 
 
 def test_secrets_reach_the_job_and_no_file(
-    submitted: Callable[..., RunPaths], cluster: Path, monkeypatch: pytest.MonkeyPatch
+    submitted: Callable[..., RunFolder], cluster: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A token in a script is a token in every backup of the cluster's disk; without it, gated models cannot be read."""
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
@@ -110,7 +110,7 @@ def test_secrets_reach_the_job_and_no_file(
     assert len(texts) > 4 and not any(b"hf_verysecret" in text for text in texts)
 
 
-def test_what_sbatch_refuses_is_told(submitted: Callable[..., RunPaths], cluster: Path) -> None:
+def test_what_sbatch_refuses_is_told(submitted: Callable[..., RunFolder], cluster: Path) -> None:
     """A traceback of subprocess, or a run that waits for a job that does not exist."""
     (cluster / "refuse").write_text("sbatch: error: invalid partition specified: gpux")
     with pytest.raises(
@@ -119,7 +119,7 @@ def test_what_sbatch_refuses_is_told(submitted: Callable[..., RunPaths], cluster
         submitted("ift-1")
 
 
-def test_a_job_that_waits_is_queued_and_can_be_canceled(submitted: Callable[..., RunPaths], cluster: Path) -> None:
+def test_a_job_that_waits_is_queued_and_can_be_canceled(submitted: Callable[..., RunFolder], cluster: Path) -> None:
     """The user would not know what the run waits for, or it would start after it was canceled."""
     (cluster / "pending").touch()
     submitted("ift-1")
@@ -130,7 +130,7 @@ def test_a_job_that_waits_is_queued_and_can_be_canceled(submitted: Callable[...,
     assert (cluster / "states" / "1").read_text().startswith("CANCELLED")
 
 
-def test_a_job_that_runs_is_canceled_with_its_stage(submitted: Callable[..., RunPaths]) -> None:
+def test_a_job_that_runs_is_canceled_with_its_stage(submitted: Callable[..., RunFolder]) -> None:
     """The job would hold its nodes for days."""
     paths = submitted("ift-1")
     end = time.monotonic() + 60
@@ -159,7 +159,7 @@ def test_a_job_that_runs_is_canceled_with_its_stage(submitted: Callable[..., Run
     ],
 )
 def test_the_status_is_what_slurm_says(
-    submitted: Callable[..., RunPaths], cluster: Path, state: str, status: str, words: str
+    submitted: Callable[..., RunFolder], cluster: Path, state: str, status: str, words: str
 ) -> None:
     """A run that a cluster has ended would be RUNNING for ever; one that waits, FAILED."""
     (cluster / "pending").touch()
@@ -170,7 +170,7 @@ def test_the_status_is_what_slurm_says(
     assert run.status.display_name == status and words in (run.details or "")
 
 
-def test_a_controller_that_is_away_fails_no_run(submitted: Callable[..., RunPaths], cluster: Path) -> None:
+def test_a_controller_that_is_away_fails_no_run(submitted: Callable[..., RunFolder], cluster: Path) -> None:
     """Whoever looks in that minute would resume runs that go on."""
     (cluster / "pending").touch()
     submitted("ift-1", ("TRAIN_STARTED", "go"))
@@ -179,7 +179,7 @@ def test_a_controller_that_is_away_fails_no_run(submitted: Callable[..., RunPath
     assert run.status.display_name == "Running" and "Unable to contact slurm controller" in (run.details or "")
 
 
-def test_a_job_that_nobody_remembers_has_failed(submitted: Callable[..., RunPaths], cluster: Path) -> None:
+def test_a_job_that_nobody_remembers_has_failed(submitted: Callable[..., RunFolder], cluster: Path) -> None:
     """Slurm without accounting forgets a job after minutes; the run would be RUNNING for ever."""
     (cluster / "pending").touch()
     submitted("ift-1", ("TRAIN_STARTED", "go"))
@@ -189,7 +189,7 @@ def test_a_job_that_nobody_remembers_has_failed(submitted: Callable[..., RunPath
 
 
 def test_one_question_serves_all_runs(
-    submitted: Callable[..., RunPaths], cluster: Path, monkeypatch: pytest.MonkeyPatch
+    submitted: Callable[..., RunFolder], cluster: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A list of a hundred runs would ask a cluster's controller a hundred times, and be throttled by it."""
     (cluster / "pending").touch()
@@ -203,7 +203,7 @@ def test_one_question_serves_all_runs(
 
 
 def test_a_job_that_was_submitted_a_moment_ago_is_known(
-    submitted: Callable[..., RunPaths], cluster: Path, monkeypatch: pytest.MonkeyPatch
+    submitted: Callable[..., RunFolder], cluster: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An answer from before it would call it lost: who waits for a run just resumed is told that it failed."""
     (cluster / "pending").touch()
@@ -214,7 +214,7 @@ def test_a_job_that_was_submitted_a_moment_ago_is_known(
     assert fm.get("ift-2").status.display_name == "Queued"
 
 
-def test_a_number_that_another_job_has_by_now_is_not_ours(submitted: Callable[..., RunPaths], cluster: Path) -> None:
+def test_a_number_that_another_job_has_by_now_is_not_ours(submitted: Callable[..., RunFolder], cluster: Path) -> None:
     """Canceling an old run would kill a stranger's job: numbers begin anew when a cluster's state is lost."""
     (cluster / "pending").touch()
     submitted("ift-1", ("TRAIN_STARTED", "go"))
@@ -224,7 +224,7 @@ def test_a_number_that_another_job_has_by_now_is_not_ours(submitted: Callable[..
     assert not (cluster / "states").exists()
 
 
-def test_a_job_that_nobody_noted_is_found(submitted: Callable[..., RunPaths], cluster: Path) -> None:
+def test_a_job_that_nobody_noted_is_found(submitted: Callable[..., RunFolder], cluster: Path) -> None:
     """Whoever submits may be killed before the job's number is kept: resuming would submit it once more."""
     (cluster / "pending").touch()
     paths = submitted("ift-1")
@@ -237,7 +237,7 @@ def test_a_job_that_nobody_noted_is_found(submitted: Callable[..., RunPaths], cl
 
 
 def test_the_job_is_not_changed_by_a_job_around_it(
-    submitted: Callable[..., RunPaths], cluster: Path, monkeypatch: pytest.MonkeyPatch
+    submitted: Callable[..., RunFolder], cluster: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From a notebook inside of an allocation, the job would get that one's settings."""
     monkeypatch.setenv("SLURM_MEM_PER_CPU", "100")

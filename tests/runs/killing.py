@@ -12,7 +12,7 @@ from tests.runs.processes import ranks, stages, supervisor, wait_until
 
 from tundish import events
 from tundish import foundation_model as fm
-from tundish.paths import RunPaths
+from tundish.run_folder import RunFolder
 from tundish.runs.running import is_done
 from tundish.runs.supervisor import STAGES
 
@@ -46,11 +46,11 @@ class Row:
 class Victim:
     """A run, its usual durations, and what has happened since it was last started or went on by itself."""
 
-    paths: RunPaths
+    paths: RunFolder
     devices: int
     seconds: dict[str, float]
     rng: random.Random
-    check: Callable[[RunPaths], None]
+    check: Callable[[RunFolder], None]
     """Called after each kill: what can be seen is whole."""
     rows: list[Row] = field(default_factory=list[Row])
     _since: int = 0
@@ -108,9 +108,7 @@ class Victim:
         return moment in STAGES and moment != "train" and is_done(self.paths, moment)
 
     def _saving(self) -> list[Path]:
-        from tundish.runs.tracking import Tracking
-
-        return list(Path(Tracking.read(self.paths).save_folder).glob(".ep*-ba*.tmp"))
+        return list(Path(self.paths.read_tracking().save_folder).glob(".ep*-ba*.tmp"))
 
     def _where(self) -> str:
         """The stage and the last event, now."""

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import psutil
 
-from tundish.paths import RUN_VARIABLE, RunPaths
+from tundish.paths import RUN_VARIABLE
 from tundish.processes import ProcessId, processes_with
+from tundish.run_folder import RunFolder
 
 
-def supervisor(paths: RunPaths) -> psutil.Process | None:
+def supervisor(paths: RunFolder) -> psutil.Process | None:
     """The run's supervisor; None where it does not live."""
     if not paths.supervisor.exists():
         return None
@@ -18,12 +19,12 @@ def supervisor(paths: RunPaths) -> psutil.Process | None:
     return ProcessId(**{name: value for name, value in record.items() if name != "launcher"}).process()
 
 
-def ranks(paths: RunPaths) -> list[psutil.Process]:
+def ranks(paths: RunFolder) -> list[psutil.Process]:
     """The processes that train the run."""
     return [process for process in stages(paths) if "RANK" in _environment(process)]
 
 
-def stages(paths: RunPaths) -> list[psutil.Process]:
+def stages(paths: RunFolder) -> list[psutil.Process]:
     """The processes of the run's stage, launcher and ranks among them."""
     return processes_with(RUN_VARIABLE, str(paths.events))
 

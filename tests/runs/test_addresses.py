@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from tundish.errors import SpecError
-from tundish.paths import RunPaths
+from tundish.run_folder import RunFolder
 from tundish.runs.addresses import checkpoint_address
-from tundish.runs.tracking import Tracking, artifact_address
+from tundish.runs.tracking import artifact_address
 
-MakeRun = Callable[..., RunPaths]
+MakeRun = Callable[..., RunFolder]
 OF_RUN = "dbfs:/databricks/mlflow-tracking/1/id-of-ift-1/artifacts/ift-1/checkpoints/ep1-ba10"
 
 
@@ -19,7 +19,7 @@ OF_RUN = "dbfs:/databricks/mlflow-tracking/1/id-of-ift-1/artifacts/ift-1/checkpo
 def test_an_artifact_path_is_where_its_run_saved(make_run: MakeRun, save_folder: str) -> None:
     """Notebooks name checkpoints by the service's paths; those of a run that saves elsewhere would not be found."""
     paths = make_run("ift-1", ("CREATED", "waits"))
-    replace(Tracking.read(paths), save_folder=save_folder).write(paths)
+    replace(paths.read_tracking(), save_folder=save_folder).write(paths)
     assert checkpoint_address(OF_RUN) == f"{save_folder}/ep1-ba10"
     assert checkpoint_address(OF_RUN.removeprefix("dbfs:")) == f"{save_folder}/ep1-ba10"
 

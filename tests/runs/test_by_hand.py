@@ -9,9 +9,8 @@ import yaml
 
 from tundish.cli import main
 from tundish.errors import SpecError
-from tundish.paths import RunPaths
+from tundish.run_folder import RunFolder
 from tundish.runs.by_hand import scripts, write
-from tundish.runs.tracking import Tracking
 
 TWO = {"device": "cpu", "nodes": 2, "devices_per_node": 2}
 
@@ -61,7 +60,7 @@ def test_a_folder_holds_all_that_hosts_need(arguments: dict[str, Any], tmp_path:
     assert content["train_loader"]["dataset"]["local"] == str(out / "data" / "train")
     assert content["save_folder"] == str(out / "checkpoints")
     assert (out / "data" / "train" / "index.json").is_file()
-    run_id = Tracking.read(RunPaths(out)).run_id
+    run_id = RunFolder(out).read_tracking().run_id
     assert all(f"export MLFLOW_RUN_ID={run_id}" in path.read_text() for path in made)
 
     # Fewer hosts later: the same batches, the same MLflow run.

@@ -10,10 +10,10 @@ import pytest
 
 from tundish import errors, events
 from tundish import foundation_model as fm
-from tundish.paths import RunPaths
+from tundish.run_folder import RunFolder
 from tundish.runs.records import TrainingRun
 
-MakeRun = Callable[..., RunPaths]
+MakeRun = Callable[..., RunFolder]
 GoOn = Callable[..., Any]
 STEPS = [("DATA_VALIDATED", "20 samples"), ("TRAIN_STARTED", "on 1 device"), ("TRAIN_UPDATED", "half")]
 

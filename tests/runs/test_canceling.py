@@ -11,8 +11,8 @@ from tundish import events
 from tundish import foundation_model as fm
 from tundish.compute import Compute
 from tundish.launch import queue
-from tundish.paths import RunPaths
 from tundish.processes import ProcessId
+from tundish.run_folder import RunFolder
 from tundish.runs.records import TrainingRun
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
@@ -36,7 +36,7 @@ def test_cancel_ends_a_run_in_every_state(
         overrides={"global_train_batch_size": 4, "save_interval": "20ba"},
     )  # fmt: skip
     assert run.run_dir is not None
-    paths, taken = RunPaths(run.run_dir), dict[str, float]()
+    paths, taken = RunFolder(run.run_dir), dict[str, float]()
     for state, reached in _states(paths).items():
         _wait(lambda reached=reached: reached(), run)
         kept = fm.get_checkpoints(run)
@@ -51,7 +51,7 @@ def test_cancel_ends_a_run_in_every_state(
     assert max(taken.values()) < MOST_SECONDS, taken
 
 
-def _states(paths: RunPaths) -> dict[str, Callable[[], object]]:
+def _states(paths: RunFolder) -> dict[str, Callable[[], object]]:
     """Names of states, in order, and how it is seen that the run is in them, after it was resumed that often."""
 
     def since_resumed() -> list[str]:
@@ -73,7 +73,7 @@ def _states(paths: RunPaths) -> dict[str, Callable[[], object]]:
     }
 
 
-def _cancel(run: TrainingRun, paths: RunPaths) -> float:
+def _cancel(run: TrainingRun, paths: RunFolder) -> float:
     """Cancel, and look for what is left; the seconds that it took."""
     begun = time.monotonic()
     assert fm.cancel(run) == 1

@@ -14,12 +14,13 @@ from tests.runs.processes import wait_until
 from tundish import events
 from tundish import foundation_model as fm
 from tundish.errors import RequestError, SpecError
-from tundish.paths import RUN_VARIABLE, RunPaths
+from tundish.paths import RUN_VARIABLE
 from tundish.processes import ProcessId, locked, start
+from tundish.run_folder import RunFolder
 from tundish.runs import control
 from tundish.runs.control import cancel_message
 
-MakeRun = Callable[..., RunPaths]
+MakeRun = Callable[..., RunFolder]
 
 
 @pytest.mark.parametrize("nothing", [None, [], ""])

@@ -10,9 +10,8 @@ import pytest
 
 from tundish.cli import main
 from tundish.errors import CheckpointError, RunNotFoundError, SpecError
-from tundish.paths import RunPaths
+from tundish.run_folder import RunFolder
 from tundish.runs.exporting import find_exportable
-from tundish.runs.tracking import Tracking
 
 # Of PyTorch's own, on saving: it saves from a single process, which is wanted here, and uses its own old storage class.
 pytestmark = [
@@ -21,7 +20,7 @@ pytestmark = [
 ]
 
 Capture = pytest.CaptureFixture[str]
-MakeRun = Callable[..., RunPaths]
+MakeRun = Callable[..., RunFolder]
 
 
 @pytest.fixture
@@ -45,10 +44,10 @@ def save(tiny_model: Path) -> Callable[[Path, float], Path]:
 
 
 @pytest.fixture
-def run(make_run: MakeRun, tiny_model: Path, save: Callable[[Path, float], Path]) -> RunPaths:
+def run(make_run: MakeRun, tiny_model: Path, save: Callable[[Path, float], Path]) -> RunFolder:
     """A run with two checkpoints: its weights are 0.5, then 0.75."""
     paths = make_run("ift-1", ("CREATED", "waits"), model=str(tiny_model))
-    folder = Path(Tracking.read(paths).save_folder)
+    folder = Path(paths.read_tracking().save_folder)
     save(folder / "ep0-ba5", 0.5)
     save(folder / "ep1-ba10", 0.75)
     return paths
@@ -61,7 +60,7 @@ def _value(folder: Path) -> tuple[Any, float]:
     return str(weight.dtype), float(weight[3, 3])
 
 
-def test_a_run_means_its_newest_checkpoint(run: RunPaths, tmp_path: Path, capsys: Capture) -> None:
+def test_a_run_means_its_newest_checkpoint(run: RunFolder, tmp_path: Path, capsys: Capture) -> None:
     """Somebody would take home weights of the first hour."""
     assert main(["export", "ift-1", "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.startswith("ep1-ba10 of ift-1: ") and _value(tmp_path / "out") == (
@@ -72,7 +71,7 @@ def test_a_run_means_its_newest_checkpoint(run: RunPaths, tmp_path: Path, capsys
 
 @pytest.mark.usefixtures("run")
 def test_an_earlier_checkpoint_is_exported_by_its_path(
-    run: RunPaths, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    run: RunFolder, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best checkpoint is not always the last."""
     monkeypatch.chdir(tmp_path)
@@ -94,11 +93,11 @@ def test_nothing_is_written_over(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_a_checkpoint_that_no_run_has_made_needs_its_model(
-    run: RunPaths, tmp_path: Path, tiny_model: Path, capsys: Capture
+    run: RunFolder, tmp_path: Path, tiny_model: Path, capsys: Capture
 ) -> None:
     """Stock LLM Foundry's checkpoints could not be exported, or with a tokenizer that was guessed."""
     foreign = tmp_path / "theirs" / "ep1-ba10"
-    shutil.copytree(Path(Tracking.read(run).save_folder) / "ep1-ba10", foreign)
+    shutil.copytree(Path(run.read_tracking().save_folder) / "ep1-ba10", foreign)
     (foreign / "manifest.json").unlink()
     with pytest.raises(SpecError, match=r"no run of this machine has made it.*Give --model"):
         find_exportable(str(foreign))
@@ -119,9 +118,9 @@ def test_what_is_not_there_is_told(make_run: MakeRun, tmp_path: Path, tiny_model
     assert main(["export", str(tmp_path / "x.pt"), "--model", str(tiny_model), "--out", str(tmp_path / "o")]) == 2
 
 
-def test_verifying_reads_every_byte(run: RunPaths, capsys: Capture) -> None:
+def test_verifying_reads_every_byte(run: RunFolder, capsys: Capture) -> None:
     """A disk that has lost a bit would be noticed by a model that talks nonsense."""
-    folder = Path(Tracking.read(run).save_folder)
+    folder = Path(run.read_tracking().save_folder)
     assert main(["checkpoints", "ift-1", "--verify"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0] for line in lines] == ["ep0-ba5: OK", "ep1-ba10: OK"]

@@ -18,9 +18,9 @@ from tests.runs.processes import stages, supervisor, wait_until
 from tundish import events
 from tundish import foundation_model as fm
 from tundish.checkpoints.verifying import verify
-from tundish.paths import RunPaths, prepared_dir
+from tundish.paths import prepared_dir
+from tundish.run_folder import RunFolder
 from tundish.runs.running import is_done
-from tundish.runs.tracking import Tracking
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
 pytestmark = pytest.mark.kill
@@ -46,14 +46,14 @@ def arguments(
     }  # fmt: skip
 
 
-def _create(arguments: dict[str, Any], ranks: int) -> RunPaths:
+def _create(arguments: dict[str, Any], ranks: int) -> RunFolder:
     """A run that prepares its data itself, as if no other had."""
     shutil.rmtree(prepared_dir(), ignore_errors=True)
     run = fm.create(**arguments, compute={"device": "cpu", "devices_per_node": ranks})
-    return RunPaths.of(run.name)
+    return RunFolder.of(run.name)
 
 
-def _durations(paths: RunPaths) -> dict[str, float]:
+def _durations(paths: RunFolder) -> dict[str, float]:
     """Within which a run is killed after it has reached a moment; from one that was left alone."""
     times = {event.type: event.time.timestamp() for event in events.read(paths.events)}
     done = {stage: paths.result(stage).stat().st_mtime for stage in ("train", "export", "register")}
@@ -69,9 +69,9 @@ def _durations(paths: RunPaths) -> dict[str, float]:
     }
 
 
-def _check_whole(paths: RunPaths) -> None:
+def _check_whole(paths: RunFolder) -> None:
     """What can be seen under its name is complete, whatever was killed."""
-    for folder in Path(Tracking.read(paths).save_folder).glob("ep*-ba*"):
+    for folder in Path(paths.read_tracking().save_folder).glob("ep*-ba*"):
         assert verify(folder) == []
     if paths.export.exists():
         tensors(paths.export)
@@ -85,20 +85,20 @@ def _check_whole(paths: RunPaths) -> None:
         is_done(paths, stage)  # its result can be read
 
 
-def _check_end(paths: RunPaths, left_alone: RunPaths, home: Path) -> None:
+def _check_end(paths: RunFolder, left_alone: RunFolder, home: Path) -> None:
     """As if it had never been killed."""
     from mlflow import MlflowClient
 
     run = fm.get(paths.folder.name).wait(timeout=400)
     assert run.status.display_name == "Completed", run.details
     wait_until(lambda: supervisor(paths) is None and not stages(paths), 20)
-    client = MlflowClient(Tracking.read(paths).tracking_uri)
+    client = MlflowClient(paths.read_tracking().tracking_uri)
     versions = client.search_model_versions(f"name='{run.submitted_config.registered_name}'")
     assert [version.run_id for version in versions].count(run.run_id) == 1
     assert run.run_id is not None and client.get_run(run.run_id).info.status == "FINISHED"
     trained, expected = tensors(paths.export), tensors(left_alone.export)
     assert trained.keys() == expected.keys() and all(trained[name].equal(expected[name]) for name in expected)
-    folders = (home / "runs", paths.folder, paths.folder / "results", Path(Tracking.read(paths).save_folder))
+    folders = (home / "runs", paths.folder, paths.folder / "results", Path(paths.read_tracking().save_folder))
     assert not [path for folder in folders for path in folder.iterdir() if path.name.startswith(".")]
     assert not list(prepared_dir().glob(".*.tmp")) and not paths.scratch.exists()
     assert [path.name for path in home.glob("queue/*/*")] == ["lock"]
@@ -107,7 +107,7 @@ def _check_end(paths: RunPaths, left_alone: RunPaths, home: Path) -> None:
 def test_runs_that_are_killed_at_any_moment_end_as_if_they_were_not(arguments: dict[str, Any], home: Path) -> None:
     """A kill would leave processes that hold the devices, half a file that is taken for whole, or another model."""
     shared, rows = set(Path("/dev/shm").iterdir()), list[Row]()
-    left_alone: dict[int, RunPaths] = {}
+    left_alone: dict[int, RunFolder] = {}
     for ranks in sorted(set(RANKS)):
         left_alone[ranks] = _create(arguments, ranks)
         assert fm.get(left_alone[ranks].folder.name).wait(timeout=400).status.display_name == "Completed"

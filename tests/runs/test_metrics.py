@@ -7,22 +7,23 @@ import pytest
 
 from tundish import foundation_model as fm
 from tundish.errors import RequestError
-from tundish.paths import RunPaths, write_atomic
+from tundish.paths import write_atomic
+from tundish.run_folder import RunFolder
 from tundish.runs import metrics
-from tundish.runs.tracking import Tracking, open_tracking
+from tundish.runs.tracking import open_tracking
 
-MakeRun = Callable[..., RunPaths]
+MakeRun = Callable[..., RunFolder]
 
 
 @pytest.fixture
-def logged(make_run: MakeRun) -> RunPaths:
+def logged(make_run: MakeRun) -> RunFolder:
     """A run with three batches and an evaluation, the third batch twice: it was killed after it, and went on."""
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
     paths = make_run("chat-1", ("CREATED", "waits"), ("FAILED", "in train"))
     open_tracking("chat-1", "/Users/me/chat-1", {}).write(paths)
-    tracking = Tracking.read(paths)
+    tracking = paths.read_tracking()
     points = [("loss/train/total", 0, 3.0), ("loss/train/total", 1, 2.0), ("loss/train/total", 2, 9.0)]
     points += [("loss/train/total", 2, 1.5), ("metrics/eval/LanguageCrossEntropy", 3, 1.25)]
     client: Any = MlflowClient(tracking.tracking_uri)
@@ -32,7 +33,7 @@ def logged(make_run: MakeRun) -> RunPaths:
     return paths
 
 
-def test_points_come_back_in_order_and_the_picture_shows_them(logged: RunPaths) -> None:
+def test_points_come_back_in_order_and_the_picture_shows_them(logged: RunFolder) -> None:
     """A notebook's plot of its own would lack points, or have them as text; the picture lack units, or jump back."""
     run = fm.get("chat-1")
     frame = run.metrics()

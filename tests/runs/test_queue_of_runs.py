@@ -20,7 +20,7 @@ from tests.runs.processes import stages, supervisor, wait_until
 
 from tundish import events
 from tundish import foundation_model as fm
-from tundish.paths import RunPaths
+from tundish.run_folder import RunFolder
 from tundish.runs.records import TrainingRun
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
@@ -102,12 +102,12 @@ def _line(names: list[str]) -> list[str]:
 
 
 def _times(name: str, type: str) -> list[datetime]:
-    return [event.time for event in events.read(RunPaths.of(name).events) if event.type == type]
+    return [event.time for event in events.read(RunFolder.of(name).events) if event.type == type]
 
 
 def _kill_holder(name: str, following: str) -> str:
     """Kill a run's supervisor while its model is loaded; afterwards the next one has started. Returns its name."""
-    paths = RunPaths.of(name)
+    paths = RunFolder.of(name)
     wait_until(lambda: _times(name, "DATA_VALIDATED"), 900)
     process = supervisor(paths)
     assert process is not None

@@ -14,15 +14,15 @@ import pytest
 from tundish import events
 from tundish import foundation_model as fm
 from tundish.errors import RunNotFoundError
-from tundish.paths import RunPaths
 from tundish.processes import ProcessId
+from tundish.run_folder import RunFolder
 from tundish.runs.reading import find_run, read_run, run_names, wait
 from tundish.runs.records import RunStatus
 
-MakeRun = Callable[..., RunPaths]
+MakeRun = Callable[..., RunFolder]
 
 
-def _supervised_by(paths: RunPaths, pid: int) -> None:
+def _supervised_by(paths: RunFolder, pid: int) -> None:
     paths.supervisor.write_text(json.dumps({"launcher": "local", **asdict(ProcessId.of(pid))}))
 
 
@@ -119,12 +119,11 @@ def test_there_is_no_eta_once_training_is_over(make_run: MakeRun, last: str) -> 
     assert run.formatted_eta is run.estimated_end_time is None
 
 
-def test_a_folder_without_spec_is_no_run(make_run: MakeRun, home: Path) -> None:
-    """A run that was half made would be listed, and break the list."""
+def test_what_is_hidden_is_no_run(make_run: MakeRun, home: Path) -> None:
+    """A run that is just being made or removed would be listed as a damaged one."""
     make_run("ift-1", ("CREATED", "waits"))
-    (home / "runs" / "half").mkdir()
-    (home / "runs" / "file").write_text("x")
-    assert list(run_names()) == ["ift-1"]
+    (home / "runs" / ".half").mkdir()
+    assert run_names() == ["ift-1"] and [run.name for run in fm.list()] == ["ift-1"]
 
 
 def test_an_unknown_run_is_answered_with_near_names(make_run: MakeRun) -> None:

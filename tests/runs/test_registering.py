@@ -14,19 +14,20 @@ import pytest
 from tundish import events
 from tundish import foundation_model as fm
 from tundish.errors import RequestError, SpecError, StageError
-from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
+from tundish.paths import RUN_VARIABLE, write_atomic
 from tundish.processes import processes_with
+from tundish.run_folder import RunFolder
 from tundish.runs import running
-from tundish.runs.tracking import Tracking, check_registry, open_tracking
+from tundish.runs.tracking import check_registry, open_tracking
 
-MakeRun = Callable[..., RunPaths]
+MakeRun = Callable[..., RunFolder]
 
 
 @pytest.fixture
-def exported_run(make_run: MakeRun, tiny_model: Path) -> Callable[[str], RunPaths]:
+def exported_run(make_run: MakeRun, tiny_model: Path) -> Callable[[str], RunFolder]:
     """Makes a run that has failed after its export, with an MLflow run in the store of the environment."""
 
-    def make(name: str) -> RunPaths:
+    def make(name: str) -> RunFolder:
         paths = make_run(name, ("CREATED", "waits"), ("FAILED", "in register"))
         open_tracking(name, f"/Users/me/{name}", {}).write(paths)
         shutil.copytree(tiny_model, paths.export)
@@ -38,7 +39,7 @@ def exported_run(make_run: MakeRun, tiny_model: Path) -> Callable[[str], RunPath
 
 
 def test_a_registration_that_fails_keeps_the_export_and_resume_makes_up_for_it(
-    exported_run: Callable[[str], RunPaths], mlflow_server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+    exported_run: Callable[[str], RunFolder], mlflow_server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Days of training would be lost to a full disk; or COMPLETED be said before there is a version."""
     from mlflow import MlflowClient
@@ -61,7 +62,7 @@ def test_a_registration_that_fails_keeps_the_export_and_resume_makes_up_for_it(
     ):
         assert part in str(failed.details)
     assert (paths.export / "model.safetensors").is_file() and not paths.scratch.exists()
-    run_id = Tracking.read(paths).run_id
+    run_id = paths.read_tracking().run_id
     assert client.get_run(run_id).info.status == "FAILED"
 
     done = fm.resume("chat-1").wait(timeout=120)
@@ -87,7 +88,7 @@ def _no_room(folder: Path) -> Iterator[None]:
 
 
 def test_a_run_that_was_killed_when_all_was_done_is_finished_in_mlflow_too(
-    exported_run: Callable[[str], RunPaths],
+    exported_run: Callable[[str], RunFolder],
 ) -> None:
     """Resuming opens the MLflow run again, and no stage is left that ends it: it would seem to run for ever."""
     from mlflow import MlflowClient
@@ -96,13 +97,13 @@ def test_a_run_that_was_killed_when_all_was_done_is_finished_in_mlflow_too(
     write_atomic(paths.result("register"), json.dumps({"name": "main.lab.chat-1", "version": "1"}))
     paths.scratch.mkdir(parents=True)
     assert fm.resume("chat-1").wait(timeout=120).status.display_name == "Completed"
-    tracking = Tracking.read(paths)
+    tracking = paths.read_tracking()
     assert MlflowClient(tracking.tracking_uri).get_run(tracking.run_id).info.status == "FINISHED"
     assert not paths.scratch.exists(), "MLflow's copy of a large model"
 
 
 def test_a_server_that_never_answers_is_given_up_with_all_its_processes(
-    exported_run: Callable[[str], RunPaths], monkeypatch: pytest.MonkeyPatch
+    exported_run: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that hangs for ever at its last stage, or a copy of the model left behind."""
     monkeypatch.setattr(running, "REGISTER_SECONDS", 8.0)
@@ -132,7 +133,7 @@ def test_a_large_export_may_take_longer(tmp_path: Path) -> None:
 
 
 def test_resuming_without_the_server_is_refused_in_a_sentence(
-    exported_run: Callable[[str], RunPaths], monkeypatch: pytest.MonkeyPatch
+    exported_run: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A traceback after four minutes, and a run that is neither failed nor going on."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

@@ -12,14 +12,15 @@ from tests.runs.processes import supervisor
 
 from tundish import foundation_model as fm
 from tundish.errors import RequestError
-from tundish.paths import RUN_VARIABLE, RunPaths
+from tundish.paths import RUN_VARIABLE
+from tundish.run_folder import RunFolder
 from tundish.runs.records import TrainingRun
 from tundish.weights import fetch_weights, find_weights
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
 
 
-def _ranks(paths: RunPaths) -> list[psutil.Process]:
+def _ranks(paths: RunFolder) -> list[psutil.Process]:
     """The processes that train the run."""
     found = []
     for process in psutil.process_iter():
@@ -56,7 +57,7 @@ def test_a_run_survives_the_death_of_all_its_processes(
                    "save_num_checkpoints_to_keep": 2},
     )  # fmt: skip
     assert run.run_dir is not None
-    paths = RunPaths(run.run_dir)
+    paths = RunFolder(run.run_dir)
     with pytest.raises(RequestError, match="Cancel it first, or wait for its end"):
         fm.resume(run)
 

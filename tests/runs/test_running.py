@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from tundish.errors import StageError
-from tundish.paths import RunPaths
+from tundish.run_folder import RunFolder
 from tundish.runs import running
 from tundish.runs.running import Place, run_stage
 
 
 def test_a_stage_that_was_killed_after_its_result_is_done(
-    make_run: Callable[..., RunPaths], monkeypatch: pytest.MonkeyPatch
+    make_run: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run would fail although all is there: loaded libraries take seconds to end, and may crash meanwhile."""
     paths = make_run("chat-1", ("CREATED", "waits"))
@@ -24,7 +24,7 @@ def test_a_stage_that_was_killed_after_its_result_is_done(
 
 
 def test_a_stage_that_refuses_its_input_is_the_run_s_cause(
-    make_run: Callable[..., RunPaths], arguments: dict[str, Any]
+    make_run: Callable[..., RunFolder], arguments: dict[str, Any]
 ) -> None:
     """FAILED would say nothing but an exit code: the sentence that the stage's process wrote must come through."""
     paths = make_run("chat-1", ("CREATED", "waits"))

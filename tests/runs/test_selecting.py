@@ -10,11 +10,11 @@ import pytest
 
 from tundish import foundation_model as fm
 from tundish.errors import RequestError, RunNotFoundError, ValidationError
-from tundish.paths import RunPaths
+from tundish.run_folder import RunFolder
 from tundish.runs.records import RunStatus
 from tundish.runs.selecting import name_of, parse_time
 
-MakeRun = Callable[..., RunPaths]
+MakeRun = Callable[..., RunFolder]
 DAYS = {"run-a": 1, "run-b": 2, "run-c": 3}
 
 

@@ -4,19 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from tundish.paths import RunPaths
+from tundish.run_folder import RunFolder
 from tundish.runs.tracking import Tracking, planned_save_folder, registry_uri, tracking_uri
 
 
 def test_what_was_made_in_mlflow_is_read_back(tmp_path: Path) -> None:
     """Stages would log to another run than `create()` has made."""
-    paths = RunPaths(tmp_path)
+    paths = RunFolder(tmp_path)
     paths.result("tracking").parent.mkdir()
     tracking = Tracking(
         tracking_uri="sqlite:////x.db", experiment_id="1", experiment_name="/Users/ü", run_id="abc", save_folder="/s"
     )
     tracking.write(paths)
-    assert Tracking.read(paths) == tracking
+    assert paths.read_tracking() == tracking
 
 
 def test_the_store_is_the_environment_s_or_a_file_in_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,11 +126,11 @@ def plan(tmp_path: Path, tiny_model: Path, write_lines: WriteLines) -> Callable[
     from tundish.data import Job, prepare
     from tundish.data.sources import open_source
     from tundish.foundry import Destination, render
-    from tundish.paths import RunPaths
+    from tundish.run_folder import RunFolder
     from tundish.spec import parse_spec
 
     def make(name: str, world: int = 1, samples: int = 40, **more: Any) -> Path:
-        paths = RunPaths(tmp_path / name)
+        paths = RunFolder(tmp_path / name)
         paths.data("train").parent.mkdir(parents=True)
         pairs = [{"prompt": f"{n}: ", "response": f"fox {n} " * (1 + n % 5)} for n in range(samples)]
         data = write_lines(paths.folder / "train.jsonl", pairs)

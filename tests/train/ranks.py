@@ -58,14 +58,15 @@ def _asker() -> Any:
     """The callback that ASK_RANK, ASK_AT and ASK_BY ask for."""
     from composer import Callback, Logger, State
 
-    from tundish.paths import RUN_VARIABLE, RunPaths
+    from tundish.paths import RUN_VARIABLE
+    from tundish.run_folder import RunFolder
 
     class Asker(Callback):
         def batch_start(self, state: State, logger: Logger) -> None:
             if int(state.timestamp.batch) + 1 != int(os.environ["ASK_AT"]):
                 return
             if os.environ["ASK_BY"] == "file":
-                request = RunPaths(Path(os.environ[RUN_VARIABLE]).parent).stop_request
+                request = RunFolder(Path(os.environ[RUN_VARIABLE]).parent).stop_request
                 request.parent.mkdir(exist_ok=True)
                 request.touch()
             else:

@@ -366,7 +366,7 @@ def test_every_model_gets_an_attention_that_isolates(
 
     from tundish.foundry import Destination, render
     from tundish.models import model_cards
-    from tundish.paths import RunPaths
+    from tundish.run_folder import RunFolder
     from tundish.spec import parse_spec
 
     find_spec, stand_in = importlib.util.find_spec, "yaml" if flash else "no_such_package"
@@ -379,6 +379,6 @@ def test_every_model_gets_an_attention_that_isolates(
             given | {"compute": {"device": device, "devices_per_node": 8}}, created_at="2026-11-21T10:00:00+00:00"
         )
         places = Destination(save_folder="/save", tracking_uri="sqlite:////db", experiment_name="/Users/me/one")
-        content = yaml.safe_load(render(spec, card, RunPaths(tmp_path), places, 1000))
+        content = yaml.safe_load(render(spec, card, RunFolder(tmp_path), places, 1000))
         chosen = content["model"]["attn_implementation"]
         assert chosen in ISOLATING[family]

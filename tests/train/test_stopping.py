@@ -10,7 +10,7 @@ from tests.train.conftest import weights
 
 from tundish.checkpoints import list_checkpoints
 from tundish.launch.command import STOPPED
-from tundish.paths import RunPaths
+from tundish.run_folder import RunFolder
 
 Plan = Callable[..., Path]
 
@@ -29,7 +29,7 @@ def test_what_is_asked_to_end_saves_and_goes_on_later(
     newest = list_checkpoints(stopped.parent / "checkpoints")[-1].name
     assert re.fullmatch(rf"ep\d+-ba{batch}", newest), "at the batch after which it was asked, by all ranks"
     assert not (stopped.parent / "results" / "train.json").exists(), "training is not done"
-    RunPaths(stopped.parent).stop_request.unlink(missing_ok=True)
+    RunFolder(stopped.parent).stop_request.unlink(missing_ok=True)
     second = ranks.train(stopped, world, tmp_path / "second")
     assert second.ok and min(second.losses) == batch, second.log[-3000:]
     ours, expected = weights(stopped), weights(whole)

@@ -41,6 +41,9 @@ def list_runs(arguments: argparse.Namespace) -> int:
     if arguments.json:
         return print_json([record(run) for run in runs])
     print_table(runs, {"name": "NAME", "run_progress": "STATUS", "model": "MODEL", "training_duration": "DURATION"})
+    for run in runs:
+        if run.damaged_file is not None:
+            print(f"{run.name}: {run.details}")
     return 0
 
 

@@ -4,13 +4,14 @@ A run folder's `supervisor.json` says which launcher has it and what it is calle
 remembered.
 """
 
-import json
 from typing import Any
 
 from tundish.compute import Compute
 from tundish.launch import local, slurm
 from tundish.launch.life import Life
 from tundish.paths import RunPaths
+from tundish.processes import ProcessId
+from tundish.run_folder import RunFolder, SlurmJob
 
 __all__ = ["Life", "cancel", "state", "submit"]
 LAUNCHERS: dict[str, Any] = {"local": local, "slurm": slurm}
@@ -26,9 +27,13 @@ def submit(paths: RunPaths, compute: Compute) -> None:
 
 
 def state(paths: RunPaths) -> Life | None:
-    """What the run's launcher knows of it; None before it was submitted."""
+    """What the run's launcher knows of it; None before it was submitted.
+
+    Raises:
+        RunDamagedError: `supervisor.json` does not say who has it.
+    """
     record = _record(paths)
-    return None if record is None else LAUNCHERS[record["launcher"]].state(paths, record)
+    return None if record is None else LAUNCHERS[record[0]].state(paths, record[1])
 
 
 def cancel(paths: RunPaths, seconds: float) -> None:
@@ -36,16 +41,14 @@ def cancel(paths: RunPaths, seconds: float) -> None:
 
     Raises:
         RequestError: it is where this machine cannot end it.
+        RunDamagedError: `supervisor.json` does not say who has it.
     """
     record = _record(paths)
     if record is not None:
-        LAUNCHERS[record["launcher"]].cancel(paths, record, seconds)
+        LAUNCHERS[record[0]].cancel(paths, record[1], seconds)
 
 
-def _record(paths: RunPaths) -> dict[str, Any] | None:
+def _record(paths: RunPaths) -> tuple[str, ProcessId | SlurmJob] | None:
     if not paths.supervisor.exists():
         slurm.adopt(paths)
-    try:
-        return json.loads(paths.supervisor.read_text())
-    except FileNotFoundError:
-        return None
+    return RunFolder(paths.folder).read_supervisor()

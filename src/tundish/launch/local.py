@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from dataclasses import asdict
-from typing import Any
 
 import psutil
 
@@ -31,9 +30,8 @@ def note(paths: RunPaths, compute: Compute, owner: ProcessId) -> None:
     queue.enter(paths.folder.name, compute, owner)
 
 
-def state(paths: RunPaths, record: dict[str, Any]) -> Life:
+def state(paths: RunPaths, owner: ProcessId) -> Life:
     """From the process table, and the line."""
-    owner = _owner(record)
     if not owner.is_here:
         # What it has written is all that can be told here, and whether it still holds its lock.
         return Life(alive=is_held(paths.lock))
@@ -49,9 +47,8 @@ def _waiting(position: int, others: list[str]) -> str:
     return f"Waits for its devices, number {position} in line{behind}."
 
 
-def cancel(paths: RunPaths, record: dict[str, Any], seconds: float) -> None:
+def cancel(paths: RunPaths, owner: ProcessId, seconds: float) -> None:
     """Ask the supervisor to end its stage and itself, and kill what is left."""
-    owner = _owner(record)
     if not owner.is_here and is_held(paths.lock):
         text = f"{paths.folder.name} runs on {owner.host}; a process can only be ended on its own machine."
         raise RequestError(f"{text} Cancel it there.")
@@ -71,7 +68,3 @@ def _end(process: psutil.Process, seconds: float) -> None:
     except psutil.TimeoutExpired:
         stop_tree(process, grace_s=0)
     stop_all(family, grace_s=0)
-
-
-def _owner(record: dict[str, Any]) -> ProcessId:
-    return ProcessId(**{name: value for name, value in record.items() if name != "launcher"})

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from tundish import __version__
 from tundish.compute import Compute
@@ -22,6 +21,7 @@ from tundish.errors import RequestError, SpecError
 from tundish.launch.command import node_script
 from tundish.launch.life import Life
 from tundish.paths import RunPaths, write_atomic
+from tundish.run_folder import SlurmJob
 
 ANSWER_SECONDS = 20.0
 """Slurm's commands wait for a controller that is away for minutes."""
@@ -131,9 +131,9 @@ def adopt(paths: RunPaths) -> bool:
     return bool(text.split())
 
 
-def state(paths: RunPaths, record: Mapping[str, Any]) -> Life:
+def state(paths: RunPaths, supervisor: SlurmJob) -> Life:
     """From squeue, else from what Slurm remembers of jobs that have ended."""
-    job, run = str(record["job"]), paths.folder.name
+    job, run = supervisor.job, paths.folder.name
     try:
         known = _jobs().get((job, run)) or _squeue(f"--jobs={job}").get((job, run)) or _ended(job, run)
     except RequestError as error:
@@ -151,13 +151,13 @@ def state(paths: RunPaths, record: Mapping[str, Any]) -> Life:
     )
 
 
-def cancel(paths: RunPaths, record: Mapping[str, Any], seconds: float) -> None:
+def cancel(paths: RunPaths, supervisor: SlurmJob, seconds: float) -> None:
     """Let the supervisor end its stage and say so; then end what is left of the job.
 
     Raises:
         RequestError: Slurm does not answer.
     """
-    job, end = str(record["job"]), time.monotonic() + seconds
+    job, end = supervisor.job, time.monotonic() + seconds
 
     def now() -> str | None:
         return _squeue(f"--jobs={job}").get((job, paths.folder.name), (None,))[0]

@@ -3,9 +3,9 @@
 import re
 
 from tundish.errors import SpecError
-from tundish.paths import RunPaths, default_tracking_uri, is_uri, resolve
-from tundish.runs.reading import run_names
-from tundish.runs.tracking import Tracking, artifact_address, tracking_uri
+from tundish.paths import default_tracking_uri, is_uri, resolve
+from tundish.runs.reading import trackings
+from tundish.runs.tracking import artifact_address, tracking_uri
 
 ARTIFACT = re.compile(r"(?:dbfs:)?/databricks/mlflow-tracking/([^/]+)/([^/]+)/artifacts/(.+)")
 
@@ -28,9 +28,8 @@ def checkpoint_address(given: str) -> str:
 
 def _of_run(mlflow_run: str, path: str) -> str | None:
     """In the save_folder of the run of this machine that has the MLflow run."""
-    for name in run_names():
-        tracking = Tracking.read(RunPaths.of(name))
-        below = f"{name}/checkpoints/"
+    for paths, tracking in trackings():
+        below = f"{paths.folder.name}/checkpoints/"
         if tracking.run_id == mlflow_run and path.startswith(below) and ".." not in path.split("/"):
             return f"{tracking.save_folder}/{path.removeprefix(below)}"
     return None

@@ -23,10 +23,11 @@ from tundish.launch import slurm
 from tundish.launch.command import node_script, train_environment
 from tundish.models import ModelCard
 from tundish.paths import RunPaths, write_atomic
+from tundish.run_folder import RunFolder, Tracking
 from tundish.runs.addresses import checkpoint_address
 from tundish.runs.checking import job_of, same_batches
 from tundish.runs.creating import destination_of, parsed_spec
-from tundish.runs.tracking import Tracking, open_tracking
+from tundish.runs.tracking import open_tracking
 from tundish.spec import RunSpec
 
 
@@ -84,7 +85,7 @@ def _tracking(spec: RunSpec, paths: RunPaths) -> Tracking:
         tags = {"tundish.version": __version__, "tundish.run": spec.run_name}
         made = open_tracking(spec.run_name, spec.experiment_path, tags)
         replace(made, save_folder=str(paths.folder / "checkpoints")).write(paths)
-    return Tracking.read(paths)
+    return RunFolder(paths.folder).read_tracking()
 
 
 def _scripts(

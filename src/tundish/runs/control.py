@@ -12,13 +12,14 @@ import psutil
 from tundish import events, launch
 from tundish.compute import Compute
 from tundish.errors import Interrupted, RequestError, RunNotFoundError, SpecError
-from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
+from tundish.paths import RUN_VARIABLE, write_atomic
 from tundish.processes import interrupt_waits, locked, processes_with, start
+from tundish.run_folder import RunFolder
 from tundish.runs import running, selecting, supervisor
 from tundish.runs.checking import machine_problems, same_batches
 from tundish.runs.reading import find_run, read_run
 from tundish.runs.records import RunStatus, TrainingRun
-from tundish.runs.tracking import Tracking, reopen_tracking
+from tundish.runs.tracking import reopen_tracking
 from tundish.spec import RunSpec
 
 CANCEL_SECONDS = 5.0
@@ -79,20 +80,20 @@ def resume(name: str, compute: object = None) -> TrainingRun:
         return _resume(name, paths, compute)
 
 
-def _resume(name: str, paths: RunPaths, compute: object) -> TrainingRun:
+def _resume(name: str, paths: RunFolder, compute: object) -> TrainingRun:
     status = read_run(name).status
     if not status.is_terminal():
         raise RequestError(f"{name} is {status.display_name.lower()}. Cancel it first, or wait for its end.")
     if status is RunStatus.COMPLETED:
         raise RequestError(f"{name} is completed; nothing is left to do. Create another run.")
-    spec = RunSpec.from_json(paths.spec.read_text())
+    spec = paths.read_spec()
     if compute is not None:
         spec = _with_compute(spec, compute, paths)
     elif not running.is_done(paths, "train") and (problems := machine_problems(spec.compute)):
         # It would wait for ever, and all that come after it too.
         raise SpecError(problems)
     supervisor.end_processes_of(paths)
-    reopen_tracking(Tracking.read(paths))
+    reopen_tracking(paths.read_tracking())
     write_atomic(paths.spec, spec.to_json())
     checkpoints = selecting.checkpoints(name)
     where = f"from checkpoint {checkpoints[-1].rpartition('/')[2]}" if checkpoints else "from the beginning"
@@ -105,7 +106,7 @@ def _resume(name: str, paths: RunPaths, compute: object) -> TrainingRun:
     return read_run(name)
 
 
-def _with_compute(spec: RunSpec, given: object, paths: RunPaths) -> RunSpec:
+def _with_compute(spec: RunSpec, given: object, paths: RunFolder) -> RunSpec:
     """The spec for other devices, which make the same batches; the file that they train is written anew."""
     try:
         compute = Compute.parse(given)
@@ -140,24 +141,24 @@ def _cancel_one(name: str) -> bool:
         return _cancel(name, paths)
 
 
-def _cancel(name: str, paths: RunPaths) -> bool:
+def _cancel(name: str, paths: RunFolder) -> bool:
     if read_run(name).status.is_terminal() and not _orphans(paths):
         return False
     launch.cancel(paths, CANCEL_SECONDS)
     supervisor.end_processes_of(paths)
-    if events.read(paths.events)[-1].type not in events.TERMINAL_TYPES:
+    if paths.read_events()[-1].type not in events.TERMINAL_TYPES:
         events.append(paths.events, "CANCELED", "Canceled by user.")
-    return events.read(paths.events)[-1].type == "CANCELED"
+    return paths.read_events()[-1].type == "CANCELED"
 
 
-def _close(paths: RunPaths) -> subprocess.Popen[bytes]:
+def _close(paths: RunFolder) -> subprocess.Popen[bytes]:
     """Let MLflow know, from a process that goes on should its store not answer for a while."""
     command = [sys.executable, "-m", "tundish.runs.stage", "canceled", str(paths.folder)]
     return start(command, paths.log("close"), {}, paths.folder, detached=True)
 
 
-def _orphans(paths: RunPaths) -> list[psutil.Process]:
+def _orphans(paths: RunFolder) -> list[psutil.Process]:
     """What goes on although its supervisor was killed; a run that has said its end has none."""
-    found = events.read(paths.events)
-    said = bool(found) and found[-1].type in events.TERMINAL_TYPES
+    found = paths.read_events()
+    said = found[-1].type in events.TERMINAL_TYPES
     return [] if said else processes_with(RUN_VARIABLE, str(paths.events))

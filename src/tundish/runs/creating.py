@@ -22,12 +22,12 @@ from tundish.overrides import check_overrides, flat, save_root
 from tundish.paths import RunPaths, flush_folder, runs_dir, write_atomic
 from tundish.pretrained import check_pretrained
 from tundish.processes import interrupt_waits
+from tundish.run_folder import RunFolder
 from tundish.runs.addresses import checkpoint_address
 from tundish.runs.checking import BarOf, CheckedData, check_data, collected, job_of, machine_problems, no_bar
 from tundish.runs.reading import read_run
 from tundish.runs.records import TrainingRun
 from tundish.runs.tracking import (
-    Tracking,
     check_registry,
     end_tracking,
     open_tracking,
@@ -54,12 +54,12 @@ def create(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> TrainingRu
         SpecError, DataError: with all problems of the call; nothing is left behind.
     """
     spec = check(arguments, progress)
-    paths = RunPaths.of(spec.run_name)
+    paths = RunFolder.of(spec.run_name)
     check_registry(spec.registered_name)
     _check_save_folder(spec)
     runs_dir().mkdir(parents=True, exist_ok=True)
     # Made beside and moved as a whole: whoever is killed here leaves no half a run, and its name free.
-    draft = RunPaths(Path(tempfile.mkdtemp(prefix=".", dir=runs_dir())))
+    draft = RunFolder(Path(tempfile.mkdtemp(prefix=".", dir=runs_dir())))
     try:
         _write_run(spec, draft)
         with interrupt_waits(Interrupted(spec.run_name)):
@@ -71,14 +71,14 @@ def create(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> TrainingRu
             _submit(spec, paths)
     except BaseException:
         if draft.result("tracking").exists():
-            end_tracking(Tracking.read(draft), "FAILED")
+            end_tracking(draft.read_tracking(), "FAILED")
         raise
     finally:
         shutil.rmtree(draft.folder, ignore_errors=True)
     return read_run(spec.run_name)
 
 
-def _write_run(spec: RunSpec, paths: RunPaths) -> None:
+def _write_run(spec: RunSpec, paths: RunFolder) -> None:
     paths.folder.chmod(0o755)
     paths.result("tracking").parent.mkdir()
     paths.logs.mkdir()
@@ -88,12 +88,12 @@ def _write_run(spec: RunSpec, paths: RunPaths) -> None:
     write_atomic(paths.spec, spec.to_json())
 
 
-def _submit(spec: RunSpec, paths: RunPaths) -> None:
+def _submit(spec: RunSpec, paths: RunFolder) -> None:
     """Start the run; one that its launcher refuses is none."""
     try:
         launch.submit(paths, spec.compute)
     except SpecError:
-        end_tracking(Tracking.read(paths), "FAILED")
+        end_tracking(paths.read_tracking(), "FAILED")
         shutil.rmtree(paths.folder, ignore_errors=True)
         raise
 

@@ -10,11 +10,11 @@ from tundish.checkpoints.places import Place, place_of
 from tundish.errors import CheckpointError, RunNotFoundError, SpecError
 from tundish.export.plan import ExportDtype
 from tundish.export.safetensors import Progress, export
-from tundish.paths import RunPaths, copies_dir
+from tundish.paths import copies_dir
+from tundish.run_folder import RunFolder
 from tundish.runs.addresses import checkpoint_address
-from tundish.runs.reading import find_run, run_names
-from tundish.runs.tracking import Tracking
-from tundish.spec import RunSpec, TaskType
+from tundish.runs.reading import find_run, run_names, trackings
+from tundish.spec import TaskType
 from tundish.weights import fetch_weights
 
 
@@ -38,12 +38,14 @@ def find_exportable(given: str, model: str | None = None) -> Exportable:
 
     Raises:
         RunNotFoundError: there is neither run nor path.
+        RunDamagedError: the run's folder does not say what it trains.
         SpecError: there is no such checkpoint, or its model is not known.
         CheckpointError: it is damaged, or cannot be fetched.
     """
     address = ""
-    if given in set(run_names()):
-        paths, checkpoint = RunPaths.of(given), Place(Tracking.read(RunPaths.of(given)).save_folder).newest()
+    if given in run_names():
+        paths = find_run(given)
+        checkpoint = Place(paths.read_tracking().save_folder).newest()
         if checkpoint is None:
             raise CheckpointError(f"{given}: has no complete checkpoint yet. Wait for its first CHECKPOINT_SAVED.")
     else:
@@ -55,7 +57,7 @@ def find_exportable(given: str, model: str | None = None) -> Exportable:
             f"{given}: no run of this machine has made it, so its model is not known. Give --model: name or folder of "
             "the model that the training started from."
         )
-    spec = None if paths is None else RunSpec.from_json(paths.spec.read_text())
+    spec = None if paths is None else paths.read_spec()
     return Exportable(
         checkpoint=checkpoint,
         model=model or (spec.model if spec else ""),
@@ -84,10 +86,11 @@ def local_checkpoints(given: str) -> Iterator[tuple[str, Path | CheckpointError]
 
     Raises:
         RunNotFoundError: there is neither run nor path.
+        RunDamagedError: the run's folder does not say what it trains.
         CheckpointError: the store cannot be asked.
     """
-    if given in set(run_names()):
-        place = Place(Tracking.read(RunPaths.of(given)).save_folder)
+    if given in run_names():
+        place = Place(find_run(given).read_tracking().save_folder)
     else:
         place = Place(_address(given).rstrip("/"))
     if not place.is_remote:
@@ -123,10 +126,6 @@ def _name(address: str) -> str:
     return above[-1] if above else "checkpoint"
 
 
-def _run_with(save_folder: str) -> RunPaths | None:
+def _run_with(save_folder: str) -> RunFolder | None:
     """The run of this machine that saves there."""
-    for name in run_names():
-        paths = RunPaths.of(name)
-        if Tracking.read(paths).save_folder == save_folder:
-            return paths
-    return None
+    return next((paths for paths, tracking in trackings() if tracking.save_folder == save_folder), None)

@@ -1,17 +1,19 @@
 """Reading a run back: its record from the files of its folder, and whether its supervisor lives."""
 
+import logging
+import os
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 from tundish import events, launch
-from tundish.errors import RunNotFoundError, did_you_mean
+from tundish.errors import RunDamagedError, RunNotFoundError, did_you_mean
 from tundish.launch import Life
-from tundish.paths import RUN_NAME, RunPaths, runs_dir
+from tundish.paths import RUN_NAME, runs_dir
+from tundish.run_folder import RunFolder, Tracking
 from tundish.runs.records import ObjectList, RunStatus, TrainingEvent, TrainingRun
-from tundish.runs.tracking import Tracking
-from tundish.spec import RunSpec
 
+log = logging.getLogger(__name__)
 START_SECONDS = 30.0
 """Between a run's first event and its supervisor's start."""
 STATUS_OF = {
@@ -27,15 +29,34 @@ STATUS_OF = {
 """What an event means for the status; every other one means RUNNING."""
 
 
-def run_names() -> Iterator[str]:
-    """The names of all runs on this machine."""
-    if runs_dir().is_dir():
-        yield from (folder.name for folder in runs_dir().iterdir() if RunPaths(folder).spec.is_file())
+def run_names() -> list[str]:
+    """The names of all runs on this machine, damaged ones too."""
+    try:
+        # What is being made or removed is hidden.
+        return [name for name in os.listdir(runs_dir()) if not name.startswith(".")]
+    except FileNotFoundError:
+        return []
 
 
-def read_events(paths: RunPaths) -> ObjectList[TrainingEvent]:
-    """The run's events; of TRAIN_UPDATED the latest."""
-    found = (TrainingEvent(event.type, event.time, event.message) for event in events.read(paths.events))
+def trackings() -> Iterator[tuple[RunFolder, Tracking]]:
+    """Each run of this machine with what it has in MLflow; the log tells which ones are damaged."""
+    for name in run_names():
+        paths = RunFolder(runs_dir() / name)
+        try:
+            yield paths, paths.read_tracking()
+        except RunNotFoundError:
+            continue  # removed meanwhile
+        except RunDamagedError as error:
+            log.warning("Left out a damaged run: %s", error.message)
+
+
+def read_events(paths: RunFolder) -> ObjectList[TrainingEvent]:
+    """The run's events; of TRAIN_UPDATED the latest.
+
+    Raises:
+        RunDamagedError: they cannot be read.
+    """
+    found = (TrainingEvent(event.type, event.time, event.message) for event in paths.read_events())
     return ObjectList(found, TrainingEvent.COLUMNS)
 
 
@@ -44,9 +65,10 @@ def read_run(name: str) -> TrainingRun:
 
     Raises:
         RunNotFoundError: there is none.
+        RunDamagedError: a file of its folder cannot be read.
     """
     paths = find_run(name)
-    spec, tracking = RunSpec.from_json(paths.spec.read_text()), Tracking.read(paths)
+    spec, tracking = paths.read_spec(), paths.read_tracking()
     found, life = _lived(paths)
     status, details = _status(found, life)
     times = {event.type: event.time for event in found}
@@ -73,7 +95,7 @@ def read_run(name: str) -> TrainingRun:
         started_at=times.get("STARTED"),
         estimated_end_time=end,
         formatted_eta=eta,
-        completed_at=found[-1].time if found and status.is_terminal() else None,
+        completed_at=found[-1].time if status.is_terminal() else None,
         submitted_config=spec,
         events=ObjectList((TrainingEvent(e.type, e.time, e.message) for e in found), TrainingEvent.COLUMNS),
         experiment_id=tracking.experiment_id,
@@ -84,28 +106,41 @@ def read_run(name: str) -> TrainingRun:
     )
 
 
-def _lived(paths: RunPaths) -> tuple[list[events.Event], Life]:
+def _lived(paths: RunFolder) -> tuple[list[events.Event], Life]:
     """The run's events, and what its launcher says of it; who has said its end is not asked for."""
-    found = events.read(paths.events)
-    if found and found[-1].type in events.TERMINAL_TYPES:
+    found = paths.read_events()
+    if found[-1].type in events.TERMINAL_TYPES:
         return found, Life(alive=False)
     life = launch.state(paths)
     if life is None:  # create() is just about to start it, or was killed before it could
-        recent = bool(found) and (datetime.now(UTC) - found[-1].time).total_seconds() < START_SECONDS
-        return found, Life(alive=recent or not found)
+        recent = (datetime.now(UTC) - found[-1].time).total_seconds() < START_SECONDS
+        return found, Life(alive=recent)
     # Read again: who has ended in between has written its last event by then.
-    return (found if life.alive else events.read(paths.events)), life
+    return (found if life.alive else paths.read_events()), life
 
 
-def find_run(name: str) -> RunPaths:
+def damaged_run(name: str, error: RunDamagedError) -> TrainingRun:
+    """What a list shows of a run that cannot be read."""
+    return TrainingRun(
+        name=name,
+        status=RunStatus.UNKNOWN,
+        created_by="",
+        task_type=None,
+        details=f"Damaged: {error.message}",
+        run_dir=runs_dir() / name,
+        damaged_file=error.path,
+    )
+
+
+def find_run(name: str) -> RunFolder:
     """The folder of an existing run.
 
     Raises:
         RunNotFoundError: there is none of that name; near names are listed.
     """
-    if RUN_NAME.fullmatch(name) and (paths := RunPaths(runs_dir() / name)).spec.is_file():
-        return paths
-    hint = did_you_mean(name, run_names()) or " `tundish list` shows the runs."
+    if (RUN_NAME.fullmatch(name) and os.path.lexists(runs_dir() / name)) or name in (names := run_names()):
+        return RunFolder(runs_dir() / name)
+    hint = did_you_mean(name, names) or " `tundish list` shows the runs."
     raise RunNotFoundError(f"there is no run {name!r} in {runs_dir()}.{hint}")
 
 
@@ -124,8 +159,6 @@ def wait(name: str, timeout: float | None = None) -> TrainingRun:
 
 
 def _status(found: list[events.Event], life: Life) -> tuple[RunStatus, str]:
-    if not found:
-        return (RunStatus.PENDING if life.alive else RunStatus.UNKNOWN), ""
     last = found[-1]
     status, said = STATUS_OF.get(last.type, RunStatus.RUNNING), last.message.partition("\n")[0]
     if status.is_terminal():
@@ -140,6 +173,9 @@ def _estimated_end(found: list[events.Event], status: RunStatus) -> tuple[dateti
     latest = next((event for event in reversed(found) if event.type == "TRAIN_UPDATED"), None)
     if latest is None or status.is_terminal() or any(event.type == "TRAIN_FINISHED" for event in found):
         return None, None
-    end = latest.time + timedelta(seconds=latest.facts.get("eta_s", 0))
+    try:
+        end = latest.time + timedelta(seconds=latest.facts.get("eta_s", 0))
+    except OverflowError:
+        return None, None
     left = (end - datetime.now(UTC)).total_seconds()
     return (end, events.short_duration(left)) if left > 0 else (None, None)

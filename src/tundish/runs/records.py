@@ -1,5 +1,6 @@
 """The records that the public verbs return, with the names and fields of the original client."""
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -205,6 +206,8 @@ class TrainingRun:
     """The MLflow store that has the run."""
     registry_uri: str | None = None
     """The model registry; None: the tracking store is it."""
+    damaged_file: Path | None = None
+    """The file that is damaged, where the run cannot be read; `details` says more."""
     COLUMNS: ClassVar[dict[str, str]] = {
         "name": "Name",
         "run_progress": "Status",
@@ -218,7 +221,9 @@ class TrainingRun:
 
     @property
     def run_progress(self) -> str:
-        """`RUNNING ■■■□□□□□□□(30%)` while an end is in sight, else the status."""
+        """`RUNNING ■■■□□□□□□□(30%)` while an end is in sight, else the status; `DAMAGED` where it cannot be read."""
+        if self.damaged_file is not None:
+            return "DAMAGED"
         if self.status is RunStatus.RUNNING and self.started_at and self.estimated_end_time:
             total = (self.estimated_end_time - self.started_at).total_seconds()
             done = (datetime.now(UTC) - self.started_at).total_seconds()
@@ -247,7 +252,7 @@ class TrainingRun:
         from tundish.paths import RunPaths
 
         folder = RunPaths(self.run_dir).export if self.run_dir else None
-        return folder if folder and folder.is_dir() else None
+        return folder if folder and os.path.isdir(folder) else None  # no, too, where it may not be looked at
 
     def refresh(self) -> "TrainingRun":
         """The run as it is now."""

@@ -1,7 +1,6 @@
 """Running one stage in a process of its own, to its end or until the run is to stop."""
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -15,14 +14,12 @@ from types import FrameType
 
 import psutil
 
-from tundish import events
 from tundish.errors import StageError
 from tundish.launch.command import STOPPED, train_command, train_environment
-from tundish.paths import RUN_VARIABLE, RunPaths
+from tundish.paths import RUN_VARIABLE
 from tundish.processes import start, stop_tree
+from tundish.run_folder import RunFolder
 from tundish.runs.causes import explain
-from tundish.runs.tracking import Tracking
-from tundish.spec import RunSpec
 
 REGISTER_SECONDS = 1800.0
 """A registration may take so long, whatever the size: MLflow itself gives a dead server up after 4 to 20 minutes."""
@@ -75,20 +72,18 @@ def _on_signal(number: int, _frame: FrameType | None) -> None:
     raise Stopped(number)
 
 
-def is_done(paths: RunPaths, stage: str) -> bool:
+def is_done(paths: RunFolder, stage: str) -> bool:
     """Whether the stage has left a result."""
-    try:
-        return "error" not in json.loads(paths.result(stage).read_text())
-    except FileNotFoundError:
-        return False
+    result = paths.read_result(stage)
+    return result is not None and "error" not in result
 
 
-def training_starts(paths: RunPaths) -> int:
+def training_starts(paths: RunFolder) -> int:
     """How often training has begun."""
-    return sum(event.type == "TRAIN_STARTED" for event in events.read(paths.events))
+    return sum(event.type == "TRAIN_STARTED" for event in paths.read_events())
 
 
-def run_stage(paths: RunPaths, stage: str, place: Place) -> None:
+def run_stage(paths: RunFolder, stage: str, place: Place) -> None:
     """Run one stage to its end.
 
     Raises:
@@ -140,7 +135,7 @@ def _wait(process: subprocess.Popen[bytes], limit: float | None) -> int | None:
 
 
 @contextlib.contextmanager
-def _scratch(paths: RunPaths) -> Iterator[None]:
+def _scratch(paths: RunFolder) -> Iterator[None]:
     """An empty folder for a stage's temporary files; what a stage leaves that was killed goes with it."""
     shutil.rmtree(paths.scratch, ignore_errors=True)
     paths.scratch.mkdir()
@@ -150,8 +145,8 @@ def _scratch(paths: RunPaths) -> Iterator[None]:
         shutil.rmtree(paths.scratch, ignore_errors=True)
 
 
-def _command(paths: RunPaths, stage: str, place: Place) -> tuple[Sequence[str], Mapping[str, str]]:
-    tracking = Tracking.read(paths)
+def _command(paths: RunFolder, stage: str, place: Place) -> tuple[Sequence[str], Mapping[str, str]]:
+    tracking = paths.read_tracking()
     if stage != "train":
         # By the variable, what outlives its supervisor is found.
         environment = {"TOKENIZERS_PARALLELISM": "true", RUN_VARIABLE: str(paths.events)}
@@ -159,7 +154,7 @@ def _command(paths: RunPaths, stage: str, place: Place) -> tuple[Sequence[str], 
             # MLflow copies the whole export before it uploads it: /tmp may be small, or memory.
             environment |= {"TMPDIR": str(paths.scratch), "HF_HUB_OFFLINE": "1"}
         return [sys.executable, "-m", "tundish.runs.stage", stage, str(paths.folder)], environment
-    compute = RunSpec.from_json(paths.spec.read_text()).compute
+    compute = paths.read_spec().compute
     environment = train_environment(compute, paths, os.cpu_count() or 1) | tracking.environment
     if place.devices and compute.device == "gpu":
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(place.devices)
@@ -176,11 +171,11 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _logs(paths: RunPaths, stage: str) -> list[Path]:
+def _logs(paths: RunFolder, stage: str) -> list[Path]:
     return [log for log in [paths.log(stage), *sorted(paths.logs.glob(f"{stage}-rank*.log"))] if log.is_file()]
 
 
-def _mark(paths: RunPaths, stage: str) -> None:
+def _mark(paths: RunFolder, stage: str) -> None:
     """Say in the logs where this try begins: the cause of a failure is looked for after it."""
     for log in _logs(paths, stage):
         with open(log, "a") as file:
@@ -190,14 +185,13 @@ def _mark(paths: RunPaths, stage: str) -> None:
 MARK = "=== started again ===\n"
 
 
-def _cause(paths: RunPaths, stage: str, limit: float | None, returncode: int) -> str:
+def _cause(paths: RunFolder, stage: str, limit: float | None, returncode: int) -> str:
     """What a failed stage said of itself, else what its logs tell."""
     if limit is not None:
         return f"it was not done after {limit:,.0f} s, and was stopped."
-    try:
-        return json.loads(paths.result(stage).read_text())["error"]
-    except (FileNotFoundError, KeyError):
-        return explain({log.name: _tail(log).rpartition(MARK)[2] for log in _logs(paths, stage)}, returncode)
+    if (result := paths.read_result(stage)) is not None and "error" in result:
+        return str(result["error"])
+    return explain({log.name: _tail(log).rpartition(MARK)[2] for log in _logs(paths, stage)}, returncode)
 
 
 def _tail(log: Path) -> str:

@@ -1,16 +1,19 @@
 """Which runs a call means: by name or object, by filter."""
 
+import contextlib
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
 from tundish.checkpoints.places import Place
-from tundish.errors import RequestError, RunNotFoundError, SpecError
+from tundish.errors import RequestError, RunDamagedError, RunNotFoundError, SpecError
 from tundish.paths import RunPaths, runs_dir
-from tundish.runs.reading import find_run, read_run
+from tundish.runs.reading import damaged_run, find_run, read_run, run_names
 from tundish.runs.records import ObjectList, RunStatus, TrainingRun
-from tundish.runs.tracking import Tracking
+
+log = logging.getLogger(__name__)
 
 DATE_FORMATS = [
     date + time
@@ -66,7 +69,9 @@ class Filter:
     def takes(self, run: TrainingRun) -> bool:
         """Whether the run is wanted."""
         created = run.created_at
-        assert created is not None
+        if created is None:  # it is damaged: neither its user nor its time are known
+            known = self.users is None and self.before is None and self.after is None and self.experiment_id is None
+            return known and (self.statuses is None or run.status in self.statuses)
         return (
             (self.experiment_id is None or run.experiment_id == self.experiment_id)
             and (self.statuses is None or run.status in self.statuses)
@@ -104,8 +109,12 @@ def select(wanted: Filter, *, limit: int | None = None, include_details: bool = 
             break
         try:
             run = read_run(name)
-        except (RunNotFoundError, FileNotFoundError):
-            continue
+        except RunNotFoundError:
+            continue  # removed meanwhile
+        except RunDamagedError as error:
+            run = damaged_run(name, error)
+            if not wanted.takes(run):
+                log.warning("The filter left out a damaged run: %s", error.message)
         if wanted.takes(run):
             found.append(run if include_details else replace(run, events=None, submitted_config=None))
     return ObjectList(found, TrainingRun.COLUMNS)
@@ -113,12 +122,13 @@ def select(wanted: Filter, *, limit: int | None = None, include_details: bool = 
 
 def _newest_first(names: set[str] | None) -> list[str]:
     """The runs' names, those given or all, by when their specs were written: the last file that `create()` writes."""
-    made: dict[str, int] = {}
-    for name in names if names is not None else (os.listdir(runs_dir()) if runs_dir().is_dir() else ()):
+    root, spec, made = f"{runs_dir()}/", f"/{RunPaths(runs_dir()).spec.name}", dict[str, int]()
+    for name in run_names() if names is None else names.intersection(run_names()):
         try:
-            made[name] = os.stat(runs_dir() / name / RunPaths(runs_dir()).spec.name).st_mtime_ns
-        except (OSError, ValueError):
-            continue  # no run
+            made[name] = os.stat(f"{root}{name}{spec}").st_mtime_ns
+        except OSError:
+            with contextlib.suppress(OSError):  # damaged, or removed meanwhile
+                made[name] = os.lstat(f"{root}{name}").st_mtime_ns
     return sorted(made, key=lambda name: made[name], reverse=True)
 
 
@@ -127,6 +137,7 @@ def checkpoints(name: str) -> list[str]:
 
     Raises:
         RunNotFoundError: there is no such run.
+        RunDamagedError: its folder does not say where they are.
         CheckpointError: they are on another machine that cannot be asked.
     """
-    return Place(Tracking.read(find_run(name)).save_folder).list()
+    return Place(find_run(name).read_tracking().save_folder).list()

@@ -20,12 +20,13 @@ from tundish.data.sources import open_source
 from tundish.errors import StageError, TundishError
 from tundish.foundry import Destination, planned_steps, render
 from tundish.models import find_card
-from tundish.paths import RunPaths, write_atomic
+from tundish.paths import write_atomic
 from tundish.pretrained import check_pretrained
 from tundish.processes import locked
+from tundish.run_folder import RunFolder, Tracking
 from tundish.runs.addresses import checkpoint_address
 from tundish.runs.checking import job_of
-from tundish.runs.tracking import Tracking, end_tracking
+from tundish.runs.tracking import end_tracking
 from tundish.spec import RunSpec
 from tundish.weights import check_weights, fetch_weights
 
@@ -33,16 +34,15 @@ from tundish.weights import check_weights, fetch_weights
 def main(stage: str, folder: str) -> int:
     """Run a stage; 0 = done, 1 = failed for a reason that the result file gives."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
-    paths = RunPaths(Path(folder))
-    spec, tracking = RunSpec.from_json(paths.spec.read_text()), Tracking.read(paths)
+    paths = RunFolder(Path(folder))
     if stage.startswith("close-"):
-        end_tracking(tracking, stage.removeprefix("close-"))
+        end_tracking(paths.read_tracking(), stage.removeprefix("close-"))
         return 0
     if stage == "canceled":
-        return _canceled(paths, tracking)
+        return _canceled(paths, paths.read_tracking())
     stages = {"prepare": prepare_stage, "export": export_stage, "register": register_stage}
     try:
-        result = stages[stage](paths, spec, tracking)
+        result = stages[stage](paths, paths.read_spec(), paths.read_tracking())
     except TundishError as error:
         write_atomic(paths.result(stage), json.dumps({"error": error.message}) + "\n")
         return 1
@@ -50,15 +50,15 @@ def main(stage: str, folder: str) -> int:
     return 0
 
 
-def _canceled(paths: RunPaths, tracking: Tracking) -> int:
+def _canceled(paths: RunFolder, tracking: Tracking) -> int:
     """Close the MLflow run of a canceled run, unless that goes on again by now."""
     with locked(paths.folder):
-        if events.read(paths.events)[-1].type in events.TERMINAL_TYPES:
+        if paths.read_events()[-1].type in events.TERMINAL_TYPES:
             end_tracking(tracking, "KILLED")
     return 0
 
 
-def prepare_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:
+def prepare_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:
     """Training and evaluation data, and the YAML that now knows the number of rows."""
     card = find_card(spec.model)
     check_pretrained(spec.model)  # once more: the folder may have changed since
@@ -95,7 +95,7 @@ def prepare_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[st
     return {split: data.folder for split, data in found.items()} | planned
 
 
-def export_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:
+def export_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:
     """The Hugging Face folder of the last checkpoint."""
     from tundish.export.safetensors import export
 
@@ -111,7 +111,7 @@ def export_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[str
     return {"checkpoint": str(checkpoint), "export": str(paths.export)}
 
 
-def register_stage(paths: RunPaths, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:
+def register_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:
     """The model version in MLflow."""
     from tundish.export.registry import register
 

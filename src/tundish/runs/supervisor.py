@@ -6,7 +6,6 @@ kernel ends its stage, and so all ranks.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -19,12 +18,12 @@ from pathlib import Path
 import psutil
 
 from tundish import events
-from tundish.errors import RequestError, StageError
+from tundish.errors import RequestError, StageError, TundishError
 from tundish.launch import local, queue, slurm
-from tundish.paths import RUN_VARIABLE, RunPaths
+from tundish.paths import RUN_VARIABLE
 from tundish.processes import ProcessId, processes_with, stop_all
+from tundish.run_folder import RunFolder
 from tundish.runs.running import Canceled, Place, Stopped, be_deaf, is_done, listen, run_stage, training_starts
-from tundish.spec import RunSpec
 
 STAGES = ("prepare", "train", "export", "register")
 LOCK_SECONDS = 60.0
@@ -38,11 +37,12 @@ def main(folder: str, *command: str) -> None:
         folder: of the run.
         command: starts training on all nodes of a Slurm job, after `--`; none: on this machine.
     """
-    paths = RunPaths(Path(folder))
+    paths = RunFolder(Path(folder))
     listen()
     with _alone(paths):
-        reached = _reached(paths)
+        reached = (0, 0)
         try:
+            reached = _reached(paths)
             if not _has_ended(paths):
                 _note(paths)
                 _run(paths, command[1:])
@@ -50,7 +50,7 @@ def main(folder: str, *command: str) -> None:
             _end(paths, "CANCELED", "Canceled by user.")
         except Stopped as stopped:
             _stop(paths, stopped, reached)
-        except StageError as error:
+        except TundishError as error:
             _end(paths, "FAILED", error.message, mlflow="FAILED")
         except Exception as error:
             text = f"The supervisor failed: {error!r}. Log: {paths.log('supervisor')}"
@@ -61,7 +61,7 @@ def main(folder: str, *command: str) -> None:
 
 
 @contextlib.contextmanager
-def _alone(paths: RunPaths) -> Iterator[None]:
+def _alone(paths: RunFolder) -> Iterator[None]:
     """While this process supervises the run, no other does."""
     descriptor, end = os.open(paths.lock, os.O_RDWR | os.O_CREAT, 0o644), time.monotonic() + LOCK_SECONDS
     while True:
@@ -78,20 +78,20 @@ def _alone(paths: RunPaths) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _has_ended(paths: RunPaths) -> bool:
-    return events.read(paths.events)[-1].type in events.TERMINAL_TYPES
+def _has_ended(paths: RunFolder) -> bool:
+    return paths.read_events()[-1].type in events.TERMINAL_TYPES
 
 
-def _note(paths: RunPaths) -> None:
+def _note(paths: RunFolder) -> None:
     """Say who supervises the run: who has started this process may have been killed before it could."""
-    compute = RunSpec.from_json(paths.spec.read_text()).compute
+    compute = paths.read_spec().compute
     if compute.launcher == "slurm":
         slurm.note(paths, os.environ["SLURM_JOB_ID"])
     else:
         local.note(paths, compute, ProcessId.of(os.getpid()))
 
 
-def _run(paths: RunPaths, command: Sequence[str]) -> None:
+def _run(paths: RunFolder, command: Sequence[str]) -> None:
     end_processes_of(paths)
     shutil.rmtree(paths.scratch, ignore_errors=True)  # of a supervisor that was killed; the last stage may be done
     devices: Sequence[str] = ()
@@ -107,12 +107,12 @@ def _run(paths: RunPaths, command: Sequence[str]) -> None:
     be_deaf()
     if registered:  # and killed before it was said; resuming has opened the MLflow run again
         end_mlflow_run(paths, "FINISHED")
-    result = json.loads(paths.result("register").read_text())
-    message = f"Run completed. Registered as version {result['version']} of {result['name']}."
+    result = paths.read_result("register") or {}
+    message = f"Run completed. Registered as version {result.get('version')} of {result.get('name')}."
     events.append(paths.events, "COMPLETED", message)
 
 
-def _run_with_retry(paths: RunPaths, stage: str, place: Place) -> None:
+def _run_with_retry(paths: RunFolder, stage: str, place: Place) -> None:
     """Run a stage; training that has begun and then crashed, once more from its newest checkpoint."""
     before = training_starts(paths)
     try:
@@ -128,11 +128,11 @@ def _run_with_retry(paths: RunPaths, stage: str, place: Place) -> None:
         run_stage(paths, stage, place)
 
 
-def _stop(paths: RunPaths, stopped: Stopped, reached: tuple[int, int]) -> None:
+def _stop(paths: RunFolder, stopped: Stopped, reached: tuple[int, int]) -> None:
     """Say what comes after a stop: a Slurm job goes back into the queue; here, the caller resumes the run."""
     saved = "A checkpoint was saved." if _reached(paths)[1] > reached[1] else "No new checkpoint was saved."
     name, why = paths.folder.name, stopped.signal.name
-    if RunSpec.from_json(paths.spec.read_text()).compute.launcher != "slurm":
+    if paths.read_spec().compute.launcher != "slurm":
         return _end(paths, "STOPPED", f"Stopped by {why}. {saved} `tundish resume {name}` goes on.", mlflow="KILLED")
     if why == "SIGUSR1" and _reached(paths) == reached:
         text = "In the time that Slurm gave to the run, it came no further. Raise compute's time_limit, or save more "
@@ -148,13 +148,13 @@ def _stop(paths: RunPaths, stopped: Stopped, reached: tuple[int, int]) -> None:
         _end(paths, "FAILED", f"{error.message} `tundish resume {name}` goes on.", mlflow="FAILED")
 
 
-def _reached(paths: RunPaths) -> tuple[int, int]:
+def _reached(paths: RunFolder) -> tuple[int, int]:
     """Stages done, and checkpoints saved."""
-    saved = sum(event.type == "CHECKPOINT_SAVED" for event in events.read(paths.events))
+    saved = sum(event.type == "CHECKPOINT_SAVED" for event in paths.read_events())
     return sum(is_done(paths, stage) for stage in STAGES), saved
 
 
-def _end(paths: RunPaths, type: str, message: str, *, mlflow: str | None = None) -> None:
+def _end(paths: RunFolder, type: str, message: str, *, mlflow: str | None = None) -> None:
     """End what is left of the stage; say how it ended."""
     be_deaf()
     stop_all(psutil.Process().children(recursive=True), grace_s=0)
@@ -164,12 +164,12 @@ def _end(paths: RunPaths, type: str, message: str, *, mlflow: str | None = None)
     events.append(paths.events, type, message)
 
 
-def end_processes_of(paths: RunPaths) -> None:
+def end_processes_of(paths: RunFolder) -> None:
     """End what a supervisor or a launcher that was killed has left behind on this machine."""
     stop_all(processes_with(RUN_VARIABLE, str(paths.events)), grace_s=0)
 
 
-def end_mlflow_run(paths: RunPaths, status: str) -> None:
+def end_mlflow_run(paths: RunFolder, status: str) -> None:
     """Close the MLflow run from a process of its own; a store that cannot be reached must not hide the cause."""
     command = [sys.executable, "-m", "tundish.runs.stage", f"close-{status}", str(paths.folder)]
     with contextlib.suppress(subprocess.TimeoutExpired, OSError):

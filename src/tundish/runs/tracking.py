@@ -1,54 +1,21 @@
 """A run's place in MLflow: its experiment, its run, its artifact folder."""
 
 import hashlib
-import json
 import logging
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
 from tundish import mlflow_process
 from tundish.errors import RequestError, SpecError
-from tundish.paths import RunPaths, default_tracking_uri, home, mlflow_artifacts_dir, write_atomic
+from tundish.paths import default_tracking_uri, home, mlflow_artifacts_dir
 from tundish.processes import locked
+from tundish.run_folder import Tracking
 from tundish.text import holds_secret
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tracking:
-    """What `create()` has made in MLflow."""
-
-    tracking_uri: str
-    experiment_id: str
-    experiment_name: str
-    run_id: str
-    save_folder: str
-    """Where the checkpoints go: `<artifacts>/<run_name>/checkpoints`."""
-    registry_uri: str | None = None
-    """The model registry; None: the tracking store is it."""
-
-    @classmethod
-    def read(cls, paths: RunPaths) -> "Tracking":
-        """What was written when the run was created."""
-        return cls(**json.loads(paths.result("tracking").read_text()))
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """With this, Composer's logger goes on with the run that `create()` has made."""
-        return {
-            "MLFLOW_TRACKING_URI": self.tracking_uri,
-            "MLFLOW_EXPERIMENT_ID": self.experiment_id,
-            "MLFLOW_RUN_ID": self.run_id,
-        }
-
-    def write(self, paths: RunPaths) -> None:
-        """Keep it in the run folder."""
-        write_atomic(paths.result("tracking"), json.dumps(asdict(self), indent=2) + "\n")
 
 
 def tracking_uri() -> str:

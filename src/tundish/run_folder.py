@@ -1,0 +1,137 @@
+"""What the files in a run's folder say: the one place where they are read back.
+
+A file that cannot be read, was cut off, or is of another program or a newer version, is a RunDamagedError that names
+it; what a run's own processes have written is never doubted silently.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tundish import events
+from tundish.errors import RunDamagedError, RunNotFoundError
+from tundish.events import Event
+from tundish.paths import RunPaths, write_atomic
+from tundish.processes import ProcessId
+from tundish.spec import NewerSpecError, RunSpec
+from tundish.stored import RECORD_BYTES, parse, read_object, read_regular
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tracking:
+    """What `create()` has made in MLflow."""
+
+    tracking_uri: str
+    experiment_id: str
+    experiment_name: str
+    run_id: str
+    save_folder: str
+    """Where the checkpoints go: `<artifacts>/<run_name>/checkpoints`."""
+    registry_uri: str | None = None
+    """The model registry; None: the tracking store is it."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """With this, Composer's logger goes on with the run that `create()` has made."""
+        return {
+            "MLFLOW_TRACKING_URI": self.tracking_uri,
+            "MLFLOW_EXPERIMENT_ID": self.experiment_id,
+            "MLFLOW_RUN_ID": self.run_id,
+        }
+
+    def write(self, paths: RunPaths) -> None:
+        """Keep it in the run folder."""
+        write_atomic(paths.result("tracking"), json.dumps(asdict(self), indent=2) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class SlurmJob:
+    """What Slurm calls the supervisor of a run."""
+
+    job: str
+
+
+SUPERVISORS: dict[str, type[ProcessId] | type[SlurmJob]] = {"local": ProcessId, "slurm": SlurmJob}
+"""What `supervisor.json` holds, by launcher."""
+
+
+class RunFolder(RunPaths):
+    """The folder of a run: every name in it, and what the files say.
+
+    All readers raise RunDamagedError, or RunNotFoundError where the folder is gone.
+    """
+
+    __slots__ = ()
+
+    def read_spec(self) -> RunSpec:
+        """The checked arguments."""
+        with self._reading(self.spec, "Restore it"):
+            spec = RunSpec.from_json(read_regular(self.spec, RECORD_BYTES))
+            if spec.run_name != self.folder.name:
+                raise ValueError(f"is of the run {spec.run_name!r}, so this folder was copied or renamed")
+        return spec
+
+    def read_tracking(self) -> Tracking:
+        """What `create()` has made in MLflow."""
+        path = self.result("tracking")
+        with self._reading(path, "Restore it"):
+            return parse(Tracking, read_object(path))
+
+    def read_supervisor(self) -> tuple[str, ProcessId | SlurmJob] | None:
+        """The run's launcher, and what its supervisor is called there; None before it was submitted."""
+        with self._reading(self.supervisor, f"Remove it, then `tundish resume {self.folder.name}`"):
+            try:
+                record = read_object(self.supervisor)
+            except FileNotFoundError:
+                return None
+            launcher = record.pop("launcher", None)
+            if not isinstance(launcher, str) or launcher not in SUPERVISORS:
+                known = " and ".join(SUPERVISORS)
+                raise ValueError(f"names the launcher {launcher!r}; this version of tundish has {known}")
+            return launcher, parse(SUPERVISORS[launcher], record)
+
+    def read_result(self, stage: str) -> dict[str, Any] | None:
+        """What a stage found, or its `error`; None before it has ended."""
+        path = self.result(stage)
+        with self._reading(path, f"Remove it, then `tundish resume {self.folder.name}` does the stage again"):
+            try:
+                return read_object(path)
+            except FileNotFoundError:
+                return None
+
+    def read_events(self) -> list[Event]:
+        """All events in order, of TRAIN_UPDATED only the latest; there is one at least."""
+        with self._reading(self.events, "Remove what is no event from it"):
+            if not (found := events.read(self.events)):
+                self.events.stat()
+                raise ValueError("holds no event")
+        return found
+
+    @contextmanager
+    def _reading(self, path: Path, advice: str) -> Iterator[None]:
+        """Make one error of all that can be wrong with a file.
+
+        Raises:
+            RunNotFoundError: the folder is gone.
+            RunDamagedError: what is wrong, and the advice or another way out.
+        """
+        try:
+            yield
+        except NewerSpecError as error:
+            raise RunDamagedError(f"{path}: {error}. Upgrade tundish to use this run.", path) from error
+        except PermissionError as error:
+            text = f"{path}: may not be read by you. Ask its owner, or correct the permissions of {self.folder}."
+            raise RunDamagedError(text, path) from error
+        except (OSError, ValueError) as error:
+            if not os.path.lexists(self.folder):
+                raise RunNotFoundError(f"there is no run {self.folder.name!r} in {self.folder.parent}.") from error
+            if not self.folder.is_dir():
+                text = f"{self.folder}: is not a folder, as a run is. Move it elsewhere."
+                raise RunDamagedError(text, self.folder) from error
+            what = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+            what = "is missing" if isinstance(error, FileNotFoundError) else what
+            raise RunDamagedError(f"{path}: {what}. {advice}, or move {self.folder} elsewhere.", path) from error
