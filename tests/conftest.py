@@ -253,7 +253,7 @@ def make_run(arguments: dict[str, Any]) -> MakeRun:
             run_id=f"id-of-{name}",
             save_folder=str(paths.folder / "artifacts" / name / "checkpoints"),
         ).write(paths)
-        for type, message in happened:
+        for type, message in happened or (("CREATED", "waits"),):
             events.append(paths.events, type, message)
         write_atomic(paths.spec, spec.to_json())
         return paths

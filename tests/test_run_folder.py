@@ -204,7 +204,7 @@ def test_a_checkpoint_is_found_beside_damaged_runs(
     good = make_run("good", ("COMPLETED", "done"))
     path = f"dbfs:/databricks/mlflow-tracking/1/{good.read_tracking().run_id}/artifacts/good/checkpoints/ep1-ba1"
     code, _, err = _cli(capsys, "export", path)
-    assert code == 1 and "ep1-ba1" in err and "Left out a damaged run" in caplog.text
+    assert code == 2 and "ep1-ba1" in err and "Left out a damaged run" in caplog.text
 
 
 def test_names_of_other_things_among_the_runs_are_shown(make_run: MakeRun, home: Path) -> None:

@@ -133,5 +133,6 @@ class RunFolder(RunPaths):
                 text = f"{self.folder}: is not a folder, as a run is. Move it elsewhere."
                 raise RunDamagedError(text, self.folder) from error
             what = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
-            what = "is missing" if isinstance(error, FileNotFoundError) else what
+            if isinstance(error, FileNotFoundError):
+                what, advice = "is missing", "Restore it"
             raise RunDamagedError(f"{path}: {what}. {advice}, or move {self.folder} elsewhere.", path) from error
