@@ -155,12 +155,13 @@ def test_a_damaged_run_is_listed_as_one_and_named_by_every_command(
     code, out, err = _cli(capsys, "list", "--json")
     found = {run["name"]: run for run in json.loads(out)}
     assert code == 0 and (found["good"]["status"], found["good"]["damaged_file"]) == ("COMPLETED", None)
-    assert (found["bad"]["status"], found["bad"]["damaged_file"]) == ("UNKNOWN", path) and what in found["bad"][
-        "details"
-    ]
-    for arguments in (["get", "bad"], ["get", "bad", "--json"], ["resume", "bad"], ["cancel", "bad"]):
+    record = found["bad"]
+    assert (record["status"], record["damaged_file"]) == ("UNKNOWN", path) and what in record["details"]
+    for arguments in (["get", "bad"], ["resume", "bad"], ["cancel", "bad"]):
         code, out, err = _cli(capsys, *arguments)
         assert (code, out) == (1, "") and err.startswith(f"tundish: {path}: ") and what in err, arguments
+    code, out, err = _cli(capsys, "get", "bad", "--json")
+    assert code == 1 and path in json.loads(out)["error"]["message"]
     for command in ("events", "checkpoints", "export"):
         code, out, err = _cli(capsys, command, "bad")
         # Those that need other files work on, or have nothing to show.
