@@ -16,6 +16,7 @@ from tundish.errors import CheckpointError, SpecError
 from tundish.export import safetensors
 from tundish.export.plan import plan
 from tundish.export.safetensors import export
+from tundish.new_folder import new_folder
 
 # Of PyTorch's own, on saving: it saves from a single process, which is wanted here, and uses its own old storage class.
 pytestmark = [
@@ -328,21 +329,20 @@ def test_an_export_overwrites_nothing(
     assert (out / "letter.txt").read_text() == "mine"
 
 
-def test_what_a_killed_export_left_is_removed(
+def test_what_a_killed_export_left_is_removed_and_a_living_one_s_is_not(
     base: Callable[..., Path], save_checkpoint: SaveCheckpoint, tmp_path: Path
 ) -> None:
-    """Each attempt would leave gigabytes; one that still runs keeps what it has."""
-    import subprocess
-    import sys
-
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
+    """Each attempt would leave gigabytes; or remove what another machine writes on the same disk."""
     folder, out = base(), tmp_path / "exports" / "one"
-    left, running = out.with_name(f".one.{gone.pid}.tmp"), out.with_name(".one.1.tmp")
-    left.mkdir(parents=True)
-    running.mkdir()
-    export(save_checkpoint(_state(_trained(folder))), str(folder), "INSTRUCTION_FINETUNE", out)
-    assert sorted(path.name for path in out.parent.iterdir()) == [".one.1.tmp", "one"]
+    checkpoint = save_checkpoint(_state(_trained(folder)))
+    with new_folder(out) as beside:
+        with pytest.raises(SpecError, match="one: another process is making it"):
+            export(checkpoint, str(folder), "INSTRUCTION_FINETUNE", out)
+        assert beside.is_dir()
+    out.rmdir()
+    (tmp_path / "exports" / ".one.tmp").mkdir()
+    export(checkpoint, str(folder), "INSTRUCTION_FINETUNE", out)
+    assert [path.name for path in out.parent.iterdir()] == ["one"]
 
 
 def test_what_was_written_is_read_again(

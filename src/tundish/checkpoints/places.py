@@ -199,9 +199,9 @@ def hidden(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.tmp")
 
 
-def remove(checkpoints: Sequence[Path]) -> None:
-    """Remove checkpoints of this machine, each at once: one that is half removed would look complete."""
-    for path in checkpoints:
+def remove(folders: Sequence[Path]) -> None:
+    """Remove checkpoints or exports of this machine, each at once: one that is half removed would look complete."""
+    for path in folders:
         shutil.rmtree(hidden(path), ignore_errors=True)  # the rest of one that could not be removed
         path.rename(hidden(path))
         shutil.rmtree(hidden(path))

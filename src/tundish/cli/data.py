@@ -16,6 +16,7 @@ from tundish.cli.arguments import DATA_USAGE, add_create_options, create_argumen
 from tundish.cli.output import add_json, print_json
 from tundish.cli.parsing import Command
 from tundish.errors import DataError, SpecError
+from tundish.new_folder import new_folder
 from tundish.progress import bar
 from tundish.runs import creating
 
@@ -117,15 +118,12 @@ def _folder(report: "Report") -> Path:
 
 def _published(folders: Mapping[str, Path], out: Path) -> dict[str, Path]:
     """Copies of prepared folders below `out`: all of them complete, or nothing."""
-    beside = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        for split, folder in folders.items():
-            shutil.copytree(folder, beside / split)
-        beside.rename(out)
+        with new_folder(out) as beside:
+            for split, folder in folders.items():
+                shutil.copytree(folder, beside / split)
     except shutil.Error as error:
         raise OSError(error.args[0][0][2]) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return {split: out / split for split in folders}
 
 

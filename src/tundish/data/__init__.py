@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -274,8 +273,9 @@ def _write_index(folder: Path, share: Share) -> None:
 
 @contextmanager
 def _beside(folder: Path) -> Iterator[Path]:
-    """A folder to write in, to be renamed; gone after this if it was not."""
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    """A folder to write in, to be renamed; gone after this if it was not. Who holds the lock is alone with it."""
+    beside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
         yield beside

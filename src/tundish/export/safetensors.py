@@ -12,17 +12,15 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
-
-import psutil
 
 from tundish.architecture import expected_shapes, model_config
 from tundish.checkpoints.archive import BLOCK_BYTES
 from tundish.data.tokenizer import load_tokenizer
 from tundish.errors import CheckpointError, SpecError
 from tundish.export.plan import ExportDtype, Shard, Target, plan
+from tundish.new_folder import new_folder
 from tundish.paths import write_atomic
 from tundish.spec import TaskType
 from tundish.weights import check_shapes, fit_vocabulary, read_weights
@@ -71,14 +69,13 @@ def export(
     check_shapes(checkpoint, {name: tensor.shape for name, tensor in weights.items()}, expected)
     shards = plan({name: weights[name] for name in expected}, dtype, SHARD_BYTES)
     _check_room(out, sum(target.size for shard in shards for target in shard.targets))
-    with _hidden(out) as folder:
+    with new_folder(out) as folder:
         tokenizer.save_pretrained(folder)
         _write_configs(model, config, folder)
         _copy_licence(model, folder)
         write(shards, folder, progress)
         verify(folder, shards)
         _write_index(shards, folder)
-        folder.rename(out)
 
 
 def write(shards: Sequence[Shard], folder: Path, progress: Progress | None = None) -> None:
@@ -182,21 +179,6 @@ def _check_room(out: Path, size: int) -> None:
     existing = next(parent for parent in out.absolute().parents if parent.exists())
     if (free := shutil.disk_usage(existing).free) < size:
         raise SpecError(f"{out}: the weights take {size:,} bytes, and {free:,} are free there. Choose another disk.")
-
-
-@contextmanager
-def _hidden(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that is gone afterwards, like those of exports that were killed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f".{out.name}.*.tmp"):
-        if not psutil.pid_exists(int(left.name.split(".")[-2])):
-            shutil.rmtree(left)
-    folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_configs(model: str, config: Any, folder: Path) -> None:

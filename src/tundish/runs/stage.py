@@ -6,14 +6,12 @@ sentence that says why it failed, into the run folder.
 
 import json
 import logging
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from tundish import events
-from tundish.checkpoints.places import Place
+from tundish.checkpoints.places import Place, remove
 from tundish.data import Prepared, prepare
 from tundish.data.report import facts
 from tundish.data.sources import open_source
@@ -103,10 +101,7 @@ def export_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[st
     if checkpoint is None:
         raise StageError(f"there is no complete checkpoint in {tracking.save_folder}.")
     if paths.export.exists():  # of a run whose supervisor was killed right after it
-        # First its name goes: one that is half removed would look complete.
-        aside = paths.export.with_name(f".{paths.export.name}.{os.getpid()}.tmp")
-        paths.export.rename(aside)
-        shutil.rmtree(aside)
+        remove([paths.export])
     export(checkpoint, spec.model, spec.task_type, paths.export)
     return {"checkpoint": str(checkpoint), "export": str(paths.export)}
 
