@@ -13,7 +13,7 @@ import yaml
 
 from tundish import __version__
 from tundish.cli import COMMANDS, build_parser, main
-from tundish.cli.arguments import create_arguments, read_experiment
+from tundish.cli.arguments import assignment, create_arguments, read_experiment, replaced
 from tundish.errors import SpecError
 from tundish.run_folder import RunFolder
 
@@ -150,7 +150,6 @@ def test_wrong_data_alone_is_exit_code_1(
         (["events", "none", "--follow"], 2, "there is no run 'none'"),
         (["checkpoints", "none"], 2, "there is no run 'none'"),
         (["cancel"], 2, "Must provide training run(s) or MLflow experiment ID to cancel"),
-        (["cancel", "a", "--experiment-id", "7"], 2, "Cannot provide both"),
         (["run", "/no/such.yaml"], 2, "/no/such.yaml: cannot be read"),
         (["create", "--set", "seed"], 2, "found 'seed'; needed is key=value"),
         (["create", "--set", "seed=[1"], 2, "found 'seed=[1'"),
@@ -165,6 +164,57 @@ def test_a_wrong_call_is_exit_code_2_with_one_message(
     output = capsys.readouterr()
     assert output.out == "" and output.err.startswith("tundish: ") and found in output.err
     assert not (home / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        (["training_duration=3ep"], {"training_duration": "3ep"}),
+        (["learning_rate=1e-5"], {"learning_rate": 1e-5}),
+        (["compute.devices_per_node=2"], {"compute": {"device": "cpu", "devices_per_node": 2}}),
+        (["compute.time_limit=12:00:00"], {"compute": {"device": "cpu", "time_limit": "12:00:00"}}),
+        (["compute.sbatch.partition=gpu"], {"compute": {"device": "cpu", "sbatch": {"partition": "gpu"}}}),
+        (["overrides.optimizer.lr=1e-5"], {"overrides": {"optimizer": {"lr": 1}, "seed": 3, "optimizer.lr": 1e-5}}),
+        (["overrides.seed=4"], {"overrides": {"optimizer": {"lr": 1}, "seed": 4}}),
+        (["overrides={}"], {"overrides": {}}),
+        (["--set", "seed=4"], {"overrides": {"optimizer": {"lr": 1}, "seed": 4}}),
+        (["--set", "overrides.seed=4"], {"overrides": {"optimizer": {"lr": 1}, "seed": 4}}),
+        (["--set", "compute.nodes=2"], {"compute": {"device": "cpu", "nodes": 2}}),
+        (["--devices", "2", "--run-name", "x"], {"compute": {"device": "cpu", "devices_per_node": 2}, "run_name": "x"}),
+        (["--training-duration", "5ep", "training_duration=3ep"], {"training_duration": "5ep"}),
+    ],
+)
+def test_what_is_in_a_file_is_replaced_key_by_key(words: list[str], changed: dict[str, Any]) -> None:
+    """One override on the line would drop all those of the file, or be text where the file has a number."""
+    file = {"model": "m", "compute": {"device": "cpu"}, "overrides": {"optimizer": {"lr": 1}, "seed": 3}}
+    parsed = build_parser().parse_args(["run", "x.yaml", *words])
+    values = dict(file)
+    replaced(values, parsed, parsed.arguments)
+    assert values == file | changed
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    [
+        ("trainig_duration=1ep", "create() has no argument trainig_duration; .*Did you mean training_duration"),
+        ("optimizer.lr=1", "create() has no argument optimizer.lr"),
+        ("compute.nods=2", "found unknown key nods"),
+        ("compute.device.x=2", "device: found 'cpu'; allowed is a mapping"),
+    ],
+)
+def test_a_key_that_there_is_not_is_refused(word: str, found: str, tmp_path: Path, capsys: Capture) -> None:
+    """It would be ignored."""
+    file = tmp_path / "x.yaml"
+    file.write_text("compute: {device: cpu}\n")
+    assert main(["run", str(file), word]) == 2
+    assert re.search(found.replace("()", "\\(\\)"), capsys.readouterr().err)
+
+
+def test_numbers_are_those_of_yaml_1_2() -> None:
+    """`--set optimizer.lr=1e-5` would be a text, and a time limit of 12:00:00 the number 43200."""
+    given = {"1e-5": 1e-5, "1.5E3": 1500.0, "-3": -3, "1_000": 1000, "0x1f": 31, ".5": 0.5, "1e3ep": "1e3ep"}
+    given |= {"12:00:00": "12:00:00", "010": "010", "3ep": "3ep", "true": True, "null": None, "1.2.3": "1.2.3"}
+    assert {text: assignment(f"x={text}")[1] for text in given} == given
 
 
 def test_render_prints_the_yaml_and_nothing_else(arguments: dict[str, Any], home: Path, capsys: Capture) -> None:
@@ -234,11 +284,14 @@ def test_following_a_run_tells_how_it_ended(make_run: MakeRun, capsys: Capture, 
     assert capsys.readouterr().out.splitlines()[-1].endswith("over")
 
 
-def test_cancelling_what_is_not_there_is_said(capsys: Capture) -> None:
+def test_cancelling_what_is_not_there_is_said(make_run: MakeRun, capsys: Capture) -> None:
     """The user would believe that a run was stopped."""
-    assert main(["cancel", "none"]) == 0
+    make_run("ift-1", ("FAILED", "x"))
+    assert main(["cancel", "ift-2"]) == 2
+    assert "Did you mean ift-1?" in capsys.readouterr().err
+    assert main(["cancel", "ift-1"]) == 0
     assert capsys.readouterr().out == "No active runs found to cancel.\n"
-    assert main(["cancel", "none", "--json"]) == 0
+    assert main(["cancel", "ift-1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"canceled": [], "asked": 1}
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tundish import foundation_model as fm
-from tundish.errors import RequestError, RunNotFoundError, ValidationError
+from tundish.errors import RequestError, RunNotFoundError, SpecError, ValidationError
 from tundish.run_folder import RunFolder
 from tundish.runs.records import RunStatus
-from tundish.runs.selecting import name_of, parse_time
+from tundish.runs.selecting import name_of, named, parse_time
 
 MakeRun = Callable[..., RunFolder]
 DAYS = {"run-a": 1, "run-b": 2, "run-c": 3}
@@ -148,3 +148,41 @@ def test_checkpoints_of_a_run_without_any_are_none(make_run: MakeRun, capsys: py
     assert capsys.readouterr().out == "No checkpoints created yet for this run. Please try again later.\n"
     with pytest.raises(RunNotFoundError):
         fm.get_checkpoints("run-b")
+
+
+@pytest.mark.usefixtures("three_runs")
+def test_at_a_terminal_a_run_is_meant_by_its_first_letters_or_as_the_last_one(make_run: MakeRun) -> None:
+    """The name would have to be copied; or another run than the one that is meant be canceled or removed."""
+    make_run("run-ab", ("CREATED", "waits"))
+    assert named("run-b") == "run-b" and named("run-c") == "run-c"
+    assert named("run-a") == "run-a", "a name is that run, though others begin with it"
+    assert named("@last") == "run-ab"
+    with pytest.raises(
+        RequestError, match=r"'run' is the beginning of 4 runs: run-a, run-ab, run-b, run-c\. Give more"
+    ):
+        named("run")
+    for none in ("", "unr", "-a", "*", "../runs/run-a"):
+        with pytest.raises(RunNotFoundError):
+            named(none)
+    with pytest.raises(RunNotFoundError, match="there is no run 'run-'"):
+        fm.get("run-")  # a program means exactly what it says
+
+
+def test_the_last_run_of_none_is_an_answer() -> None:
+    """An index error on a new machine."""
+    with pytest.raises(RunNotFoundError, match="there is no run yet in "):
+        named("@last")
+
+
+def test_many_candidates_are_counted(make_run: MakeRun) -> None:
+    """A thousand names would scroll by."""
+    for number in range(10):
+        make_run(f"run-{number}", ("CREATED", "waits"))
+    with pytest.raises(RequestError, match=r"10 runs: run-0, .*, run-7 and 2 more\. Give"):
+        named("run-")
+
+
+def test_a_status_that_does_not_exist_is_refused(make_run: MakeRun) -> None:
+    """The list would be empty, as if no run had failed."""
+    with pytest.raises(SpecError, match=r"status: found 'failde'; allowed is PENDING, .* Did you mean FAILED\?"):
+        fm.list(statuses=["failde"])

@@ -25,6 +25,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "list": ("runs", "show runs, newest first"),
     "get": ("runs", "show one run"),
     "events": ("runs", "show what happened to a run"),
+    "logs": ("watching", "show the end of a run's log"),
+    "metrics": ("watching", "show a run's metrics, or draw its losses"),
     "cancel": ("runs", "stop runs; checkpoints stay"),
     "checkpoints": ("checkpoints", "list a run's checkpoints, or verify them"),
     "export": ("checkpoints", "write a checkpoint as a Hugging Face folder"),

@@ -12,12 +12,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
+
 from tundish import foundation_model as fm
 from tundish.compute import Compute
 from tundish.errors import SpecError, did_you_mean
 
 PATH_ARGUMENTS = ("train_data_path", "eval_data_path", "custom_weights_path")
 LARGEST_FILE = 1 << 20
+SECTIONS = ("compute", "overrides")
+"""Arguments of `create()` that are mappings: `SECTION.KEY` names one of their keys."""
 GROUPS: Mapping[str, Mapping[str, str]] = {
     "data": {
         "train_data_path": "PATH",
@@ -49,6 +53,24 @@ COMPUTE: Mapping[str, tuple[str, str | None]] = {
 REQUIRED = ("model", "train_data_path", "register_to")
 USAGE = "--model MODEL --train-data-path PATH --register-to NAME\n       [options]"
 DATA_USAGE = "--model MODEL --train-data-path PATH [options]"
+
+
+NUMBERS = {
+    "int": r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+",
+    "float": r"[-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|nan)",
+}
+
+
+class Loader(yaml.SafeLoader):
+    """YAML with the numbers of its version 1.2: `1e-5` is one, and `12:00:00` is text."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag.rpartition(":")[2] not in NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, _form in NUMBERS.items():
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"({_form})$"), list("-+0123456789."))
 
 
 def add_create_options(command: argparse.ArgumentParser, required: Iterable[str] = REQUIRED) -> None:
@@ -115,13 +137,49 @@ def create_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     values: dict[str, Any] = {name: getattr(arguments, name) for name in CREATE_ARGUMENTS}
     values |= {"compute": compute_arguments(arguments) or {}, "overrides": {}}
     for text in arguments.set or ():
+        _set_override(values, text)
+    return values
+
+
+def replaced(values: dict[str, Any], arguments: argparse.Namespace, assignments: Iterable[str]) -> None:
+    """Replace arguments of `create()` by those that assignments and options mean, the options last.
+
+    Raises:
+        SpecError: an assignment is none, or of an argument that `create()` does not have.
+    """
+    for text in assignments:
         key, value = assignment(text)
         section, _, below = key.partition(".")
-        if below and section in ("compute", "overrides"):
-            values[section][below] = value
+        if below and section in SECTIONS:
+            _set_below(values, section, below, value)
         else:
-            values["overrides"][key] = value
-    return values
+            check_names("the command line", [key])
+            values[key] = value
+    values |= {name: getattr(arguments, name) for name in CREATE_ARGUMENTS if getattr(arguments, name) is not None}
+    for name, value in (compute_arguments(arguments) or {}).items():
+        _set_below(values, "compute", name, value)
+    for text in arguments.set or ():
+        _set_override(values, text)
+
+
+def _set_override(values: dict[str, Any], text: str) -> None:
+    """What `--set` means: an LLM-Foundry key, or one below `compute.` or `overrides.`."""
+    key, value = assignment(text)
+    section, _, below = key.partition(".")
+    _set_below(values, *((section, below) if below and section in SECTIONS else ("overrides", key)), value)
+
+
+def _set_below(values: dict[str, Any], section: str, key: str, value: Any) -> None:
+    """Set a key of `compute` or `overrides`, after all others: of two ways to write a key, the later one counts."""
+    given: Any = values.get(section) or {}
+    if not isinstance(given, Mapping):
+        raise SpecError(f"{section}: found {given!r}; allowed is a mapping. Write {section}.{key} below it.")
+    if section == "compute" and "." in key:  # sbatch's options; LLM-Foundry keys are dotted themselves
+        name, _, below = key.partition(".")
+        values[section] = inner = dict(given)
+        _set_below(inner, name, below, value)
+        return
+    values[section] = {name: old for name, old in given.items() if name != key} | {key: value}
 
 
 def compute_arguments(arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -151,14 +209,12 @@ def read_experiment(file: Path) -> dict[str, Any]:
 
 
 def _read_yaml(file: Path) -> Any:
-    import yaml
-
     try:
         with open(file, "rb") as stream:  # may be a pipe
             data = stream.read(LARGEST_FILE + 1)
         if len(data) > LARGEST_FILE:
             raise ValueError(f"it has more than {LARGEST_FILE:,} bytes")
-        return yaml.safe_load(data.decode())
+        return yaml.load(data.decode(), Loader)
     except OSError as error:
         reason = error.strerror
     except UnicodeDecodeError:
@@ -195,12 +251,10 @@ def assignment(text: str) -> tuple[str, Any]:
     Raises:
         SpecError: it is none.
     """
-    import yaml
-
     key, sign, value = text.partition("=")
     if not sign or not key:
         raise SpecError(f"found {text!r}; needed is key=value.")
     try:
-        return key, yaml.safe_load(value) if value else None
+        return key, yaml.load(value, Loader) if value else None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise SpecError(f"found {text!r}; the value is not YAML. Quote it.") from error

@@ -5,28 +5,27 @@ import os
 import time
 from pathlib import Path
 
-from tundish.cli.output import add_json, print_json
+from tundish.cli.output import RUN_HELP, add_json, print_json
 from tundish.cli.parsing import Command
 from tundish.errors import CheckpointError, SpecError
 from tundish.progress import bar
+from tundish.runs import selecting
 
 
 def checkpoints_options(command: argparse.ArgumentParser) -> None:
     """What `tundish checkpoints` takes."""
     add_json(command)
     command.add_argument(
-        "run", metavar="RUN", help="run name; to verify, also a checkpoint's path or URI, or that of its folder"
+        "run", metavar="RUN", help=f"{RUN_HELP}; to verify, also a checkpoint's path or URI, or that of its folder"
     )
     command.add_argument("--verify", action="store_true", help="read every byte and compare it with what was written")
 
 
 def checkpoints(arguments: argparse.Namespace) -> int:
     """`tundish checkpoints [--verify]`."""
-    from tundish.runs.selecting import checkpoints as find
-
     if arguments.verify:
-        return _verify(arguments.run, as_json=arguments.json)
-    paths = find(arguments.run)
+        return _verify(selecting.named_or_address(arguments.run), as_json=arguments.json)
+    paths = selecting.checkpoints(selecting.named(arguments.run))
     if arguments.json:
         return print_json(paths)
     print("\n".join(paths) or "No checkpoints created yet for this run. Please try again later.")
@@ -70,7 +69,9 @@ def _verify(given: str, *, as_json: bool) -> int:
 def export_options(command: argparse.ArgumentParser) -> None:
     """What `tundish export` takes."""
     add_json(command)
-    command.add_argument("source", metavar="RUN|CHECKPOINT", help="run name (its newest) or a checkpoint's path or URI")
+    command.add_argument(
+        "source", metavar="RUN|CHECKPOINT", help=f"{RUN_HELP}: its newest checkpoint; or a checkpoint's path or URI"
+    )
     command.add_argument("--out", metavar="DIR", help="folder to make (default: RUN-ep#-ba# in this folder)")
     command.add_argument(
         "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (default bfloat16)"
@@ -83,7 +84,7 @@ def export(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from tundish.runs.exporting import export_checkpoint, find_exportable
 
-    found = find_exportable(arguments.source, arguments.model)
+    found = find_exportable(selecting.named_or_address(arguments.source), arguments.model)
     short = "" if arguments.dtype == "bfloat16" else f"-{arguments.dtype}"
     out = Path(arguments.out or f"{found.name}-{found.checkpoint.name}{short}")
     if out.exists():

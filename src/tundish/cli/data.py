@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tundish.cli.arguments import DATA_USAGE, add_create_options, create_arguments
-from tundish.cli.output import add_json, print_json
+from tundish.cli.output import PICTURES, add_json, check_file, print_json
 from tundish.cli.parsing import Command
 from tundish.errors import DataError, SpecError
 from tundish.new_folder import new_folder
@@ -35,7 +35,7 @@ def validate_options(command: argparse.ArgumentParser) -> None:
 
 def validate(arguments: argparse.Namespace) -> int:
     """`tundish validate`."""
-    _check_file("--report", arguments.report)
+    check_file("--report", arguments.report)
     found = creating.validate(_data_arguments(arguments), bar)
     if arguments.report:
         found.save(arguments.report)
@@ -49,13 +49,13 @@ def validate(arguments: argparse.Namespace) -> int:
 def estimate_options(command: argparse.ArgumentParser) -> None:
     """What `tundish estimate` takes."""
     add_json(command)
-    command.add_argument("--plot", metavar="FILE", help="draw the histogram of sample lengths as PNG")
+    command.add_argument("--plot", metavar="FILE", help="draw the histogram of sample lengths (.png, .svg, .pdf, .jpg)")
     add_create_options(command, REQUIRED)
 
 
 def estimate(arguments: argparse.Namespace) -> int:
     """`tundish estimate`."""
-    _check_file("--plot", arguments.plot)
+    check_file("--plot", arguments.plot, PICTURES)
     found = creating.estimate(_data_arguments(arguments), bar)
     if arguments.plot:
         found.plot(arguments.plot)
@@ -101,14 +101,6 @@ def _data_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _split(report: "Report") -> str:
     return report.argument.removesuffix("_data_path")
-
-
-def _check_file(option: str, file: str | None) -> None:
-    """Refuse what cannot be written in the end, before hours are spent on it."""
-    if file and not Path(file).parent.is_dir():
-        raise SpecError(f"{option}: there is no folder {Path(file).parent}. Make it, or name another one.")
-    if file and (Path(file).is_dir() or not os.access(Path(file).parent, os.W_OK)):
-        raise SpecError(f"{option}: {file} cannot be written. Name a file in a folder of yours.")
 
 
 def _folder(report: "Report") -> Path:

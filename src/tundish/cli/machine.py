@@ -22,7 +22,9 @@ def models(arguments: argparse.Namespace) -> int:
     found = fm.get_models()
     if arguments.json:
         return print_json([dataclasses.asdict(model) for model in found])
-    print_table(found, {"name": "NAME", "display_name": "MODEL", "max_context_length": "MAX CONTEXT"})
+    print_table(
+        ["NAME", "MODEL", "MAX CONTEXT"], [(one.name, one.display_name, one.max_context_length) for one in found]
+    )
     return 0
 
 

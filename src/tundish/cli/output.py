@@ -3,19 +3,52 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping
+import os
+import shutil
+import sys
+from collections.abc import Sequence
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
+
 from tundish.cli import streams
-from tundish.runs.records import ObjectList, TrainingRun
+from tundish.errors import SpecError
+from tundish.runs.records import TrainingRun
+from tundish.text import printable
+
+RUN_HELP = "a run's name, its first letters, or @last"
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
+LEAST_COLUMN = 8
+"""Letters; no column of a table becomes narrower."""
 
 
 def add_json(command: argparse.ArgumentParser) -> None:
     """Give a command the option `--json`."""
     command.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def add_run(command: argparse.ArgumentParser) -> None:
+    """Give a command the argument RUN."""
+    command.add_argument("run", metavar="RUN", help=RUN_HELP)
+
+
+def check_file(option: str, file: str | None, kinds: Sequence[str] = ()) -> None:
+    """Refuse what cannot be written in the end, before hours are spent on it.
+
+    Raises:
+        SpecError: its folder is not there or not writable, it is a folder, or its name does not end in one of `kinds`.
+    """
+    if not file:
+        return
+    if not Path(file).parent.is_dir():
+        raise SpecError(f"{option}: there is no folder {Path(file).parent}. Make it, or name another one.")
+    if Path(file).is_dir() or not os.access(Path(file).parent, os.W_OK):
+        raise SpecError(f"{option}: {file} cannot be written. Name a file in a folder of yours.")
+    if kinds and Path(file).suffix.lower() not in kinds:
+        raise SpecError(f"{option}: found {file!r}; allowed is a name that ends in {' or '.join(kinds)}.")
 
 
 def print_json(content: Any) -> int:
@@ -42,9 +75,22 @@ def record(run: TrainingRun) -> dict[str, Any]:
     return {name: plain(value) for name, value in found.items() if name != "submitted_config"}
 
 
-def print_table(items: ObjectList[Any], columns: Mapping[str, str]) -> None:
-    """A line an item: attribute name → title."""
-    rows = [tuple(columns.values()), *(tuple(str(getattr(item, name) or "-") for name in columns) for item in items)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+def print_table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Lines as wide as the terminal, or as wide as they are where nobody looks; the first column is never cut."""
+    lines = [list(titles), *([printable(str("-" if cell in (None, "") else cell)) for cell in row] for row in rows)]
+    widths = [max(cell_len(line[i]) for line in lines) for i in range(len(titles))]
+    room = shutil.get_terminal_size().columns - 2 * (len(titles) - 1) if sys.stdout.isatty() else sum(widths)
+    while sum(widths) > room and max(widths[1:], default=0) > LEAST_COLUMN:
+        widest = max(range(1, len(widths)), key=widths.__getitem__)
+        widths[widest] = max(LEAST_COLUMN, widths[widest] - (sum(widths) - room))
+    for line in lines:
+        print("  ".join(_fitted(cell, width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _fitted(cell: str, width: int) -> str:
+    """A cell of that width: a path that is too long keeps its end, any other text its beginning."""
+    if cell_len(cell) > width and cell.startswith("/"):
+        cell = f"…{set_cell_size(cell[::-1], width - 1)[::-1]}"
+    elif cell_len(cell) > width:
+        cell = f"{set_cell_size(cell, width - 1)}…"
+    return set_cell_size(cell, width)

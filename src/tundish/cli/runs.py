@@ -2,23 +2,28 @@
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
+from datetime import datetime
 
 from tundish import foundation_model as fm
-from tundish.cli.output import add_json, print_json, print_table, record
+from tundish.cli.output import RUN_HELP, add_json, add_run, print_json, print_table, record
 from tundish.cli.parsing import Command
 from tundish.errors import Interrupted
+from tundish.paths import runs_dir
 from tundish.progress import watch
+from tundish.runs import control, selecting
+from tundish.runs.reading import run_names
 
 
 def get_options(command: argparse.ArgumentParser) -> None:
     """What `tundish get` takes."""
     add_json(command)
-    command.add_argument("run", metavar="RUN", help="run name")
+    add_run(command)
 
 
 def get(arguments: argparse.Namespace) -> int:
     """`tundish get`."""
-    run = fm.get(arguments.run)
+    run = fm.get(selecting.named(arguments.run))
     if arguments.json:
         return print_json(record(run))
     shown = {name: value for name, value in record(run).items() if value not in (None, [], "") and name != "events"}
@@ -31,7 +36,12 @@ def get(arguments: argparse.Namespace) -> int:
 def list_options(command: argparse.ArgumentParser) -> None:
     """What `tundish list` takes."""
     add_json(command)
-    command.add_argument("--status", action="append", metavar="STATUS", help="only runs with this status (repeatable)")
+    command.add_argument(
+        "--status",
+        action="append",
+        metavar="STATUS",
+        help="only runs with this status, such as RUNNING or FAILED (repeatable)",
+    )
     command.add_argument("--limit", type=int, default=100, metavar="N", help="at most N runs (default 100)")
 
 
@@ -40,25 +50,41 @@ def list_runs(arguments: argparse.Namespace) -> int:
     runs = fm.list(statuses=arguments.status, limit=arguments.limit)
     if arguments.json:
         return print_json([record(run) for run in runs])
-    print_table(runs, {"name": "NAME", "run_progress": "STATUS", "model": "MODEL", "training_duration": "DURATION"})
+    if not len(runs):
+        print(_nothing(arguments.status))
+        return 0
+    print_table(
+        ["NAME", "STATUS", "CREATED", "DURATION", "MODEL"],
+        [(run.name, run.run_progress, _moment(run.created_at), run.training_duration, run.model) for run in runs],
+    )
     for run in runs:
         if run.damaged_file is not None:
             print(f"{run.name}: {run.details}")
     return 0
 
 
+def _nothing(statuses: Sequence[str] | None) -> str:
+    """What an empty list means, and what to do."""
+    if statuses and any(run_names()):
+        return f"No run is {' or '.join(statuses).upper()}. `tundish list` shows all."
+    return f"No runs yet in {runs_dir()}. `tundish create --help` and `tundish run --help` show how to start one."
+
+
+def _moment(time: datetime | None) -> str:
+    return f"{time.astimezone():%Y-%m-%d %H:%M}" if time else ""
+
+
 def cancel_options(command: argparse.ArgumentParser) -> None:
     """What `tundish cancel` takes."""
     add_json(command)
-    command.add_argument("runs", nargs="*", metavar="RUN", help="run names")
+    command.add_argument("runs", nargs="*", metavar="RUN", help=RUN_HELP)
     command.add_argument("--experiment-id", metavar="ID", help="all runs of an MLflow experiment")
 
 
 def cancel(arguments: argparse.Namespace) -> int:
     """`tundish cancel`."""
-    from tundish.runs import control
-
-    canceled, asked = control.cancel(arguments.runs, arguments.experiment_id)
+    names = [selecting.named(run) for run in arguments.runs]
+    canceled, asked = control.cancel(names, arguments.experiment_id)
     if arguments.json:
         return print_json({"canceled": canceled, "asked": asked})
     print(control.cancel_message(canceled, asked))
@@ -68,18 +94,19 @@ def cancel(arguments: argparse.Namespace) -> int:
 def events_options(command: argparse.ArgumentParser) -> None:
     """What `tundish events` takes."""
     add_json(command)
-    command.add_argument("run", metavar="RUN", help="run name")
+    add_run(command)
     command.add_argument("--follow", action="store_true", help="go on until the run has ended")
 
 
 def events(arguments: argparse.Namespace) -> int:
     """`tundish events [--follow]`."""
+    name = selecting.named(arguments.run)
     if arguments.follow and not arguments.json:
         try:
-            return 1 if watch(arguments.run).status.value == "FAILED" else 0
+            return 1 if watch(name).status.value == "FAILED" else 0
         except KeyboardInterrupt:
-            raise Interrupted(arguments.run) from None
-    found = fm.get_events(arguments.run)
+            raise Interrupted(name) from None
+    found = fm.get_events(name)
     if arguments.json:
         return print_json([dataclasses.asdict(event) for event in found])
     for event in found:
@@ -96,6 +123,9 @@ COMMANDS = {
         options=events_options, action=events, examples=["tundish events RUN", "tundish events RUN --follow"]
     ),
     "cancel": Command(
-        options=cancel_options, action=cancel, examples=["tundish cancel RUN", "tundish cancel --experiment-id 7"]
+        options=cancel_options,
+        action=cancel,
+        interrupted="`tundish list` shows which runs are canceled.",
+        examples=["tundish cancel RUN", "tundish cancel --experiment-id 7"],
     ),
 }

@@ -8,17 +8,16 @@ from tundish.cli.arguments import (
     USAGE,
     add_compute_options,
     add_create_options,
-    assignment,
-    check_names,
     compute_arguments,
     create_arguments,
     read_experiment,
+    replaced,
 )
-from tundish.cli.output import add_json, print_json, record
+from tundish.cli.output import add_json, add_run, print_json, record
 from tundish.cli.parsing import Command
 from tundish.errors import Interrupted
 from tundish.progress import bar, watch
-from tundish.runs import creating
+from tundish.runs import creating, selecting
 from tundish.runs.records import TrainingRun
 
 
@@ -40,18 +39,23 @@ def create(arguments: argparse.Namespace) -> int:
 def run_options(command: argparse.ArgumentParser) -> None:
     """What `tundish run` takes."""
     add_json(command)
+    command.add_argument("--detach", action="store_true", help="return once the run is started")
     command.add_argument("file", metavar="FILE", help="YAML file with the arguments of create()")
-    command.add_argument("arguments", nargs="*", metavar="key=value", help="arguments that replace the file's")
+    command.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="key=value",
+        help="arguments that replace the file's, such as training_duration=1ep, compute.devices_per_node=2 or "
+        "overrides.optimizer.lr=1e-5; the options below do the same",
+    )
+    add_create_options(command, required=())
 
 
 def run(arguments: argparse.Namespace) -> int:
     """`tundish run FILE key=value …`."""
     values = read_experiment(Path(arguments.file))
-    for text in arguments.arguments:
-        key, value = assignment(text)
-        check_names("the command line", [key])
-        values[key] = value
-    return _started(creating.create(values, bar), arguments.json, wait=True)
+    replaced(values, arguments, arguments.arguments)
+    return _started(creating.create(values, bar), arguments.json, wait=not arguments.detach)
 
 
 def render_options(command: argparse.ArgumentParser) -> None:
@@ -89,14 +93,14 @@ def _launch(arguments: argparse.Namespace) -> int:
 def resume_options(command: argparse.ArgumentParser) -> None:
     """What `tundish resume` takes."""
     add_json(command)
-    command.add_argument("run", metavar="RUN", help="run name")
+    add_run(command)
     command.add_argument("--wait", action="store_true", help="show the run's progress until it has ended")
     add_compute_options(command)
 
 
 def resume(arguments: argparse.Namespace) -> int:
     """`tundish resume`."""
-    run = fm.resume(arguments.run, compute=compute_arguments(arguments))
+    run = fm.resume(selecting.named(arguments.run), compute=compute_arguments(arguments))
     return _started(run, arguments.json, wait=arguments.wait, done="goes on")
 
 
@@ -130,8 +134,9 @@ COMMANDS = {
     "run": Command(
         options=run_options,
         action=run,
+        usage="FILE [key=value ...] [options]",
         interrupted="No run was created.",
-        examples=["tundish run chat.yaml", "tundish run chat.yaml train_data_path=./train.jsonl training_duration=1ep"],
+        examples=["tundish run chat.yaml", "tundish run chat.yaml training_duration=1ep overrides.seed=3 --detach"],
     ),
     "render": Command(
         options=render_options,

@@ -6,15 +6,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 
 from tundish.checkpoints.places import Place
-from tundish.errors import RequestError, RunDamagedError, RunNotFoundError, SpecError
+from tundish.errors import RequestError, RunDamagedError, RunNotFoundError, SpecError, did_you_mean
 from tundish.paths import RunPaths, runs_dir
 from tundish.runs.reading import damaged_run, find_run, read_run, run_names
 from tundish.runs.records import ObjectList, RunStatus, TrainingRun
 
 log = logging.getLogger(__name__)
 
+CANDIDATES = 8
+"""Of the runs that a beginning may mean, told at most."""
 DATE_FORMATS = [
     date + time
     for date in ("%Y-%m-%d", "%m-%d-%Y", "%Y/%m/%d", "%m/%d/%Y")
@@ -33,6 +36,38 @@ def name_of(training_run: object) -> str:
     if isinstance(training_run, str):
         return training_run
     raise RequestError(f"found {type(training_run).__name__}; a run is given by its name or as a TrainingRun.")
+
+
+LAST = "@last"
+
+
+def named(given: str) -> str:
+    """The name of the run that somebody means at a terminal: by its name, its first letters, or `@last`, the newest.
+
+    Only there: a program that asks for a run by name must not get another one because the first is gone.
+
+    Raises:
+        RunNotFoundError: there is none.
+        RequestError: there are several that begin so.
+    """
+    if given == LAST:
+        newest = _newest_first(None)
+        if not newest:
+            raise RunNotFoundError(
+                f"there is no run yet in {runs_dir()}. `tundish create --help` shows how to start one."
+            )
+        return newest[0]
+    names = set(run_names())
+    near = [given] if given in names else sorted(name for name in names if given and name.startswith(given))
+    if len(near) > 1:
+        shown = ", ".join(near[:CANDIDATES]) + (f" and {len(near) - CANDIDATES} more" if len(near) > CANDIDATES else "")
+        raise RequestError(f"{given!r} is the beginning of {len(near)} runs: {shown}. Give more letters.")
+    return near[0] if near else find_run(given).folder.name
+
+
+def named_or_address(given: str) -> str:
+    """The same, where a checkpoint's path or URI may be meant too."""
+    return given if "/" in given or Path(given).exists() else named(given)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +95,7 @@ class Filter:
         return cls(
             names=names,
             experiment_id=experiment_id,
-            statuses={RunStatus.from_string(status) for status in statuses} if statuses else None,
+            statuses={parse_status(status) for status in statuses} if statuses else None,
             users=set(users) if users else None,
             before=parse_time("before", before),
             after=parse_time("after", after),
@@ -79,6 +114,21 @@ class Filter:
             and (self.before is None or created < self.before)
             and (self.after is None or created >= self.after)
         )
+
+
+def parse_status(given: str | RunStatus) -> RunStatus:
+    """The status of that name, in any case.
+
+    Raises:
+        SpecError: there is none; the list would be empty, as if there were no such run.
+    """
+    if isinstance(given, RunStatus):
+        return given
+    known = [status.value for status in RunStatus]
+    if given.upper() not in known:
+        near = did_you_mean(given.upper(), known)
+        raise SpecError(f"status: found {given!r}; allowed is {', '.join(known)}.{near}")
+    return RunStatus(given.upper())
 
 
 def parse_time(argument: str, given: str | datetime | None) -> datetime | None:

@@ -1,0 +1,179 @@
+"""The commands that look into a run: logs, metrics."""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tundish import foundation_model as fm
+from tundish.cli.output import PICTURES, add_json, add_run, check_file, print_json, print_table
+from tundish.cli.parsing import Command
+from tundish.errors import Interrupted, RequestError, SpecError, did_you_mean
+from tundish.run_folder import RunFolder
+from tundish.runs import selecting
+from tundish.runs.reading import find_run, read_run
+from tundish.text import printable
+
+LINES = 50
+POLL_SECONDS = 0.5
+TAIL_BYTES = 4 << 20
+"""Of a log's end, in which its last lines are looked for; a training log may have gigabytes."""
+NOT_STAGES = ("supervisor", "close")
+"""Logs of what goes on around the stages; shown when asked for by name."""
+
+
+def logs_options(command: argparse.ArgumentParser) -> None:
+    """What `tundish logs` takes."""
+    add_json(command)
+    add_run(command)
+    command.add_argument(
+        "--stage",
+        metavar="STAGE",
+        help="prepare, train, export, register or supervisor (default: the stage that wrote last)",
+    )
+    command.add_argument("--rank", type=int, metavar="N", help="what rank N printed while training (default 0)")
+    command.add_argument("-n", "--lines", type=int, default=LINES, metavar="N", help=f"last lines (default {LINES})")
+    command.add_argument("-f", "--follow", action="store_true", help="go on until the run has ended")
+
+
+def logs(arguments: argparse.Namespace) -> int:
+    """`tundish logs [--follow]`."""
+    if arguments.lines < 1:
+        raise SpecError(f"--lines: found {arguments.lines}; allowed is a number from 1.")
+    name = selecting.named(arguments.run)
+    paths = find_run(name)
+    log = _log(paths, arguments.stage, arguments.rank)
+    if arguments.json:
+        lines = [] if log is None else _last_lines(log, arguments.lines)[0]
+        return print_json({"run": name, "log": log, "lines": lines})
+    if log is None and not arguments.follow:
+        print(f"Run {name} has no log yet. `tundish logs {name} --follow` waits for it.")
+        return 0
+    if not arguments.follow:
+        _show(log, _last_lines(log, arguments.lines)[0]) if log else None
+        return 0
+    try:
+        return _follow(paths, arguments)
+    except KeyboardInterrupt:
+        if read_run(name).status.is_terminal():
+            raise
+        raise Interrupted(name) from None
+
+
+def _log(paths: RunFolder, stage: str | None, rank: int | None) -> Path | None:
+    """The log that is asked for; None where the run has none yet.
+
+    Raises:
+        RequestError: the run has others, but not this one.
+    """
+    found = {log.stem: log for log in sorted(paths.logs.glob("*.log"), key=lambda log: log.stem)}
+    if stage is None and rank is None:
+        stages = [log for name, log in found.items() if name not in NOT_STAGES and "-rank" not in name]
+        # Several nodes have no log of the launcher that rank 0 could print to.
+        return max(stages or found.values(), key=lambda log: log.stat().st_mtime_ns, default=None)
+    wanted = stage or "train"
+    if rank is not None and (rank > 0 or f"{wanted}-rank0" in found):
+        wanted = f"{wanted}-rank{rank}"
+    if wanted in found or not found:
+        return found.get(wanted)
+    near = did_you_mean(wanted, found)
+    raise RequestError(f"{paths.folder.name} has no log of {wanted}; it has {', '.join(found)}.{near}")
+
+
+def _last_lines(log: Path, count: int, *, whole: bool = False) -> tuple[list[str], int]:
+    """The last lines of a log, with `whole` without one that is still being written, and where they end."""
+    with open(log, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        data = file.read()
+        rest = len(data) - (data.rfind(b"\n") + 1) if whole else 0
+        return _lines(data[: len(data) - rest])[-count:], file.tell() - rest
+
+
+def _lines(data: bytes) -> list[str]:
+    """Lines as a terminal would leave them: of a progress bar, its last state."""
+    return [printable(line.rstrip("\r").rpartition("\r")[2]) for line in data.decode(errors="replace").splitlines()]
+
+
+def _show(log: Path, lines: list[str]) -> None:
+    print(f"==> {log}", file=sys.stderr)
+    print("".join(f"{line}\n" for line in lines), end="", flush=True)
+
+
+def _follow(paths: RunFolder, arguments: argparse.Namespace) -> int:
+    """Show what is written until the run has ended; without a stage, also that of the stages that come."""
+    shown, position = None, 0
+    while True:
+        run = read_run(paths.folder.name)  # first: what is written before its end is shown
+        ended = run.status.is_terminal()
+        log = _log(paths, arguments.stage, arguments.rank)
+        if log is not None and log != shown:
+            lines, position = _last_lines(log, arguments.lines, whole=not ended)
+            _show(log, lines)
+            shown = log
+        elif log is not None:
+            position = _show_written(log, position, rest=ended)
+        if ended:
+            return 1 if run.status.value == "FAILED" else 0
+        time.sleep(POLL_SECONDS)
+
+
+def _show_written(log: Path, position: int, *, rest: bool) -> int:
+    """Print the lines that were written since `position`, and return where they end; with `rest`, half a line too."""
+    with open(log, "rb") as file:
+        file.seek(position if position <= file.seek(0, os.SEEK_END) else 0)
+        while data := file.read(TAIL_BYTES):
+            end = len(data) if rest or len(data) == TAIL_BYTES else data.rfind(b"\n") + 1
+            if end:
+                print("".join(f"{line}\n" for line in _lines(data[:end])), end="", flush=True)
+            if end < len(data):
+                return file.tell() - len(data) + end
+        return file.tell()
+
+
+def metrics_options(command: argparse.ArgumentParser) -> None:
+    """What `tundish metrics` takes."""
+    add_json(command)
+    add_run(command)
+    command.add_argument("--key", metavar="KEY", help="all points of this metric, such as loss/train/total")
+    command.add_argument("--plot", metavar="FILE", help="draw training and evaluation loss (.png, .svg, .pdf, .jpg)")
+
+
+def metrics(arguments: argparse.Namespace) -> int:
+    """`tundish metrics [--plot FILE]`."""
+    check_file("--plot", arguments.plot, PICTURES)
+    run = fm.get(selecting.named(arguments.run))
+    points: Any = run.metrics(arguments.key)
+    if arguments.plot:
+        run.plot().savefig(arguments.plot)
+    if arguments.json:
+        return print_json([dict(zip(points.columns, row, strict=True)) for row in points.itertuples(index=False)])
+    if points.empty:
+        print(f"Run {run.name} has logged no metrics yet. Follow it with:  tundish events {run.name} --follow")
+    elif arguments.key:
+        rows = [(one.step, f"{one.time:%Y-%m-%d %H:%M:%S}", f"{one.value:.6g}") for one in points.itertuples()]
+        print_table(["STEP", "TIME (UTC)", "VALUE"], rows)
+    else:
+        rows = [
+            (key, len(of), of["step"].iloc[-1], f"{of['value'].iloc[0]:.6g}", f"{of['value'].iloc[-1]:.6g}")
+            for key, of in points.groupby("key")
+        ]
+        print_table(["METRIC", "POINTS", "LAST STEP", "FIRST", "LAST"], rows)
+    if arguments.plot:
+        print(f"Losses drawn: {arguments.plot}")
+    return 0
+
+
+COMMANDS = {
+    "logs": Command(
+        options=logs_options,
+        action=logs,
+        examples=["tundish logs @last --follow", "tundish logs RUN --stage train --rank 1 --lines 200"],
+    ),
+    "metrics": Command(
+        options=metrics_options,
+        action=metrics,
+        examples=["tundish metrics RUN --plot loss.png", "tundish metrics RUN --key loss/train/total --json"],
+    ),
+}
