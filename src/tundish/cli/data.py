@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import shutil
 import sys
 from collections.abc import Mapping
