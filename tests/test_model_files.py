@@ -156,13 +156,14 @@ def test_what_stock_models_write_into_it_is_allowed(config_folder: Path) -> None
     ("content", "said"),
     [
         (b"[" * 200_000, "nests too deeply"),
+        (b'{"a":' * 200 + b"1" + b"}" * 200, "nests too deeply"),
         (b"[1]", "holds no JSON object"),
         (b"{", r"is no JSON \(Expecting property name"),
         (b"\xff\xfe{}", "is no JSON"),
         (b'{"a": ' + b"9" * 5_000 + b"}", "is no JSON"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
     ],
-    ids=["deep", "list", "cut", "no text", "a number of 5,000 digits", "Git LFS"],
+    ids=["deep", "a little less deep", "list", "cut", "no text", "a number of 5,000 digits", "Git LFS"],
 )
 def test_what_is_no_json_object_ends_as_a_sentence(content: bytes, said: str, config_folder: Path) -> None:
     """A traceback of some parser."""

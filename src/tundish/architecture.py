@@ -44,12 +44,12 @@ def architecture_of(model: str) -> Architecture:
         SpecError: the config is no one that transformers takes.
     """
     if not is_model_folder(model):
-        return _architecture(model_config(model))
+        return architecture_in(model_config(model))
     facts = read_bytes(Path(model), "config.json") + importlib.metadata.version("transformers").encode()
     kept = architectures_dir() / f"{hashlib.sha256(facts).hexdigest()[:24]}.json"
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged: made anew
         return _from_json(json.loads(kept.read_text()))
-    found = _architecture(model_config(model))
+    found = architecture_in(model_config(model))
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(kept, json.dumps(asdict(found)))
     return found
@@ -79,16 +79,12 @@ def model_config(model: str) -> Any:
         raise SpecError(f"model: {model}: its config cannot be loaded ({_reason(error)}). Check the model.") from error
 
 
-def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight that the config asks for, tied ones once; nothing is allocated.
+def architecture_in(config: Any) -> Architecture:
+    """The weights that a config asks for; nothing is allocated.
 
     Raises:
         SpecError: transformers makes no model of it.
     """
-    return _architecture(config).shapes
-
-
-def _architecture(config: Any) -> Architecture:
     model = hollow(config)
     tied_names = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set[str]()
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

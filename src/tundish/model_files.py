@@ -17,6 +17,8 @@ TEXT_BYTES = 16 << 20
 """Settings, templates, licenses: the largest that are known have three million."""
 VOCABULARY_BYTES = 128 << 20
 """Tokenizer files: the largest that are known have 35 million."""
+DEEPEST = 32
+"""Levels of brackets: what is known has five."""
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 SETTINGS += ("added_tokens.json", "chat_template.json")
 VOCABULARIES = ("tokenizer.json", "tokenizer.*.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
@@ -120,6 +122,8 @@ def read_json(folder: Path, name: str, most: int = TEXT_BYTES) -> dict[str, Any]
         raise SpecError(f"{where}: is a Git LFS pointer instead of the file. Run `git lfs pull` in the model's folder.")
     try:
         found = json.loads(content)
+        if _nests_deeply(found):
+            raise RecursionError
     except RecursionError as error:
         raise SpecError(f"{where}: nests too deeply to be read. Use the model's original file.") from error
     except ValueError as error:
@@ -127,6 +131,14 @@ def read_json(folder: Path, name: str, most: int = TEXT_BYTES) -> dict[str, Any]
     if not isinstance(found, dict):
         raise SpecError(f"{where}: holds no JSON object. Use the model's original file.")
     return cast(dict[str, Any], found)
+
+
+def _nests_deeply(content: Any) -> bool:
+    level: list[Any] = [content]
+    for _ in range(DEEPEST):
+        values = (value for one in level for value in (one.values() if isinstance(one, dict) else one))
+        level = [value for value in values if isinstance(value, dict | list)]
+    return bool(level)
 
 
 def license_files(folder: Path) -> list[str]:

@@ -465,13 +465,63 @@ def test_a_base_models_faulty_generation_settings_do_not_stop_the_export(
     assert json.loads((tmp_path / "export" / "generation_config.json").read_text())["eos_token_id"] == [1, 7]
 
 
-def test_the_licence_goes_with_the_weights(
+def test_the_license_goes_with_the_weights_and_no_other_file_does(
     base: Callable[..., Path], save_checkpoint: SaveCheckpoint, tmp_path: Path
 ) -> None:
-    """Whoever passes the export on would break the licence of the base model."""
+    """Whoever passes the export on would break the license of the base model; or publish a private file."""
     folder = base()
-    (folder / "LICENSE.txt").write_text("the licence")
+    checkpoint = save_checkpoint(_state(_trained(folder)))
+    (folder / "LICENSE.txt").write_text("the license")
     (folder / "USE_POLICY.md").write_text("the policy")
-    export(save_checkpoint(_state(_trained(folder))), str(folder), "INSTRUCTION_FINETUNE", tmp_path / "out")
-    assert (tmp_path / "out" / "LICENSE.txt").read_text() == "the licence"
-    assert (tmp_path / "out" / "USE_POLICY.md").exists()
+    (folder / "NOTICES").mkdir()
+    export(checkpoint, str(folder), "INSTRUCTION_FINETUNE", tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE.txt").read_text() == "the license"
+    assert (tmp_path / "out" / "USE_POLICY.md").read_text() == "the policy"
+    (tmp_path / "key").write_text("secret")
+    (folder / "NOTICE-key").symlink_to(tmp_path / "key")
+    with pytest.raises(SpecError, match="NOTICE-key: is outside the model's folder"):
+        export(checkpoint, str(folder), "INSTRUCTION_FINETUNE", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_file_that_a_tokenizer_s_config_names_is_not_copied_out(
+    base: Callable[..., Path], save_checkpoint: SaveCheckpoint, tmp_path: Path
+) -> None:
+    """Any file of the caller's would go into the export and the registry, as the tokenizer's vocabulary."""
+    folder = base()
+    checkpoint = save_checkpoint(_state(_trained(folder)))
+    (tmp_path / "key").write_text("secret")
+    _change(folder / "tokenizer_config.json", vocab_file=str(tmp_path / "key"), tokenizer_class="LlamaTokenizerFast")
+    with pytest.raises(SpecError, match=r"vocab_file names the file '/.*/key'"):
+        export(checkpoint, str(folder), "INSTRUCTION_FINETUNE", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_export_names_no_code_and_no_place_that_is_not_there(
+    base: Callable[..., Path], save_checkpoint: SaveCheckpoint, tmp_path: Path
+) -> None:
+    """Readers would ask whether to trust code, and not find it; or for the kernels of the base."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = base()
+    code = {"auto_map": {"AutoModelForCausalLM": "modeling.Foreign", "AutoTokenizer": ["tokens.Foreign", None]}}
+    private = {"custom_pipelines": {"text-generation": {"impl": "pipe.Foreign"}}, "_name_or_path": "/home/foreign"}
+    private |= {"_attn_implementation_internal": "eager", "processor_class": "Foreign"}
+    _change(folder / "config.json", architectures=["Foreign"], transformers_weights="foreign.bin", **code, **private)
+    _change(folder / "tokenizer_config.json", **code, **private)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **code, **private}))
+    out = tmp_path / "out"
+    export(save_checkpoint(_state(_trained(folder))), str(folder), "INSTRUCTION_FINETUNE", out)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        content = json.loads((out / name).read_text())
+        assert not [key for key in content if key in code | private or key.startswith("_")]
+        assert not any(word in (out / name).read_text() for word in ("oreign", str(tmp_path)))
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["model_type"] == "llama"
+    assert "eos_token_id" in (out / "generation_config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(out).config.hidden_size == 32
+    assert len(AutoTokenizer.from_pretrained(out)) == len(AutoTokenizer.from_pretrained(folder))
+
+
+def _change(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -15,18 +15,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
-from tundish.architecture import expected_shapes, model_config
+from tundish.architecture import architecture_in, model_config
 from tundish.checkpoints.archive import BLOCK_BYTES
 from tundish.data.tokenizer import load_tokenizer
 from tundish.errors import CheckpointError, SpecError
 from tundish.export.plan import ExportDtype, Shard, Target, plan
+from tundish.model_files import is_model_folder, license_files, read_bytes, read_json
 from tundish.new_folder import new_folder
 from tundish.paths import write_atomic
 from tundish.spec import TaskType
 from tundish.weights import check_shapes, fit_vocabulary, read_weights
 
 SHARD_BYTES = 2_000_000_000
-LICENCE_FILES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+GENERATION = "generation_config.json"
+ELSEWHERE = ("auto_map", "custom_pipelines", "processor_class", "transformers_weights")
+"""Keys that name code or files beside the model, which the export does not have."""
 INDEX = "model.safetensors.index.json"
 THREADS = min(8, 2 * (os.cpu_count() or 1))
 SAMPLED_TENSORS = 16
@@ -65,14 +68,15 @@ def export(
     weights, config = read_weights(checkpoint), model_config(model)
     fit_vocabulary(config, weights, len(tokenizer), checkpoint)
     config.torch_dtype = dtype
-    expected = expected_shapes(config)
+    architecture = architecture_in(config)
+    config.architectures, expected = [architecture.class_name], architecture.shapes
     check_shapes(checkpoint, {name: tensor.shape for name, tensor in weights.items()}, expected)
     shards = plan({name: weights[name] for name in expected}, dtype, SHARD_BYTES)
     _check_room(out, sum(target.size for shard in shards for target in shard.targets))
     with new_folder(out) as folder:
         tokenizer.save_pretrained(folder)
         _write_configs(model, config, folder)
-        _copy_licence(model, folder)
+        _copy_licenses(model, folder)
         write(shards, folder, progress)
         verify(folder, shards)
         _write_index(shards, folder)
@@ -182,28 +186,51 @@ def _check_room(out: Path, size: int) -> None:
 
 
 def _write_configs(model: str, config: Any, folder: Path) -> None:
+    """The settings of config, tokenizer and generation; the tokenizer's are there already."""
     from transformers import GenerationConfig
-    from transformers.utils import cached_file
 
     config.save_pretrained(folder)
-    name = "generation_config.json"
-    try:
-        given = cached_file(model, name)
-    except OSError:
-        given = None
+    given = _generation_config(model)
     if given is None:
         GenerationConfig.from_model_config(config).save_pretrained(folder)
     else:
         # As it stands: transformers refuses to save settings that contradict each other, which base models have.
-        shutil.copyfile(given, folder / name)
+        write_atomic(folder / GENERATION, json.dumps(given))
+    for name in ("config.json", GENERATION, "tokenizer_config.json"):
+        content = _self_contained(json.loads((folder / name).read_text()), deep=name != "tokenizer_config.json")
+        write_atomic(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def _copy_licence(model: str, folder: Path) -> None:
-    """Most licences of models must go with every copy."""
-    base = Path(model)
-    for file in base.iterdir() if base.is_dir() else ():
-        if file.name.upper().startswith(LICENCE_FILES) and file.is_file():
-            shutil.copyfile(file, folder / file.name)
+def _generation_config(model: str) -> dict[str, Any] | None:
+    if is_model_folder(model):
+        return read_json(Path(model), GENERATION) if (Path(model) / GENERATION).exists() else None
+    from transformers.utils import cached_file
+
+    try:
+        given = cached_file(model, GENERATION)
+    except OSError:
+        return None
+    return json.loads(Path(given).read_text()) if given else None
+
+
+def _self_contained(content: Any, *, deep: bool) -> Any:
+    """Settings without what makes a reader look for code or files that are not there.
+
+    Keys that begin with "_" are the private ones of the transformers that wrote them: where the base model lay, which
+    kernels it was loaded with.
+    """
+    if not isinstance(content, dict):
+        return content
+    items = cast(dict[str, Any], content).items()
+    kept = {name: value for name, value in items if name not in ELSEWHERE and not name.startswith("_")}
+    return {name: _self_contained(value, deep=True) for name, value in kept.items()} if deep else kept
+
+
+def _copy_licenses(model: str, folder: Path) -> None:
+    """Most licenses of models must go with every copy."""
+    if is_model_folder(model):
+        for name in license_files(Path(model)):
+            (folder / name).write_bytes(read_bytes(Path(model), name))
 
 
 def _write_index(shards: Sequence[Shard], folder: Path) -> None:
