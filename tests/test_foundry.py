@@ -354,7 +354,6 @@ def test_the_file_tells_how_to_train_it_without_tundish(plan: Plan) -> None:
         ({"save_num_checkpoints_to_keep": -2}, "Allowed is 1 or more, or -1 for all"),
         ({"save_num_checkpoints_to_keep": "3"}, "Allowed is 1 or more, or -1 for all"),
         ({"save_overwrite": True}, "a complete checkpoint is never written over"),
-        ({"save_folder": "checkpoints"}, "allowed is an absolute path, or a URI such as s3://bucket/folder"),
         ({"callbacks.load_checkpoint": {"load_path": "/x"}}, "it may run code; create() has custom_weights_path"),
         ({"device_train_microbatch_size": "auto"}, "allowed is a number of rows"),
         ({"fsdp_config": {"activation_checkpointing": {}}}, "allowed is true or false"),

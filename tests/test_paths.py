@@ -6,7 +6,7 @@ import pytest
 
 from tundish import paths
 from tundish.errors import SpecError
-from tundish.paths import RunPaths, inside, resolve, write_atomic
+from tundish.paths import RunPaths, absolute_environment, inside, write_atomic
 
 
 def test_home_is_the_environment_s_or_a_folder_of_the_user(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,6 +16,20 @@ def test_home_is_the_environment_s_or_a_folder_of_the_user(home: Path, monkeypat
     assert paths.home() == Path.home() / ".tundish"
     monkeypatch.setenv("TUNDISH_HOME", "relative")
     assert paths.home() == Path.cwd() / "relative"
+    monkeypatch.setenv("TUNDISH_HOME", "~/relative")
+    assert paths.home() == Path.home() / "relative"
+
+
+def test_processes_of_a_run_get_absolute_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A supervisor works in another folder than its caller: `TUNDISH_HOME=./home` would be another home there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TUNDISH_HOME", "home")
+    monkeypatch.setenv("HF_HOME", "/data/hf")
+    monkeypatch.setenv("SSL_CERT_FILE", "")
+    monkeypatch.setenv("OTHER", "relative")
+    found = absolute_environment()
+    assert found["TUNDISH_HOME"] == str(tmp_path / "home") and found["HF_HOME"] == "/data/hf"
+    assert found["SSL_CERT_FILE"] == "" and found["OTHER"] == "relative"
 
 
 def test_yaml_layers_are_found_from_a_checkout() -> None:
@@ -94,49 +108,3 @@ def test_a_run_name_cannot_leave_the_runs_folder() -> None:
     """`get('../../x')` would read any folder."""
     with pytest.raises(SpecError, match="leaves"):
         RunPaths.of("../elsewhere")
-
-
-@pytest.mark.parametrize("given", ["dbfs:/Volumes/main/lab/ift/train.jsonl", "/Volumes/main/lab/ift/train.jsonl"])
-def test_volume_paths_are_in_the_local_workspace(home: Path, given: str) -> None:
-    """A notebook's `dbfs:/Volumes/…` path would not be found."""
-    assert resolve(given) == str(home / "Volumes" / "main" / "lab" / "ift" / "train.jsonl")
-
-
-def test_object_stores_stay_and_local_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run would look for its data from another working directory than the caller's."""
-    monkeypatch.chdir(tmp_path)
-    assert resolve("./train.jsonl") == str(tmp_path / "train.jsonl")
-    assert resolve("/data/train.jsonl") == "/data/train.jsonl"
-    assert resolve("~/train.jsonl") == str(Path.home() / "train.jsonl")
-    for uri in ("s3://bucket/train.jsonl", "gs://b/x", "oci://b/x", "azure://c/x"):
-        assert resolve(uri) == uri
-
-
-@pytest.mark.parametrize("given", ["dbfs:/Volumes/../../etc/passwd", "/Volumes/main/../../etc/passwd"])
-def test_volume_paths_do_not_leave_the_volumes(given: str) -> None:
-    """A path that looks like a volume would reach any file."""
-    with pytest.raises(SpecError, match="leaves"):
-        resolve(given)
-
-
-def test_mlflow_paths_are_the_run_s_artifact_folder(home: Path) -> None:
-    """A path copied from `get_checkpoints()` of the original service's layout would not be found."""
-    artifacts = home / "mlflow" / "artifacts" / "0123abcd" / "run7" / "artifacts"
-    artifacts.mkdir(parents=True)
-    given = "dbfs:/databricks/mlflow-tracking/42/run7/artifacts/chat-x/checkpoints/ep1-ba2"
-    assert resolve(given) == str(artifacts / "chat-x" / "checkpoints" / "ep1-ba2")
-    with pytest.raises(SpecError, match="leaves"):
-        resolve("dbfs:/databricks/mlflow-tracking/42/run7/artifacts/../../../x")
-
-
-@pytest.mark.parametrize(
-    ("given", "found"),
-    [
-        ("dbfs:/databricks/mlflow-tracking/42/run7/artifacts/x", "has no MLflow run 'run7'"),
-        ("dbfs:/databricks/mlflow-tracking/42/run7", "found no '<experiment id>/<run id>/artifacts/…'"),
-    ],
-)
-def test_an_mlflow_path_that_names_nothing_says_what_to_do(given: str, found: str) -> None:
-    """The caller would not learn which part of the path is wrong."""
-    with pytest.raises(SpecError, match=rf"{found}.*Copy the path from get_checkpoints\(\)"):
-        resolve(given)

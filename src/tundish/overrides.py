@@ -7,7 +7,7 @@ from typing import Any, Literal
 import yaml
 
 from tundish.errors import did_you_mean
-from tundish.paths import is_uri, resolve, yamls_dir
+from tundish.paths import yamls_dir
 
 KEYS = frozenset(
     """model tokenizer optimizer scheduler train_loader eval_loader device_eval_batch_size seed precision dist_timeout
@@ -84,8 +84,7 @@ def target_responses(given: Mapping[str, Any]) -> Literal["all", "last"]:
 
 def save_root(given: Mapping[str, Any]) -> str | None:
     """Where the overrides put the checkpoints: each run has a folder of its own below."""
-    root = flat(given).get("save_folder")
-    return root if root is None or (is_uri(root) and not root.startswith("dbfs:/Volumes/")) else resolve(root)
+    return flat(given).get("save_folder")
 
 
 def flat(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,8 +118,6 @@ def _problem(path: str, value: Any, base: Mapping[str, Any], renamed: set[str]) 
         return f"{path!r} is not allowed: {REFUSED[refused]}."
     if path == "save_num_checkpoints_to_keep" and (type(value) is not int or (value < 1 and value != -1)):
         return f"{path!r} is {value!r}; the export needs a checkpoint. Allowed is 1 or more, or -1 for all."
-    if path == "save_folder" and not (isinstance(value, str) and (value.startswith("/") or is_uri(value))):
-        return f"{path!r} is {value!r}; allowed is an absolute path, or a URI such as s3://bucket/folder."
     if path == "device_train_microbatch_size" and (type(value) is not int or value < 1):
         return f"{path!r} is {value!r}; allowed is a number of rows, 1 or more. Leave it out, and it is planned."
     if path in SWITCHES and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Where things are: every name in a run folder, workspace paths, atomic writes.
+"""Where things are: every name in a run folder, atomic writes.
 
 No other module spells a file name of a run folder. Names that come from arguments or data are joined through
 `inside`, which refuses what would leave its root by `..` or by a link.
@@ -18,20 +18,22 @@ CHECKPOINT_LINK = "latest-sharded-rank0.symlink"
 RUN_VARIABLE = "TUNDISH_EVENTS"
 """Environment variable with which a run's supervisor lets the ranks write its events: the path of events.jsonl."""
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
-REMOTE_SCHEMES = ("s3://", "gs://", "oci://", "azure://", "azure-dl://", "hf://")
-
-
-_URI = re.compile(r"[a-z][a-z0-9+-]+:/")
-
-
-def is_uri(address: str) -> bool:
-    """Whether an address is on another machine."""
-    return _URI.match(address) is not None
+FOLDER_VARIABLES = (
+    "TUNDISH_HOME HF_HOME HF_HUB_CACHE HF_DATASETS_CACHE HUGGINGFACE_HUB_CACHE TRANSFORMERS_CACHE XDG_CACHE_HOME "
+    "TMPDIR AWS_CONFIG_FILE AWS_SHARED_CREDENTIALS_FILE GOOGLE_APPLICATION_CREDENTIALS SSL_CERT_FILE REQUESTS_CA_BUNDLE"
+).split()
+"""Variables of the environment that name a file or folder."""
 
 
 def home() -> Path:
     """`$TUNDISH_HOME`, else `~/.tundish`; not created."""
-    return Path(os.environ.get("TUNDISH_HOME") or Path.home() / ".tundish").absolute()
+    return Path(os.environ.get("TUNDISH_HOME") or "~/.tundish").expanduser().absolute()
+
+
+def absolute_environment() -> dict[str, str]:
+    """This process's environment for one that works in another folder: relative paths in it are made absolute."""
+    given = {name: os.environ[name] for name in FOLDER_VARIABLES if os.environ.get(name)}
+    return {**os.environ, **{name: str(Path(path).expanduser().absolute()) for name, path in given.items()}}
 
 
 def yamls_dir() -> Path:
@@ -203,38 +205,3 @@ def mlflow_artifacts_dir() -> Path:
 def default_tracking_uri() -> str:
     """The MLflow store used when `MLFLOW_TRACKING_URI` is not set: a SQLite file."""
     return f"sqlite:///{home() / 'mlflow' / 'mlflow.db'}"
-
-
-def resolve(path: str) -> str:
-    """The local path or the URI that a workspace path stands for.
-
-    `dbfs:/Volumes/…` and `/Volumes/…` are the machine's `/Volumes` if the file exists there, else
-    `$TUNDISH_HOME/Volumes`. `dbfs:/databricks/mlflow-tracking/<experiment>/<run>/artifacts/…` is that run's
-    artifact folder. URIs of object stores stay as they are; anything else is a path of this machine.
-
-    Raises:
-        SpecError: the path leaves its root, or names an MLflow run that this machine does not have.
-    """
-    if path.startswith(REMOTE_SCHEMES):
-        return path
-    plain = re.sub(r"^dbfs:/+", "/", path)
-    if plain.startswith("/Volumes/"):
-        below = plain.removeprefix("/Volumes/")
-        machine = inside(Path("/Volumes"), below)
-        return str(machine if machine.exists() else inside(home() / "Volumes", below))
-    if plain.startswith("/databricks/mlflow-tracking/"):
-        return str(_artifact_path(plain))
-    return str(Path(plain).expanduser().absolute())
-
-
-def _artifact_path(path: str) -> Path:
-    parts = path.removeprefix("/databricks/mlflow-tracking/").split("/")
-    if len(parts) < 3 or parts[2] != "artifacts":
-        raise SpecError(
-            f"{path}: found no '<experiment id>/<run id>/artifacts/…' after 'mlflow-tracking/'. "
-            "Copy the path from get_checkpoints()."
-        )
-    folders = [folder for folder in mlflow_artifacts_dir().glob("*/*/artifacts") if folder.parent.name == parts[1]]
-    if not folders:
-        raise SpecError(f"{path}: this machine has no MLflow run {parts[1]!r}. Copy the path from get_checkpoints().")
-    return inside(folders[0], *parts[3:])

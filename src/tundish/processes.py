@@ -16,6 +16,8 @@ from typing import Any, cast
 
 import psutil
 
+from tundish.paths import absolute_environment
+
 GRACE_SECONDS = 4.0
 PR_SET_PDEATHSIG = 1
 """Linux, prctl(2): the signal that a process gets when its parent dies."""
@@ -89,7 +91,7 @@ def start(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
+            env={**absolute_environment(), **environment},
             cwd=cwd,
             start_new_session=detached,
             preexec_fn=None if detached else lambda: _prepare(parent, deaf),

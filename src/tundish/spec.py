@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from tundish import __version__
+from tundish.address import Address, Takes
 from tundish.compute import Compute
 from tundish.errors import SpecError
 from tundish.models import ModelCard, find_card
@@ -76,7 +77,7 @@ class RunSpec:
     model: str
     """Canonical name of a supported model, or the absolute path of a Hugging Face folder."""
     train_data_path: str
-    """As the caller gave it."""
+    """`Address.text`, as that of the other paths: absolute, or a name."""
     register_to: str
     experiment_path: str
     task_type: TaskType
@@ -142,7 +143,7 @@ def parse_spec(arguments: Mapping[str, Any], *, created_at: str) -> tuple[RunSpe
         try:
             return read(arguments.get(name))
         except SpecError as error:
-            problems.extend(error.problems)
+            problems.extend(f"{name}: {problem.removeprefix(f'{name}: ')}" for problem in error.problems)
         except (ValueError, TypeError) as error:
             problems.append(f"{name}: {error}")
         return None
@@ -154,12 +155,12 @@ def parse_spec(arguments: Mapping[str, Any], *, created_at: str) -> tuple[RunSpe
     values: dict[str, Any] = {
         "run_name": name,
         "task_type": task_type,
-        "train_data_path": check("train_data_path", _required_text),
+        "train_data_path": check("train_data_path", lambda given: _address(given, "data") or _required_text(None)),
         "register_to": check("register_to", _read_register_to),
         "experiment_path": check("experiment_path", _optional_text) or f"/Users/{user}/{name}",
-        "eval_data_path": check("eval_data_path", _optional_text),
+        "eval_data_path": check("eval_data_path", lambda given: _address(given, "data")),
         "eval_prompts": check("eval_prompts", _read_prompts),
-        "custom_weights_path": check("custom_weights_path", _optional_text),
+        "custom_weights_path": check("custom_weights_path", lambda given: _address(given, "checkpoint")),
         "training_duration": check("training_duration", lambda given: Duration.parse(given or "1ep")),
         "learning_rate": check("learning_rate", lambda given: _read_learning_rate(given, card)),
         "context_length": check("context_length", lambda given: _read_context_length(given, card)),
@@ -183,11 +184,21 @@ def _user() -> str:
 
 
 def _read_model(given: object) -> ModelCard:
-    return find_card(
-        _required_text(given)
-        if given
-        else _fail("is missing. Give a supported model's name or a folder of a Hugging Face model.")
-    )
+    address = _address(given, "model")
+    if address is None:
+        raise ValueError("is missing. Give a supported model's name or a folder of a Hugging Face model.")
+    card = find_card(address)
+    # A folder's card has the folder that a link leads to.
+    return card if "${" not in card.name else _fail(f"found {card.name!r}; '${{' is not allowed in it. Rename it.")
+
+
+def _address(given: object, takes: Takes) -> str | None:
+    """What spec.json keeps of a path or name."""
+    if given is None or given == "":
+        return None
+    if not isinstance(given, str | Path):
+        raise ValueError(f"found {type(given).__name__}; allowed is text.")
+    return Address.parse(given, takes).text
 
 
 def _fail(text: str) -> Any:
@@ -291,4 +302,10 @@ def _read_overrides(given: object) -> Mapping[str, Any]:
         return {}
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in cast(Any, given)):
         raise ValueError("allowed is a mapping of LLM-Foundry keys. For example {'global_train_batch_size': 8}.")
-    return dict(cast(Any, given))
+    overrides = dict[str, Any](cast(Any, given))
+    if "save_folder" in overrides:
+        try:
+            overrides["save_folder"] = _address(overrides["save_folder"], "folder") or _required_text(None)
+        except ValueError as error:
+            raise ValueError(f"save_folder: {error}") from None
+    return overrides

@@ -27,7 +27,7 @@ _USER_AND_PASSWORD = re.compile(r"(?<=://)[^\s/:@]*:\S{0,1000}@")
 """Up to the last `@`: a password may hold `/` and `@`."""
 _TOKEN_OF_A_SERVER = re.compile(r"(https?://)[^\s/]*@", re.IGNORECASE)
 _NAME = re.compile(
-    r"(?:(?P<in_address>[?&;]|%3F|%26|%3B)|(?<![\w%.-]))(?P<name>[a-z_][\w.-]*)"
+    r"(?:(?P<in_address>[?&;]|%3F|%26|%3B)|(?<![\w%./-]))(?P<name>[a-z_][\w.-]*)"
     r"(?P<sign>(?P<quote>[\"']?)(?:\s?:\s?|\s?=\s?|%3D))",
     re.IGNORECASE,
 )

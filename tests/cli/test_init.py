@@ -16,6 +16,7 @@ from tundish.cli import COMMANDS, build_parser, main
 from tundish.cli.arguments import assignment, create_arguments, read_experiment, replaced
 from tundish.errors import SpecError
 from tundish.run_folder import RunFolder
+from tundish.spec import parse_spec
 
 pytestmark = pytest.mark.usefixtures("nothing_starts")
 
@@ -303,18 +304,24 @@ def test_an_experiment_file_is_the_arguments_of_create(tmp_path: Path, arguments
     assert read_experiment(file) == content
 
 
-def test_data_paths_in_an_experiment_file_are_taken_from_its_folder(tmp_path: Path, arguments: dict[str, Any]) -> None:
+def test_paths_in_an_experiment_file_start_from_its_folder(
+    tmp_path: Path, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file would only work from one working directory."""
-    file = tmp_path / "deep" / "run.yaml"
-    file.parent.mkdir()
-    content = arguments | {"train_data_path": "../train.jsonl", "eval_data_path": "eval.jsonl"}
-    file.write_text(yaml.safe_dump(content))
-    found = read_experiment(file)
-    assert Path(found["train_data_path"]).samefile(tmp_path / "train.jsonl")
-    assert Path(found["eval_data_path"]) == file.parent / "eval.jsonl"
-    for kept in ("/data/train.jsonl", "dbfs:/Volumes/a/b/c/train.jsonl", "s3://bucket/train.jsonl"):
-        file.write_text(yaml.safe_dump(content | {"train_data_path": kept}))
-        assert read_experiment(file)["train_data_path"] == kept
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    given = {
+        "train_data_path": "../train.jsonl",
+        "eval_data_path": "main.lab.chats",
+        "custom_weights_path": "base/ep1-ba1",
+        "overrides": {"save_folder": "runs", "seed": 3},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(arguments | given))
+    monkeypatch.chdir(tmp_path)
+    spec, _ = parse_spec(read_experiment("deep/run.yaml"), created_at="2026-11-21T10:00:00+00:00")
+    assert spec.train_data_path == str(tmp_path / "train.jsonl") and spec.eval_data_path == "main.lab.chats"
+    assert spec.custom_weights_path == str(folder / "base" / "ep1-ba1")
+    assert spec.overrides == {"save_folder": str(folder / "runs"), "seed": 3}
 
 
 @pytest.mark.parametrize(

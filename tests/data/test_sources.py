@@ -12,6 +12,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tundish.address import Address
 from tundish.data import Outcome, check_structure, first_samples
 from tundish.data.chunks import EMPTY
 from tundish.data.records import Problem, Rules
@@ -375,7 +376,9 @@ def test_a_path_that_holds_no_lines_is_refused(tmp_path: Path, task: Any) -> Non
     (tmp_path / "train.csv").write_text("a,b")
     (tmp_path / "train").write_text("{}")
     (tmp_path / "folder.jsonl").mkdir()
-    takes = r"takes a \.jsonl file \(\.gz and \.zst too\), a Delta table or a Hugging Face dataset with its split"
+    takes = (
+        r"takes a \.jsonl file \(\.gz and \.zst too\), a Delta table .*, or a Hugging Face dataset with its split .*"
+    )
     for name, found in [
         ("none.jsonl", rf"none\.jsonl: there is no such file \(.*none\.jsonl\); {task} {takes}\. Check the path"),
         ("none.jsonl.gz", rf"none\.jsonl\.gz: there is no such file \(.*\); {task} {takes}"),
@@ -405,5 +408,6 @@ def test_volume_paths_are_read_from_the_workspace(home: Path, write_lines: Write
     folder = home / "Volumes" / "main" / "lab" / "v"
     folder.mkdir(parents=True)
     write_lines(folder / "train.jsonl", [CHAT])
-    source = open_source("dbfs:/Volumes/main/lab/v/train.jsonl", "CHAT_COMPLETION", system_message=True)
+    address = Address.parse("dbfs:/Volumes/main/lab/v/train.jsonl", "data")
+    source = open_source(address, "CHAT_COMPLETION", system_message=True)
     assert _samples(source) == [(1, CHAT["messages"])]

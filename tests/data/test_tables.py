@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
+from tundish import address
+from tundish.address import Address
 from tundish.data import Job, Prepared, huggingface, prepare, tables
 from tundish.data.records import Problem
 from tundish.data.sources import Source, open_source
@@ -44,7 +46,7 @@ def _write(path: Path, rows: Iterable[Row], **how: Any) -> Path:
 
 
 def _open(given: object, task_type: TaskType = "INSTRUCTION_FINETUNE") -> Source:
-    return open_source(str(given), task_type, system_message=True)
+    return open_source(Address.parse(str(given), "data"), task_type, system_message=True)
 
 
 def _samples(source: Source) -> list[Any]:
@@ -318,7 +320,8 @@ def test_a_table_that_is_not_there_is_named(home: Path, tmp_path: Path) -> None:
     """The caller would read a trace, not learn where tables are looked for, or leave an empty folder behind."""
     problem = _refusal("main.lab.none")
     place = home / "tables" / "main" / "lab" / "none"
-    assert problem.startswith(f"main.lab.none: there is no Delta table to read at {place} (")
+    beside = f"nor is there a file or folder {Path.cwd()}/main.lab.none"
+    assert problem.startswith(f"main.lab.none: there is no Delta table of that name ({place}), {beside}; ")
     assert problem.endswith("Check the name.") and not home.exists()
     (tmp_path / "t" / "_delta_log").mkdir(parents=True)
     assert _refusal(tmp_path / "t").startswith(f"{tmp_path / 't'}: there is no Delta table to read at")
@@ -540,9 +543,10 @@ def test_an_unknown_split_is_named_with_those_that_are_there(
 ) -> None:
     """The caller would not learn that what `datasets` makes of val.jsonl is called `validation`."""
     monkeypatch.chdir(tmp_path)
-    for given in (folder / "val", "lab/val", "lab/test", "lab/trian"):
+    for given in (folder / "val", "lab/val", "lab/test"):
         problem = _refusal(given)
         assert problem.startswith(f"{given}: ") and "train" in problem and "validation" in problem
+    assert _refusal("lab/trian").endswith("Did you mean train.jsonl?")
 
 
 def test_a_folder_for_each_split_is_read(tmp_path: Path, datasets_cache: Path, write_lines: WriteLines) -> None:
@@ -631,14 +635,14 @@ def test_subsets_are_refused(tmp_path: Path, datasets_cache: Path, write_lines: 
     ("given", "found"),
     [
         ("org/name/subset/train", "a subset is not supported; allowed is a file, catalog.schema.table"),
-        ("dolly", "allowed is a file, catalog.schema.table, or a Hugging Face dataset with its split"),
-        ("dolly/", "allowed is a file, catalog.schema.table, or a Hugging Face dataset with its split"),
-        ("https://example.org/train", "allowed is a file, catalog.schema.table, or a Hugging Face dataset"),
+        ("dolly", "dolly: there is no such file ({here}/dolly); INSTRUCTION_FINETUNE takes a .jsonl file (.gz and"),
+        ("dolly/", "dolly/: there is no such file ({here}/dolly); INSTRUCTION_FINETUNE takes a .jsonl file (.gz and"),
+        ("https://example.org/train", "found 'https://example.org/train'; allowed is a path, or a name, or an address"),
     ],
 )
 def test_other_names_are_refused(datasets_cache: Path, given: str, found: str) -> None:
     """A part of the name would be taken for the split, or the message not say how to write it."""
-    assert found in _refusal(given)
+    assert found.format(here=Path.cwd()) in _refusal(given)
 
 
 @pytest.mark.parametrize("with_data", [False, True])
@@ -714,7 +718,9 @@ def test_the_hub_out_of_reach_is_told(datasets_cache: Path) -> None:
     """The caller would read a trace of HTTP errors, and not that the name or the network is to be checked."""
     problem = _refusal("nobody/nothing/train")
     assert problem.startswith("nobody/nothing/train: cannot be loaded as a Hugging Face dataset (")
-    assert "nobody/nothing" in problem.split("(", 1)[1] and problem.endswith("Check name, split and network.")
+    assert "nobody/nothing" in problem.split("(", 1)[1]
+    both = f"Check name, split and network. There is no file or folder {Path.cwd()}/nobody/nothing/train either."
+    assert problem.endswith(both), "a slip in a path is as likely"
 
 
 def test_files_that_cannot_be_read_are_told_with_the_reason(tmp_path: Path, datasets_cache: Path) -> None:
@@ -734,6 +740,19 @@ def test_a_slip_in_a_path_does_not_search_all_beside_it(tmp_path: Path, datasets
     (tmp_path / "notes.txt").write_text("x")
     missing = tmp_path / "chats"
     assert _refusal(missing).startswith(f"{missing}: there is no such file ({missing})")
+
+
+def test_a_slip_in_a_large_folder_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a project with its packages beside it, the call took three minutes to say that there is no such file."""
+    monkeypatch.setattr(address, "MOST_FILES", 20)
+    monkeypatch.setattr("datasets.load_dataset_builder", None)
+    (tmp_path / "README.md").write_text("a project")
+    (tmp_path / "packages").mkdir()
+    for number in range(20):
+        (tmp_path / "packages" / f"{number}.py").touch()
+    monkeypatch.chdir(tmp_path)
+    for given in ("dolly", "./train"):
+        assert f"there is no such file ({tmp_path / Path(given)})" in _refusal(given)
 
 
 def test_a_path_that_is_not_there_does_not_load_its_neighbours(folder: Path, datasets_cache: Path) -> None:

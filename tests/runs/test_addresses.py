@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tundish.address import Address
 from tundish.errors import SpecError
 from tundish.run_folder import RunFolder
 from tundish.runs.addresses import checkpoint_address
@@ -15,13 +16,17 @@ MakeRun = Callable[..., RunFolder]
 OF_RUN = "dbfs:/databricks/mlflow-tracking/1/id-of-ift-1/artifacts/ift-1/checkpoints/ep1-ba10"
 
 
+def _address(given: str) -> str:
+    return checkpoint_address(Address.parse(given, "checkpoint"))
+
+
 @pytest.mark.parametrize("save_folder", ["s3://lab/ift-1/checkpoints", "/mnt/big/ift-1/checkpoints"])
 def test_an_artifact_path_is_where_its_run_saved(make_run: MakeRun, save_folder: str) -> None:
     """Notebooks name checkpoints by the service's paths; those of a run that saves elsewhere would not be found."""
     paths = make_run("ift-1", ("CREATED", "waits"))
     replace(paths.read_tracking(), save_folder=save_folder).write(paths)
-    assert checkpoint_address(OF_RUN) == f"{save_folder}/ep1-ba10"
-    assert checkpoint_address(OF_RUN.removeprefix("dbfs:")) == f"{save_folder}/ep1-ba10"
+    assert _address(OF_RUN) == f"{save_folder}/ep1-ba10"
+    assert _address(OF_RUN.removeprefix("dbfs:")) == f"{save_folder}/ep1-ba10"
 
 
 @pytest.mark.parametrize("rest", ["ift-1/checkpoints/../../../secret", "../../x"])
@@ -29,7 +34,7 @@ def test_an_artifact_path_stays_in_its_run(make_run: MakeRun, rest: str) -> None
     """Any checkpoint of the store, or file of the machine, would be read by way of a run."""
     make_run("ift-1", ("CREATED", "waits"))
     with pytest.raises(SpecError):
-        checkpoint_address(f"dbfs:/databricks/mlflow-tracking/1/id-of-ift-1/artifacts/{rest}")
+        _address(f"dbfs:/databricks/mlflow-tracking/1/id-of-ift-1/artifacts/{rest}")
 
 
 def test_a_server_is_asked_for_runs_of_other_machines(
@@ -44,17 +49,17 @@ def test_a_server_is_asked_for_runs_of_other_machines(
     mlflow_run = client.create_run(client.create_experiment("of another machine"))
     experiment, run = mlflow_run.info.experiment_id, mlflow_run.info.run_id
     given = f"dbfs:/databricks/mlflow-tracking/{experiment}/{run}/artifacts/ift-9/checkpoints/ep1-ba1"
-    address = checkpoint_address(given)
+    address = _address(given)
     assert address == f"{uri}/api/2.0/mlflow-artifacts/artifacts/{experiment}/{run}/artifacts/ift-9/checkpoints/ep1-ba1"
     with pytest.raises(SpecError, match="has no MLflow run"):
-        checkpoint_address(given.replace(str(run), "0" * 32))
+        _address(given.replace(str(run), "0" * 32))
 
 
 def test_other_addresses_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path or a URI would be taken for another."""
     monkeypatch.chdir(tmp_path)
-    assert checkpoint_address("s3://lab/x/ep1-ba1") == "s3://lab/x/ep1-ba1"
-    assert checkpoint_address("./ep1-ba1") == str(tmp_path / "ep1-ba1")
+    assert _address("s3://lab/x/ep1-ba1") == "s3://lab/x/ep1-ba1"
+    assert _address("./ep1-ba1") == str(tmp_path / "ep1-ba1")
 
 
 def test_artifacts_have_one_address_for_every_process() -> None:

@@ -83,7 +83,6 @@ def test_each_run_saves_below_the_root_that_was_given(home: Path) -> None:
     for given, root in (
         ({"save_folder": "s3://lab/x/"}, "s3://lab/x"),
         ({"save_folder": "/mnt/big"}, "/mnt/big"),
-        ({"save_folder": "dbfs:/Volumes/main/lab/v"}, f"{home}/Volumes/main/lab/v"),
     ):
         assert planned_save_folder("chat-1", "/Users/me/chat-1", save_root(given)) == f"{root}/chat-1/checkpoints"
     assert save_root({"seed": 1}) is None

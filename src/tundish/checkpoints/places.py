@@ -16,12 +16,13 @@ from typing import Any, TypeVar
 
 from filelock import FileLock
 
+from tundish.address import is_uri
 from tundish.checkpoints import NAME, check_complete, in_order, list_checkpoints
 from tundish.checkpoints.manifest import problems, read_manifest
 from tundish.checkpoints.metadata import METADATA
 from tundish.checkpoints.pickles import shown
 from tundish.errors import CheckpointError
-from tundish.paths import CHECKPOINT_LINK, copies_dir, is_uri, write_atomic
+from tundish.paths import CHECKPOINT_LINK, copies_dir, write_atomic
 
 T = TypeVar("T")
 FILE_NAME = re.compile(r"\.metadata|manifest\.json|[\w-]+\.(distcp|pt)|[\w-]+\.symlink")

@@ -15,10 +15,11 @@ from typing import Any, cast
 import yaml
 
 from tundish import foundation_model as fm
+from tundish.address import Beside, local_path
 from tundish.compute import Compute
 from tundish.errors import SpecError, did_you_mean
 
-PATH_ARGUMENTS = ("train_data_path", "eval_data_path", "custom_weights_path")
+PATH_ARGUMENTS = ("model", "train_data_path", "eval_data_path", "custom_weights_path")
 LARGEST_FILE = 1 << 20
 SECTIONS = ("compute", "overrides")
 """Arguments of `create()` that are mappings: `SECTION.KEY` names one of their keys."""
@@ -195,17 +196,24 @@ def _option(text: str) -> Iterator[tuple[str, str | bool]]:
     yield key, value if sign else True
 
 
-def read_experiment(file: Path) -> dict[str, Any]:
-    """The arguments of `create()` in a YAML file; relative data paths are taken from the file's own folder.
+def read_experiment(given: str | Path) -> dict[str, Any]:
+    """The arguments of `create()` in a YAML file; relative paths in it start from the file's own folder.
 
     Raises:
         SpecError: the file cannot be read or is no mapping, or names an argument that `create()` does not have.
     """
+    file = local_path(given, "FILE")
     content = _read_yaml(file)
     if not isinstance(content, dict):
         raise SpecError(f"{file}: found no mapping. Write one argument of create() a line, like 'model: …'.")
     check_names(str(file), content)
-    return content | {name: _beside(file, content[name]) for name in PATH_ARGUMENTS if content.get(name)}
+    beside: dict[str, Any] = {
+        name: Beside(text, file.parent) for name in PATH_ARGUMENTS if isinstance(text := content.get(name), str)
+    }
+    overrides = content.get("overrides")
+    if isinstance(overrides, dict) and isinstance(root := overrides.get("save_folder"), str):
+        beside["overrides"] = overrides | {"save_folder": Beside(root, file.parent)}
+    return content | beside
 
 
 def _read_yaml(file: Path) -> Any:
@@ -235,14 +243,6 @@ def check_names(where: str, arguments: Iterable[Any]) -> None:
     if unknown := sorted(str(key) for key in arguments if key not in known):
         near = "".join(did_you_mean(key, known) for key in unknown[:1])
         raise SpecError(f"{where}: create() has no argument {', '.join(unknown)}; it has {', '.join(known)}.{near}")
-
-
-def _beside(file: Path, given: Any) -> Any:
-    """A relative path is taken from the file's folder."""
-    text = str(given)
-    if ":" in text.split("/")[0] or text.startswith(("/", "~")):
-        return given
-    return str(file.parent / text)
 
 
 def assignment(text: str) -> tuple[str, Any]:

@@ -3,8 +3,8 @@
 import argparse
 import os
 import time
-from pathlib import Path
 
+from tundish.address import Address, local_path
 from tundish.cli.output import RUN_HELP, add_json, print_json
 from tundish.cli.parsing import Command
 from tundish.errors import CheckpointError, SpecError
@@ -84,9 +84,10 @@ def export(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from tundish.runs.exporting import export_checkpoint, find_exportable
 
-    found = find_exportable(selecting.named_or_address(arguments.source), arguments.model)
+    model = Address.parse(arguments.model, "model", "--model").text if arguments.model else None
+    found = find_exportable(selecting.named_or_address(arguments.source), model)
     short = "" if arguments.dtype == "bfloat16" else f"-{arguments.dtype}"
-    out = Path(arguments.out or f"{found.name}-{found.checkpoint.name}{short}")
+    out = local_path(arguments.out or f"{found.name}-{found.checkpoint.name}{short}", "--out")
     if out.exists():
         raise SpecError(f"--out: {out} exists already. Name a new folder.")
     started, done = time.monotonic(), [0]
@@ -98,13 +99,13 @@ def export(arguments: argparse.Namespace) -> int:
 
         export_checkpoint(found, out, arguments.dtype, count)
     if arguments.json:
-        facts = {"checkpoint": str(found.checkpoint), "export": str(out.absolute()), "dtype": arguments.dtype}
+        facts = {"checkpoint": str(found.checkpoint), "export": str(out), "dtype": arguments.dtype}
         return print_json({**facts, "bytes": done[0]})
     seconds = time.monotonic() - started
     print(
         f"{found.checkpoint.name} of {found.name}: {done[0]:,} bytes of {arguments.dtype} weights in {seconds:.1f} s."
     )
-    print(out.absolute())
+    print(out)
     return 0
 
 

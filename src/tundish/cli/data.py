@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from tundish.address import local_path
 from tundish.cli.arguments import DATA_USAGE, add_create_options, create_arguments
-from tundish.cli.output import PICTURES, add_json, check_file, print_json
+from tundish.cli.output import PICTURES, add_json, new_file, print_json
 from tundish.cli.parsing import Command
 from tundish.errors import DataError, SpecError
 from tundish.new_folder import new_folder
@@ -34,14 +35,14 @@ def validate_options(command: argparse.ArgumentParser) -> None:
 
 def validate(arguments: argparse.Namespace) -> int:
     """`tundish validate`."""
-    check_file("--report", arguments.report)
+    file = new_file("--report", arguments.report)
     found = creating.validate(_data_arguments(arguments), bar)
-    if arguments.report:
-        found.save(arguments.report)
+    if file:
+        found.save(file)
     if arguments.json:
         print_json(found.to_dict())
     else:
-        _show(found, arguments.report)
+        _show(found, file)
     return 0 if found.ok else 1
 
 
@@ -54,15 +55,15 @@ def estimate_options(command: argparse.ArgumentParser) -> None:
 
 def estimate(arguments: argparse.Namespace) -> int:
     """`tundish estimate`."""
-    check_file("--plot", arguments.plot, PICTURES)
+    file = new_file("--plot", arguments.plot, PICTURES)
     found = creating.estimate(_data_arguments(arguments), bar)
-    if arguments.plot:
-        found.plot(arguments.plot)
+    if file:
+        found.plot(file)
     if arguments.json:
         return print_json(dataclasses.asdict(found))
     print(found)
-    if arguments.plot:
-        print(f"\nHistogram drawn: {arguments.plot}")
+    if file:
+        print(f"\nHistogram drawn: {file}")
     return 0
 
 
@@ -75,7 +76,7 @@ def prepare_options(command: argparse.ArgumentParser) -> None:
 
 def prepare(arguments: argparse.Namespace) -> int:
     """`tundish prepare`."""
-    out = Path(arguments.out) if arguments.out else None
+    out = local_path(arguments.out, "--out") if arguments.out else None
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SpecError(f"--out: {out} exists already. Name a new folder.")
     found = creating.validate(_data_arguments(arguments), bar)
@@ -118,7 +119,7 @@ def _published(folders: Mapping[str, Path], out: Path) -> dict[str, Path]:
     return {split: out / split for split in folders}
 
 
-def _show(found: "Validation", report_file: str | None) -> None:
+def _show(found: "Validation", report_file: Path | None) -> None:
     if not sys.stdout.isatty():
         print(found)
     else:

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
+from tundish.address import local_path
 from tundish.cli import streams
 from tundish.errors import SpecError
 from tundish.runs.records import TrainingRun
@@ -35,20 +36,22 @@ def add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", metavar="RUN", help=RUN_HELP)
 
 
-def check_file(option: str, file: str | None, kinds: Sequence[str] = ()) -> None:
-    """Refuse what cannot be written in the end, before hours are spent on it.
+def new_file(option: str, given: str | None, kinds: Sequence[str] = ()) -> Path | None:
+    """The file that an option names; what cannot be written in the end is refused before hours are spent on it.
 
     Raises:
         SpecError: its folder is not there or not writable, it is a folder, or its name does not end in one of `kinds`.
     """
-    if not file:
-        return
-    if not Path(file).parent.is_dir():
-        raise SpecError(f"{option}: there is no folder {Path(file).parent}. Make it, or name another one.")
-    if Path(file).is_dir() or not os.access(Path(file).parent, os.W_OK):
+    if given is None:
+        return None
+    file = local_path(given, option)
+    if not file.parent.is_dir():
+        raise SpecError(f"{option}: there is no folder {file.parent}. Make it, or name another one.")
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
         raise SpecError(f"{option}: {file} cannot be written. Name a file in a folder of yours.")
-    if kinds and Path(file).suffix.lower() not in kinds:
-        raise SpecError(f"{option}: found {file!r}; allowed is a name that ends in {' or '.join(kinds)}.")
+    if kinds and file.suffix.lower() not in kinds:
+        raise SpecError(f"{option}: found {given!r}; allowed is a name that ends in {' or '.join(kinds)}.")
+    return file
 
 
 def print_json(content: Any) -> int:

@@ -1,9 +1,9 @@
 """The commands that start a run, or show what would start: create, run, render, resume."""
 
 import argparse
-from pathlib import Path
 
 from tundish import foundation_model as fm
+from tundish.address import local_path
 from tundish.cli.arguments import (
     USAGE,
     add_compute_options,
@@ -53,7 +53,7 @@ def run_options(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """`tundish run FILE key=value …`."""
-    values = read_experiment(Path(arguments.file))
+    values = read_experiment(arguments.file)
     replaced(values, arguments, arguments.arguments)
     return _started(creating.create(values, bar), arguments.json, wait=not arguments.detach)
 
@@ -85,7 +85,7 @@ def _launch(arguments: argparse.Namespace) -> int:
     if arguments.out is None:
         print("\n".join(by_hand.scripts(given, *where).values()), end="")
         return 0
-    for host, script in enumerate(by_hand.write(given, *where, Path(arguments.out))):
+    for host, script in enumerate(by_hand.write(given, *where, local_path(arguments.out, "--out"))):
         print(f"On host {host}:  bash {script}")
     return 0
 

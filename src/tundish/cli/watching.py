@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tundish import foundation_model as fm
-from tundish.cli.output import PICTURES, add_json, add_run, check_file, print_json, print_table
+from tundish.cli.output import PICTURES, add_json, add_run, new_file, print_json, print_table
 from tundish.cli.parsing import Command
 from tundish.errors import Interrupted, RequestError, SpecError, did_you_mean
 from tundish.run_folder import RunFolder
@@ -142,11 +142,11 @@ def metrics_options(command: argparse.ArgumentParser) -> None:
 
 def metrics(arguments: argparse.Namespace) -> int:
     """`tundish metrics [--plot FILE]`."""
-    check_file("--plot", arguments.plot, PICTURES)
+    file = new_file("--plot", arguments.plot, PICTURES)
     run = fm.get(selecting.named(arguments.run))
     points: Any = run.metrics(arguments.key)
-    if arguments.plot:
-        run.plot().savefig(arguments.plot)
+    if file:
+        run.plot().savefig(file)
     if arguments.json:
         return print_json([dict(zip(points.columns, row, strict=True)) for row in points.itertuples(index=False)])
     if points.empty:
@@ -160,8 +160,8 @@ def metrics(arguments: argparse.Namespace) -> int:
             for key, of in points.groupby("key")
         ]
         print_table(["METRIC", "POINTS", "LAST STEP", "FIRST", "LAST"], rows)
-    if arguments.plot:
-        print(f"Losses drawn: {arguments.plot}")
+    if file:
+        print(f"Losses drawn: {file}")
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tundish.address import local_path
 from tundish.data import first_samples
 from tundish.data.chunks import Chunk
 from tundish.data.encoding import EncodedChunk, Job, encode_chunk
@@ -111,7 +112,7 @@ class Estimate:
 
     def plot(self, path: str | Path) -> None:
         """Write the histogram as PNG."""
-        Path(path).write_bytes(self._png())
+        local_path(path, "path").write_bytes(self._png())
 
     def _png(self) -> bytes:
         from matplotlib.figure import Figure

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from tundish.address import Address
 from tundish.data.chunks import Chunk, TableRows
 from tundish.data.findings import Place
 from tundish.data.records import Rules
 from tundish.data.sources import Source
 from tundish.data.tables import BATCH_ROWS, sample_columns
 from tundish.errors import DataError, SpecError
-from tundish.paths import resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,27 +60,27 @@ class DatasetRows:
         )
 
 
-def open_dataset(given: str, rules: Rules) -> DatasetRows:
-    """A Hugging Face dataset named `org/dataset/split`, `dataset/split` or `folder/split`.
+def open_dataset(address: Address, rules: Rules) -> DatasetRows:
+    """A Hugging Face dataset named `org/dataset/split`, `dataset/split`, or `folder/split` of this machine.
 
     Raises:
         SpecError: there is no such dataset or split, it lacks the columns, or it would run code.
     """
-    dataset = _load_dataset(given)
-    columns = sample_columns(dataset.column_names, rules, given)
-    return DatasetRows(given, rules, dataset.select_columns(columns))
+    dataset = _load_dataset(address)
+    columns = sample_columns(dataset.column_names, rules, address.given)
+    return DatasetRows(address.given, rules, dataset.select_columns(columns))
 
 
-def _load_dataset(given: str) -> Any:
+def _load_dataset(address: Address) -> Any:
     from datasets import disable_progress_bars, load_dataset, load_dataset_builder, load_from_disk
     from datasets.exceptions import DatasetsError
 
-    path = Path(resolve(given))
-    name, _, split = given.rpartition("/")
-    local = path.parent.is_dir()
-    saved = (path / "state.json").is_file()
-    if not saved and (not name or not split or (not local and (given.count("/") > 2 or not _is_hub_name(name)))):
-        found = "a subset is not supported; " if given.count("/") > 2 else ""
+    given, local = address.given, address.kind == "path"
+    path = Path(address.text)
+    name, _, split = (str(path.parent), "", path.name) if local else address.text.rpartition("/")
+    saved = local and (path / "state.json").is_file()
+    if not local and (name.count("/") > 1 or not _is_hub_name(name)):
+        found = "a subset is not supported; " if name.count("/") > 1 else ""
         raise SpecError(
             f"{given}: {found}allowed is a file, catalog.schema.table, or a Hugging Face dataset with its split: "
             "org/dataset/split or dataset/split."
@@ -92,16 +92,17 @@ def _load_dataset(given: str) -> Any:
             _check_inside(path, (file["filename"] for file in files), given)
             return load_from_disk(str(path))
         if local:
-            builder = load_dataset_builder(str(path.parent), trust_remote_code=False)
+            builder = load_dataset_builder(name, trust_remote_code=False)
             _check_split(builder, given, split)
             _check_inside(
                 path.parent, (name for names in (builder.config.data_files or {}).values() for name in names), given
             )
-        return load_dataset(str(path.parent) if local else name, split=split, trust_remote_code=False)
+        return load_dataset(name, split=split, trust_remote_code=False)
     except SpecError:
         raise
     except (DatasetsError, ValueError, OSError, KeyError, TypeError) as error:
-        raise SpecError(f"{given}: {_reason(error)}") from error
+        beside = "".join(f" There is no file or folder {place} either." for place in address.looked if not local)
+        raise SpecError(f"{given}: {_reason(error)}{beside}") from error
 
 
 def _check_split(builder: Any, given: str, split: str) -> None:
@@ -124,9 +125,7 @@ def _is_hub_name(name: str) -> bool:
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
     # Names of readers, `pandas` among them, which unpickles what lies in the working directory.
-    if name in _PACKAGED_DATASETS_MODULES:
-        return False
-    return not name.startswith((".", "/", "~")) and ":" not in name
+    return name not in _PACKAGED_DATASETS_MODULES
 
 
 def _reason(error: Exception) -> str:

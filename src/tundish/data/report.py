@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tundish.address import local_path
 from tundish.data import Outcome, Prepared, examine, first_samples
 from tundish.data.encoding import Job
 from tundish.data.findings import Finding
@@ -89,7 +90,7 @@ class Validation:
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict()` as JSON."""
-        write_atomic(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        write_atomic(local_path(path, "path"), json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
     def __str__(self) -> str:
         parts: list[str] = []

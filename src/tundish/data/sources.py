@@ -4,24 +4,23 @@ A source is read as chunks, in a fixed order. It can be cut into parts, which ar
 machines read it. Opening a source finds out what it is and refuses what cannot be read; no sample is read by it.
 """
 
+import difflib
 import hashlib
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
+from tundish.address import LINE_SUFFIXES, MOST_FILES, Address, may_be_split
 from tundish.data.chunks import CHUNK_BYTES, Chunk, Compression, TextFiles, line_blocks, open_lines
 from tundish.data.findings import Place
 from tundish.data.records import Rules
 from tundish.errors import DataError, SpecError
-from tundish.paths import REMOTE_SCHEMES, home, inside, resolve
 from tundish.spec import TaskType
 from tundish.text import printable
 
-LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 TEXT_TASK: TaskType = "CONTINUED_PRETRAIN"
 
 
@@ -218,63 +217,93 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_source(given: str, task_type: TaskType, *, system_message: bool) -> Source:
-    """The source that a path names, without reading samples.
+def open_source(given: Address | str, task_type: TaskType, *, system_message: bool) -> Source:
+    """The source at an address, without reading samples.
+
+    Args:
+        given: the address, or its text as a spec has it.
+        task_type: what its samples are for.
+        system_message: whether a chat may begin with one.
 
     Raises:
-        SpecError: there is nothing at the path, or nothing that the task type takes.
+        SpecError: there is nothing at the address, or nothing that the task type takes.
     """
     rules = Rules(task_type, system_message)
-    if given.startswith(REMOTE_SCHEMES):
-        return _open_remote(given, rules)
+    address = given if isinstance(given, Address) else Address.of(given)
+    if address.kind == "object":
+        return _open_remote(address.text, rules)
     if task_type == TEXT_TASK:
-        return _open_folder(Path(resolve(given)), given, rules)
-    path = Path(resolve(given))
+        return _open_folder(address, rules)
+    if address.kind == "hub":
+        from tundish.data.huggingface import open_dataset
+
+        return open_dataset(address, rules)
+    if address.kind == "table":
+        return _open_named_table(address, rules)
+    return _open_path(address, rules)
+
+
+_KINDS = (
+    "a .jsonl file (.gz and .zst too), a Delta table (its folder, or catalog.schema.table), or a Hugging Face dataset "
+    "with its split (org/dataset/split)"
+)
+
+
+def _open_path(address: Address, rules: Rules) -> Source:
+    path = address.path
     if path.is_file():
-        return _open_file(path, given, rules)
-    if path.is_dir() and (path / "_delta_log").is_dir():
-        return _open_table(str(path), given, rules)
-    if given.endswith(LINE_SUFFIXES) or (given.startswith(("/", ".", "~", "dbfs:")) and not _dataset_folder(path)):
-        missing = f"there is no such file ({path})"
-        found = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else missing
-        raise SpecError(f"{given}: {found}; {task_type} takes {_KINDS}. Check the path.")
-    if re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", given):
-        return _open_table(str(inside(home() / "tables", *given.split("."))), given, rules)
-    from tundish.data.huggingface import open_dataset
+        return _open_file(address, rules)
+    if (path / "_delta_log").is_dir():
+        return _open_table(str(path), address.given, rules)
+    if not path.name.endswith(LINE_SUFFIXES) and (path.is_dir() or may_be_split(path)):
+        from tundish.data.huggingface import open_dataset
 
-    return open_dataset(given, rules)
-
-
-_KINDS = "a .jsonl file (.gz and .zst too), a Delta table or a Hugging Face dataset with its split"
+        return open_dataset(address, rules)
+    missing = f"there is no such file ({address.places})"
+    found = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else missing
+    near = [] if path.exists() else _near(path)
+    advice = f"Did you mean {' or '.join(near)}?" if near else "Check the path."
+    raise SpecError(f"{address.given}: {found}; {rules.task_type} takes {_KINDS}. {advice}")
 
 
-def _dataset_folder(path: Path) -> bool:
-    """Whether a path may be a local folder of a dataset, with a split's name at its end.
-
-    `datasets` lists all files below a folder: beside a home, that would take minutes.
-    """
-    if path.is_dir() or not path.parent.is_dir() or path.suffix:
-        return path.is_dir()
-    names = [found.name for found in islice(path.parent.iterdir(), 10_000)]
-    # A card may name any split; these three are known by many names of files.
-    usual = path.name in ("train", "validation", "test")
-    return bool(names) and (usual or any(name in ("README.md", "data") or path.name in name for name in names))
+def _near(path: Path) -> list[str]:
+    """What stands there under a name like that of a path that is not there."""
+    try:
+        names = [found.name for found in islice(path.parent.iterdir(), MOST_FILES)]
+    except OSError:
+        return []
+    stems = {name.partition(".")[0]: name for name in sorted(names, reverse=True)}
+    return [stems[stem] for stem in difflib.get_close_matches(path.name.partition(".")[0], stems, n=3)]
 
 
-def _open_file(path: Path, given: str, rules: Rules) -> Source:
+def _open_named_table(address: Address, rules: Rules) -> Source:
+    if not (address.path / "_delta_log").is_dir():
+        beside = "".join(f", nor is there a file or folder {place}" for place in address.looked)
+        raise SpecError(
+            f"{address.given}: there is no Delta table of that name ({address.path}){beside}; {rules.task_type} takes "
+            f"{_KINDS}. Check the name."
+        )
+    return _open_table(str(address.path), address.given, rules)
+
+
+def _open_file(address: Address, rules: Rules) -> Source:
+    path = address.path
     if not path.name.endswith(LINE_SUFFIXES):
         found = path.suffix or "nameless"
-        raise SpecError(f"{given}: found a {found} file; {rules.task_type} takes {_KINDS}.")
+        raise SpecError(f"{address.given}: found a {found} file; {rules.task_type} takes {_KINDS}.")
     return Lines(path, rules)
 
 
-def _open_folder(path: Path, given: str, rules: Rules) -> Source:
+def _open_folder(address: Address, rules: Rules) -> Source:
+    # What looks like a name is a folder that is not there: text is read from folders only.
+    path = Path(address.looked[0]) if address.kind in ("table", "hub") and address.looked else address.path
     if not path.is_dir():
-        found = "is a file" if path.exists() else f"there is no such folder ({path})"
-        raise SpecError(f"{given}: {found}; CONTINUED_PRETRAIN takes a folder of .txt files. Name the folder.")
+        places = address.places if address.kind == "path" else path
+        found = "is a file" if path.exists() else f"there is no such folder ({places})"
+        raise SpecError(f"{address.given}: {found}; CONTINUED_PRETRAIN takes a folder of .txt files. Name the folder.")
     source = TextFolder.of(path, rules)
     if not source.names:
-        raise SpecError(f"{given}: the folder holds no .txt file. Folders inside it are searched too.")
+        raise SpecError(f"{address.given}: the folder holds no .txt file. Folders inside it are searched too.")
     return source
 
 
@@ -288,7 +317,7 @@ def _open_remote(given: str, rules: Rules) -> Source:
     from tundish.data.remote import fetch_file, fetch_texts
 
     if rules.task_type == TEXT_TASK:
-        return _open_folder(fetch_texts(given), given, rules)
+        return _open_folder(Address("path", str(fetch_texts(given)), given), rules)
     if given.endswith(LINE_SUFFIXES):
         return Lines(fetch_file(given), rules)
     return _open_table(given.rstrip("/"), given, rules)

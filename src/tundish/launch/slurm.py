@@ -6,7 +6,6 @@ that all nodes and the submitting machine share.
 """
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -20,7 +19,7 @@ from tundish.compute import Compute
 from tundish.errors import RequestError, SpecError
 from tundish.launch.command import node_script
 from tundish.launch.life import Life
-from tundish.paths import RunPaths, write_atomic
+from tundish.paths import RunPaths, absolute_environment, write_atomic
 from tundish.run_folder import SlurmJob
 
 ANSWER_SECONDS = 20.0
@@ -102,7 +101,9 @@ def submit(paths: RunPaths, compute: Compute) -> None:
         return
     write_atomic(paths.job, job_script(compute, paths))
     # What a job around us was given, and sbatch's own variables, would change this one.
-    given = {name: value for name, value in os.environ.items() if not re.match(r"SLURM_(?!CONF$)|SBATCH_", name)}
+    given = {
+        name: value for name, value in absolute_environment().items() if not re.match(r"SLURM_(?!CONF$)|SBATCH_", name)
+    }
     names = ",".join(sorted(name for name in given if PASSED_ON.fullmatch(name)))
     try:
         answer = _ask("sbatch", "--parsable", f"--export={names}", str(paths.job), seconds=SUBMIT_SECONDS, env=given)

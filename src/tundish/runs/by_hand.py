@@ -24,7 +24,6 @@ from tundish.launch.command import node_script, train_environment
 from tundish.models import ModelCard
 from tundish.paths import RunPaths, write_atomic
 from tundish.run_folder import RunFolder, Tracking
-from tundish.runs.addresses import checkpoint_address
 from tundish.runs.checking import job_of, same_batches
 from tundish.runs.creating import destination_of, parsed_spec
 from tundish.runs.tracking import open_tracking
@@ -124,6 +123,6 @@ def _with_weights(spec: RunSpec, destination: Destination) -> Destination:
 
     if spec.custom_weights_path is None:
         return destination
-    weights = fetch_weights(checkpoint_address(spec.custom_weights_path))
+    weights = fetch_weights(spec.custom_weights_path)
     check_weights(weights, spec.model)
     return replace(destination, load_path=str(weights))

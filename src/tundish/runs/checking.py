@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import yaml
 
+from tundish.address import Address
 from tundish.compute import Compute, count_gpus
 from tundish.errors import DataError, InputError, SpecError
 from tundish.launch import slurm
 from tundish.models import ModelCard
 from tundish.overrides import target_responses
-from tundish.paths import REMOTE_SCHEMES, resolve
 from tundish.spec import ANSWER_TOKENS, RunSpec, TaskType
 
 if TYPE_CHECKING:
@@ -76,9 +76,9 @@ def check_data(
     """
     found = CheckedData()
     sources = dict[str, "Source"]()
-    for name, given in _named_paths(arguments):
+    for name, address in _named(arguments):
         with collected(found, name):
-            if (source := _open(given, arguments.get("task_type") or "CHAT_COMPLETION", parsed)) is not None:
+            if (source := _open(address, arguments.get("task_type") or "CHAT_COMPLETION", parsed)) is not None:
                 sources[name] = source
     if not rows:
         return found
@@ -120,23 +120,27 @@ def collected(found: CheckedData, name: str) -> Iterator[None]:
         found.problems.append(f"{name}: cannot be read ({error}). Check the path.")
 
 
-def _named_paths(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _named(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Address]]:
     for name in ("train_data_path", "eval_data_path"):
         given = arguments.get(name)
-        # What is no text is told by the spec's own check.
-        if given and isinstance(given, str | Path):
-            yield name, str(given)
+        if not given or not isinstance(given, str | Path):
+            continue
+        try:
+            address = Address.parse(given, "data")
+        except SpecError:
+            continue  # told by the spec's own check
+        yield name, address
 
 
-def _open(given: str, task_type: str, parsed: tuple[RunSpec, ModelCard] | None) -> "Source | None":
+def _open(address: Address, task_type: str, parsed: tuple[RunSpec, ModelCard] | None) -> "Source | None":
     from tundish.data.sources import open_source
 
     if task_type not in get_args(TaskType):
         # What it should hold cannot be told, but whether it is there.
-        if not given.startswith(REMOTE_SCHEMES) and not Path(resolve(given)).exists():
-            raise SpecError(f"{given}: there is no such file or folder. Check the path.")
+        if address.kind == "path" and not address.path.exists():
+            raise SpecError(f"{address.given}: there is no such file or folder ({address.places}). Check the path.")
         return None
-    return open_source(given, cast(TaskType, task_type), system_message=parsed is None or parsed[1].system_message)
+    return open_source(address, cast(TaskType, task_type), system_message=parsed is None or parsed[1].system_message)
 
 
 def _report(

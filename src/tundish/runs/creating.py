@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tundish import __version__, events, launch
+from tundish.address import Address
 from tundish.checkpoints import list_checkpoints
 from tundish.checkpoints.places import Place
 from tundish.data.sources import open_source
@@ -191,7 +192,8 @@ def _parse(arguments: Mapping[str, Any]) -> tuple[tuple[RunSpec, ModelCard] | No
     """Spec and card where the arguments make them, and the problems that need neither data nor a device to be seen."""
     parsed, problems = None, list[str]()
     try:
-        parsed = parse_spec(arguments, created_at=datetime.now(UTC).isoformat(timespec="seconds"))
+        spec, card = parse_spec(arguments, created_at=datetime.now(UTC).isoformat(timespec="seconds"))
+        parsed = _with_weights(spec), card
         problems.extend(_plan_problems(*parsed))
     except SpecError as error:
         problems.extend(error.problems)
@@ -199,6 +201,16 @@ def _parse(arguments: Mapping[str, Any]) -> tuple[tuple[RunSpec, ModelCard] | No
     if isinstance(overrides, Mapping):
         problems.extend(check_overrides(cast(Mapping[Any, Any], overrides)))
     return parsed, problems
+
+
+def _with_weights(spec: RunSpec) -> RunSpec:
+    """The spec with the place of the weights, where they are named as an artifact of an MLflow run."""
+    if spec.custom_weights_path is None:
+        return spec
+    try:
+        return replace(spec, custom_weights_path=checkpoint_address(Address.of(spec.custom_weights_path)))
+    except SpecError:
+        return spec  # told where the weights are looked at
 
 
 def _plan_problems(spec: RunSpec, card: ModelCard) -> list[str]:
@@ -239,13 +251,16 @@ def _model_problems(model: str) -> Sequence[str]:
 
 
 def _weights_problems(given: object) -> list[str]:
-    if not given:
+    if not given or not isinstance(given, str | Path):
         return []
     try:
-        find_weights(checkpoint_address(str(given)))
+        address = Address.parse(given, "checkpoint")
+    except SpecError:
+        return []  # told by the spec's own check
+    try:
+        find_weights(checkpoint_address(address))
     except (SpecError, CheckpointError) as error:
-        text = error.message
-        return [text if text.startswith("custom_weights_path") else f"custom_weights_path: {text}"]
+        return [f"custom_weights_path: {error.message}"]
     except (OSError, ValueError) as error:
         return [f"custom_weights_path: cannot be read ({error}). Check the path."]
     return []
@@ -280,5 +295,5 @@ def destination_of(spec: RunSpec) -> Destination:
         save_folder=planned_save_folder(spec.run_name, spec.experiment_path, save_root(spec.overrides)),
         tracking_uri=tracking_uri(),
         experiment_name=spec.experiment_path,
-        load_path=None if spec.custom_weights_path is None else checkpoint_address(spec.custom_weights_path),
+        load_path=spec.custom_weights_path,
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tundish.address import Address
 from tundish.checkpoints import in_order
 from tundish.checkpoints.places import Place, place_of
 from tundish.errors import CheckpointError, RunNotFoundError, SpecError
@@ -117,7 +118,7 @@ def _address(given: str) -> str:
     if "/" not in given and not Path(given).exists():
         find_run(given)  # says which names are near
         raise RunNotFoundError(f"there is no run {given!r}.")
-    return checkpoint_address(given)
+    return checkpoint_address(Address.parse(given, "checkpoint"))
 
 
 def _name(address: str) -> str:

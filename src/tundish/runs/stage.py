@@ -22,7 +22,6 @@ from tundish.paths import write_atomic
 from tundish.pretrained import check_pretrained
 from tundish.processes import locked
 from tundish.run_folder import RunFolder, Tracking
-from tundish.runs.addresses import checkpoint_address
 from tundish.runs.checking import job_of
 from tundish.runs.tracking import end_tracking
 from tundish.spec import RunSpec
@@ -70,7 +69,7 @@ def prepare_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[s
             link.unlink(missing_ok=True)
             link.symlink_to(found[split].folder)
     train = found["train"]
-    weights = None if spec.custom_weights_path is None else fetch_weights(checkpoint_address(spec.custom_weights_path))
+    weights = None if spec.custom_weights_path is None else fetch_weights(spec.custom_weights_path)
     if weights is not None:
         check_weights(weights, spec.model)
     destination = Destination(
