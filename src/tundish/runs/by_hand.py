@@ -26,6 +26,7 @@ from tundish.paths import RunPaths, write_atomic
 from tundish.run_folder import RunFolder, Tracking
 from tundish.runs.checking import job_of, same_batches
 from tundish.runs.creating import destination_of, parsed_spec
+from tundish.runs.notes import tell_arguments
 from tundish.runs.tracking import open_tracking
 from tundish.spec import RunSpec
 
@@ -83,6 +84,7 @@ def _tracking(spec: RunSpec, paths: RunPaths) -> Tracking:
     if not paths.result("tracking").exists():
         tags = {"tundish.version": __version__, "tundish.run": spec.run_name}
         made = open_tracking(spec.run_name, spec.experiment_path, tags)
+        tell_arguments(made, spec)
         replace(made, save_folder=str(paths.folder / "checkpoints")).write(paths)
     return RunFolder(paths.folder).read_tracking()
 

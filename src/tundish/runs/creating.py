@@ -26,6 +26,7 @@ from tundish.processes import interrupt_waits
 from tundish.run_folder import RunFolder
 from tundish.runs.addresses import checkpoint_address
 from tundish.runs.checking import BarOf, CheckedData, check_data, collected, job_of, machine_problems, no_bar
+from tundish.runs.notes import tell_arguments
 from tundish.runs.reading import read_run
 from tundish.runs.records import TrainingRun
 from tundish.runs.tracking import (
@@ -83,8 +84,10 @@ def _write_run(spec: RunSpec, paths: RunFolder) -> None:
     paths.folder.chmod(0o755)
     paths.result("tracking").parent.mkdir()
     paths.logs.mkdir()
-    tags = {"tundish.version": __version__, "tundish.run": spec.run_name}
-    open_tracking(spec.run_name, spec.experiment_path, tags, save_root(spec.overrides)).write(paths)
+    tags = {"tundish.version": __version__, "tundish.run": spec.run_name, "mlflow.user": spec.created_by}
+    tracking = open_tracking(spec.run_name, spec.experiment_path, tags, save_root(spec.overrides))
+    tracking.write(paths)
+    tell_arguments(tracking, spec)
     events.append(paths.events, "CREATED", "Run created. It waits to be scheduled.")
     write_atomic(paths.spec, spec.to_json())
 

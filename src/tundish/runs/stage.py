@@ -23,6 +23,7 @@ from tundish.pretrained import check_pretrained
 from tundish.processes import locked
 from tundish.run_folder import RunFolder, Tracking
 from tundish.runs.checking import job_of
+from tundish.runs.notes import tell_files
 from tundish.runs.tracking import end_tracking
 from tundish.spec import RunSpec
 from tundish.weights import check_weights, fetch_weights
@@ -34,6 +35,7 @@ def main(stage: str, folder: str) -> int:
     paths = RunFolder(Path(folder))
     if stage.startswith("close-"):
         end_tracking(paths.read_tracking(), stage.removeprefix("close-"))
+        tell_files(paths)
         return 0
     if stage == "canceled":
         return _canceled(paths, paths.read_tracking())
@@ -52,6 +54,7 @@ def _canceled(paths: RunFolder, tracking: Tracking) -> int:
     with locked(paths.folder):
         if paths.read_events()[-1].type in events.TERMINAL_TYPES:
             end_tracking(tracking, "KILLED")
+            tell_files(paths)
     return 0
 
 
@@ -116,6 +119,7 @@ def register_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[
         tracking_uri=tracking.tracking_uri,
         registry_uri=tracking.registry_uri or tracking.tracking_uri,
     )
+    tell_files(paths)
     return {"name": name, "version": version}
 
 

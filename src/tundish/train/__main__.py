@@ -51,6 +51,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tundish.checkpoints.places import Place
 from tundish.errors import TundishError
+from tundish.runs.notes import tell_plan
 from tundish.train.gloo import GlooMean, name_interface
 from tundish.train.guard import has_learned, nothing_learned
 from tundish.train.loader import RowOrder
@@ -155,6 +156,7 @@ def main() -> None:
     assert isinstance(cfg, DictConfig)
     try:
         trainer = build_trainer(cfg)
+        _tell_mlflow()
         if not _is_done(trainer.state):
             trainer.fit()
         elif not has_learned():
@@ -164,6 +166,13 @@ def main() -> None:
         _note({"error": error.message})
         raise
     _note({"batches": int(trainer.state.timestamp.batch), "tokens": int(trainer.state.timestamp.token)})
+
+
+def _tell_mlflow() -> None:
+    """Here, where MLflow is loaded anyway; of a run, not of a folder for hosts that are started by hand."""
+    paths = RunPaths(Path(os.environ.get(RUN_VARIABLE, "")).parent)
+    if dist.get_global_rank() == 0 and paths.spec.is_file():
+        tell_plan(paths)
 
 
 def _note(result: dict[str, Any]) -> None:

@@ -1,0 +1,166 @@
+"""What MLflow is told of a run beside its metrics: its arguments as params, its data sets, its files.
+
+None of it is needed by the run: what MLflow does not take is left out with a warning.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tundish.data import Prepared
+from tundish.foundry import planned_steps
+from tundish.overrides import flat
+from tundish.paths import RunPaths, is_uri, resolve
+from tundish.runs.causes import redacted
+from tundish.runs.tracking import Tracking, impatient, quiet
+from tundish.spec import RunSpec
+
+log = logging.getLogger(__name__)
+
+CHOSEN = (
+    "seed global_train_batch_size device_train_microbatch_size precision model.attn_implementation optimizer.name "
+    "optimizer.betas optimizer.weight_decay scheduler.name scheduler.t_warmup scheduler.alpha_f eval_interval "
+    "save_interval fsdp_config.activation_checkpointing fsdp_config.reshard_after_forward"
+).split()
+"""Keys of foundry.yaml that no argument of `create()` sets, and that make a run another one."""
+MOST_CHARACTERS = 500
+"""Of a param: what every MLflow server takes. `spec.json` has the whole value."""
+MOST_PARAMS = 100
+"""Of one request: MLflow's limit."""
+LOG_BYTES = 8 << 20
+"""Of a log, its end."""
+
+
+@contextlib.contextmanager
+def _unimportant(what: str) -> Iterator[None]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with quiet(), impatient():
+            yield
+    except (MlflowException, OSError) as error:
+        log.warning("MLflow has not taken %s: %s", what, redacted(" ".join(str(error).split())))
+
+
+def tell_arguments(tracking: Tracking, spec: RunSpec) -> None:
+    """Log the arguments of `create()`, defaults filled in."""
+    with _unimportant("the run's arguments"):
+        _log_params(tracking, arguments_of(spec))
+
+
+def arguments_of(spec: RunSpec) -> dict[str, str]:
+    """Every argument of a run by its name, what lies deeper by a dotted one; what was not given is left out."""
+    given = dataclasses.asdict(spec)
+    for name in ("created_by", "created_at", "compute", "overrides"):
+        del given[name]
+    given |= {"training_duration": str(spec.training_duration), "eval_prompts": list(spec.eval_prompts) or None}
+    given |= flat({"compute": dataclasses.asdict(spec.compute), "overrides": dict(spec.overrides)})
+    given |= {"devices": spec.compute.devices}
+    return {name: text(value) for name, value in given.items() if value not in (None, {})}
+
+
+def text(value: object) -> str:
+    """A value as a param, without secrets."""
+    shown = redacted(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+    return shown if len(shown) <= MOST_CHARACTERS else shown[: MOST_CHARACTERS - 1] + "…"
+
+
+def tell_plan(paths: RunPaths) -> None:
+    """Log what is known when the data is prepared: what was chosen for the run, its data sets, its files so far.
+
+    Arguments of a run that was resumed with other ones are logged as tags: MLflow changes no param.
+    """
+    spec, tracking = RunSpec.from_json(paths.spec.read_text()), Tracking.read(paths)
+    config: Any = yaml.safe_load(paths.foundry_yaml.read_text())
+    data = {split: Prepared.read(paths.data(split)) for split in ("train", "eval") if paths.data(split).exists()}
+    params = arguments_of(spec)
+    params |= {name: text(value) for name, value in flat(config).items() if name in CHOSEN}
+    params["steps"] = text(planned_steps(spec, data["train"].rows, data["train"].tokens)[1])
+    for split, prepared in data.items():
+        counts = {name: getattr(prepared, name) for name in ("samples", "tokens", "target_tokens", "rows", "truncated")}
+        params |= {f"{split}_{name}": text(count) for name, count in counts.items()}
+    with _unimportant("the run's plan"):
+        _log_params(tracking, params)
+        _log_data(tracking, spec, data)
+    tell_files(paths, (paths.spec, paths.foundry_yaml))
+
+
+def tell_files(paths: RunPaths, files: Iterable[Path] | None = None) -> None:
+    """Log files of the run's folder as artifacts, without secrets; all logs too where no files are named."""
+    tracking = Tracking.read(paths)
+    chosen = files or (paths.spec, paths.foundry_yaml, *paths.logs.glob("*.log"))
+    with _unimportant("the run's files"), tempfile.TemporaryDirectory() as folder:
+        for file in chosen:
+            if file.is_file() and file.stat().st_size:
+                copy = Path(folder) / file.relative_to(paths.folder)
+                copy.parent.mkdir(exist_ok=True)
+                copy.write_text(redacted(_end(file)), encoding="utf-8")
+        client(tracking).log_artifacts(tracking.run_id, folder)
+
+
+def _end(file: Path) -> str:
+    with open(file, "rb") as opened:
+        skipped = max(0, file.stat().st_size - LOG_BYTES)
+        opened.seek(skipped)
+        found = opened.read().decode(errors="replace")
+    return f"({skipped:,} bytes before this are left out)\n{found}" if skipped else found
+
+
+def client(tracking: Tracking) -> Any:
+    """Of the run's store."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking.tracking_uri)
+
+
+def _log_params(tracking: Tracking, params: Mapping[str, str]) -> None:
+    from mlflow.entities import Param, RunTag
+
+    store = client(tracking)
+    known = store.get_run(tracking.run_id).data.params
+    new = [Param(name, value) for name, value in params.items() if name not in known]
+    for start in range(0, len(new), MOST_PARAMS):
+        store.log_batch(tracking.run_id, params=new[start : start + MOST_PARAMS])
+    changed = [RunTag(f"resumed.{name}", value) for name, value in params.items() if known.get(name, value) != value]
+    store.log_batch(tracking.run_id, tags=changed)
+
+
+def _log_data(tracking: Tracking, spec: RunSpec, data: Mapping[str, Prepared]) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    given = {"train": spec.train_data_path, "eval": spec.eval_data_path}
+    inputs: list[DatasetInput] = []
+    for split, prepared in data.items():
+        counts = {name: getattr(prepared, name) for name in ("samples", "tokens", "target_tokens", "rows")}
+        kind, source = _source(str(given[split]))
+        dataset = Dataset(
+            name=redacted(str(given[split])).rstrip("/").rpartition("/")[2][:MOST_CHARACTERS],
+            digest=prepared.source_hash[:36],
+            source_type=kind,
+            source=redacted(json.dumps(source)),
+            profile=json.dumps(counts),
+        )
+        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", split)]))
+    client(tracking).log_inputs(tracking.run_id, inputs)
+
+
+def _source(given: str) -> tuple[str, Mapping[str, str]]:
+    """How MLflow names the place of data: its kind, and what finds it there."""
+    if is_uri(given) and not given.startswith("dbfs:"):
+        return given.partition(":")[0], {"uri": given}
+    if re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", given):
+        return "delta_table", {"delta_table_name": given}
+    name, _, split = given.rpartition("/")
+    return (
+        ("local", {"uri": resolve(given)})
+        if given.startswith(("/", ".", "~", "dbfs:"))
+        else ("hugging_face", {"path": name, "split": split})
+    )
