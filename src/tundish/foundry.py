@@ -32,6 +32,12 @@ CHOICES = {
     "fsdp_config.reshard_after_forward": "reshard_after_forward",
 }
 """Keys that the memory planner chooses, where the caller's overrides do not, by its own words."""
+DECIDED = (
+    "seed global_train_batch_size device_train_microbatch_size precision model.attn_implementation optimizer.name "
+    "optimizer.betas optimizer.weight_decay scheduler.name scheduler.t_warmup scheduler.alpha_f eval_interval "
+    "save_interval fsdp_config.activation_checkpointing fsdp_config.reshard_after_forward"
+).split()
+"""Keys that no argument of `create()` sets but `overrides`, and that make a run another one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,6 +182,11 @@ def _in_batches(warm_up: object, spec: RunSpec, steps: int | None) -> object:
     if share is None or spec.training_duration.unit == "tok":
         return warm_up
     return f"{max(1, round(float(share[1]) * (steps or 1)))}ba" if float(share[1]) else "0ba"
+
+
+def decided(text: str) -> dict[str, Any]:
+    """What a run's YAML says of DECIDED."""
+    return {key: value for key, value in flat(yaml.safe_load(text)).items() if key in DECIDED}
 
 
 def _interval(spec: RunSpec) -> str:

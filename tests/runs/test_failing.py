@@ -45,10 +45,7 @@ def _family(run: TrainingRun) -> list[psutil.Process]:
 def _mlflow_status(run: TrainingRun) -> str:
     from mlflow import MlflowClient
 
-    from tundish.runs.tracking import tracking_uri
-
-    assert run.run_id is not None
-    return MlflowClient(tracking_uri()).get_run(run.run_id).info.status
+    return MlflowClient(run.tracking_uri).get_run(str(run.run_id)).info.status
 
 
 def test_data_that_cannot_be_trained_fails_the_run_with_its_line(
@@ -77,6 +74,12 @@ def test_a_training_that_crashes_fails_the_run_with_its_cause(real_arguments: di
     assert "no_such_optimizer" in run.details
     assert "train.log" in run.details
     assert len(run.details.splitlines()) == 1
+    # Who looks at MLflow from another machine sees why, too.
+    from mlflow import MlflowClient
+
+    for name in ("spec.json", "foundry.yaml", "logs/train.log"):
+        text = Path(MlflowClient(run.tracking_uri).download_artifacts(str(run.run_id), name)).read_text()
+        assert "no_such_optimizer" in text, name
     # Its last word is written before it ends.
     end = time.monotonic() + 20
     while _family(run) and time.monotonic() < end:

@@ -13,24 +13,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tundish.data import Prepared
-from tundish.foundry import planned_steps
+from tundish.foundry import decided, planned_steps
 from tundish.overrides import flat
 from tundish.paths import RunPaths, is_uri, resolve
-from tundish.runs.causes import redacted
 from tundish.runs.tracking import Tracking, impatient, quiet
 from tundish.spec import RunSpec
+from tundish.text import redacted
 
 log = logging.getLogger(__name__)
 
-CHOSEN = (
-    "seed global_train_batch_size device_train_microbatch_size precision model.attn_implementation optimizer.name "
-    "optimizer.betas optimizer.weight_decay scheduler.name scheduler.t_warmup scheduler.alpha_f eval_interval "
-    "save_interval fsdp_config.activation_checkpointing fsdp_config.reshard_after_forward"
-).split()
-"""Keys of foundry.yaml that no argument of `create()` sets, and that make a run another one."""
 MOST_CHARACTERS = 500
 """Of a param: what every MLflow server takes. `spec.json` has the whole value."""
 MOST_PARAMS = 100
@@ -79,10 +71,9 @@ def tell_plan(paths: RunPaths) -> None:
     Arguments of a run that was resumed with other ones are logged as tags: MLflow changes no param.
     """
     spec, tracking = RunSpec.from_json(paths.spec.read_text()), Tracking.read(paths)
-    config: Any = yaml.safe_load(paths.foundry_yaml.read_text())
     data = {split: Prepared.read(paths.data(split)) for split in ("train", "eval") if paths.data(split).exists()}
     params = arguments_of(spec)
-    params |= {name: text(value) for name, value in flat(config).items() if name in CHOSEN}
+    params |= {name: text(value) for name, value in decided(paths.foundry_yaml.read_text()).items()}
     params["steps"] = text(planned_steps(spec, data["train"].rows, data["train"].tokens)[1])
     for split, prepared in data.items():
         counts = {name: getattr(prepared, name) for name in ("samples", "tokens", "target_tokens", "rows", "truncated")}
