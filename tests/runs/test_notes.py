@@ -13,12 +13,12 @@ import pytest
 from tundish import foundation_model as fm
 from tundish.data import MANIFEST, Prepared
 from tundish.foundry import render
-from tundish.paths import RunPaths, write_atomic
+from tundish.paths import write_atomic
+from tundish.run_folder import RunFolder
 from tundish.runs import creating, notes
-from tundish.runs.tracking import Tracking, open_tracking
-from tundish.spec import RunSpec
+from tundish.runs.tracking import open_tracking
 
-MakeRun = Callable[..., RunPaths]
+MakeRun = Callable[..., RunFolder]
 
 
 def test_every_argument_of_create_is_a_param(arguments: dict[str, Any], tmp_path: Path) -> None:
@@ -29,6 +29,7 @@ def test_every_argument_of_create_is_a_param(arguments: dict[str, Any], tmp_path
         "custom_weights_path": "/weights/ep1-ba1",
         "data_prep_cluster_id": "local[2]",
         "learning_rate": "5e-7",
+        "training_duration": "2_0ep",
         "overrides": {"seed": 3, "optimizer": {"betas": [0.9, 0.95]}},
         "compute": {"device": "cpu", "devices_per_node": 2},
     }
@@ -38,7 +39,7 @@ def test_every_argument_of_create_is_a_param(arguments: dict[str, Any], tmp_path
     assert len(names) >= 14 and names <= set(found)
     expected = {
         "learning_rate": "5e-07",
-        "training_duration": "2ep",
+        "training_duration": "20ep",
         "context_length": "512",
         "task_type": "CHAT_COMPLETION",
         "devices": "2",
@@ -55,11 +56,11 @@ def test_every_argument_of_create_is_a_param(arguments: dict[str, Any], tmp_path
 
 
 @pytest.fixture
-def prepared_run(make_run: MakeRun, tmp_path: Path) -> RunPaths:
+def prepared_run(make_run: MakeRun, tmp_path: Path) -> RunFolder:
     """A run whose data is prepared, with an MLflow run."""
     paths = make_run("chat-1", ("CREATED", "waits"), eval_data_path=str(tmp_path / "train.jsonl"))
     open_tracking("chat-1", "/Users/me/chat-1", {}).write(paths)
-    spec = RunSpec.from_json(paths.spec.read_text())
+    spec = paths.read_spec()
     for split, samples in (("train", 40), ("eval", 4)):
         paths.data(split).mkdir(parents=True)
         prepared = Prepared(
@@ -83,14 +84,14 @@ def prepared_run(make_run: MakeRun, tmp_path: Path) -> RunPaths:
 
 
 def test_mlflow_has_plan_data_and_files_of_a_run(
-    prepared_run: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run's batch size, data or log would be on the machine that trained it alone; or a secret be in MLflow."""
     from mlflow import MlflowClient
 
-    paths, tracking = prepared_run, Tracking.read(prepared_run)
+    paths, tracking = prepared_run, prepared_run.read_tracking()
     monkeypatch.setenv("HF_TOKEN", "hf_geheimgeheim")
-    spec = RunSpec.from_json(paths.spec.read_text())
+    spec = paths.read_spec()
     notes.tell_arguments(tracking, spec)
     notes.tell_plan(paths)
     # Resumed with two devices: MLflow changes no param, and refuses the whole batch.
@@ -105,7 +106,7 @@ def test_mlflow_has_plan_data_and_files_of_a_run(
     client: Any = MlflowClient(tracking.tracking_uri)
     run = client.get_run(tracking.run_id)
     batch = run.data.params["global_train_batch_size"]
-    assert run.data.params["steps"] == str(2 * -(-20 // int(batch)))
+    assert run.data.params["steps"] == str(-(-20 // int(batch)))
     counts = {"train_samples": "40", "train_tokens": "4000", "train_rows": "20", "eval_target_tokens": "240"}
     assert {name: run.data.params[name] for name in counts} == counts
     assert (run.data.params["seed"], run.data.params["devices"]) == ("17", "1")
@@ -122,11 +123,11 @@ def test_mlflow_has_plan_data_and_files_of_a_run(
 
 
 def test_a_store_that_is_away_costs_a_run_nothing(
-    prepared_run: RunPaths, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    prepared_run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Training would not begin, or a run's end not be told, for want of a log in MLflow."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    tracking = dataclasses.replace(Tracking.read(prepared_run), tracking_uri="http://127.0.0.1:1")
+    tracking = dataclasses.replace(prepared_run.read_tracking(), tracking_uri="http://127.0.0.1:1")
     tracking.write(prepared_run)
     with caplog.at_level(logging.WARNING):
         notes.tell_plan(prepared_run)

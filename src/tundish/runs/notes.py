@@ -16,8 +16,9 @@ from typing import Any
 from tundish.data import Prepared
 from tundish.foundry import decided, planned_steps
 from tundish.overrides import flat
-from tundish.paths import RunPaths, is_uri, resolve
-from tundish.runs.tracking import Tracking, impatient, quiet
+from tundish.paths import is_uri, resolve
+from tundish.run_folder import RunFolder, Tracking
+from tundish.runs.tracking import impatient, quiet
 from tundish.spec import RunSpec
 from tundish.text import redacted
 
@@ -65,12 +66,12 @@ def text(value: object) -> str:
     return shown if len(shown) <= MOST_CHARACTERS else shown[: MOST_CHARACTERS - 1] + "…"
 
 
-def tell_plan(paths: RunPaths) -> None:
+def tell_plan(paths: RunFolder) -> None:
     """Log what is known when the data is prepared: what was chosen for the run, its data sets, its files so far.
 
     Arguments of a run that was resumed with other ones are logged as tags: MLflow changes no param.
     """
-    spec, tracking = RunSpec.from_json(paths.spec.read_text()), Tracking.read(paths)
+    spec, tracking = paths.read_spec(), paths.read_tracking()
     data = {split: Prepared.read(paths.data(split)) for split in ("train", "eval") if paths.data(split).exists()}
     params = arguments_of(spec)
     params |= {name: text(value) for name, value in decided(paths.foundry_yaml.read_text()).items()}
@@ -84,9 +85,9 @@ def tell_plan(paths: RunPaths) -> None:
     tell_files(paths, (paths.spec, paths.foundry_yaml))
 
 
-def tell_files(paths: RunPaths, files: Iterable[Path] | None = None) -> None:
+def tell_files(paths: RunFolder, files: Iterable[Path] | None = None) -> None:
     """Log files of the run's folder as artifacts, without secrets; all logs too where no files are named."""
-    tracking = Tracking.read(paths)
+    tracking = paths.read_tracking()
     chosen = files or (paths.spec, paths.foundry_yaml, *paths.logs.glob("*.log"))
     with _unimportant("the run's files"), tempfile.TemporaryDirectory() as folder:
         for file in chosen:

@@ -51,6 +51,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tundish.checkpoints.places import Place
 from tundish.errors import TundishError
+from tundish.run_folder import RunFolder
 from tundish.runs.notes import tell_plan
 from tundish.train.gloo import GlooMean, name_interface
 from tundish.train.guard import has_learned, nothing_learned
@@ -170,7 +171,7 @@ def main() -> None:
 
 def _tell_mlflow() -> None:
     """Here, where MLflow is loaded anyway; of a run, not of a folder for hosts that are started by hand."""
-    paths = RunPaths(Path(os.environ.get(RUN_VARIABLE, "")).parent)
+    paths = RunFolder(Path(os.environ.get(RUN_VARIABLE, "")).parent)
     if dist.get_global_rank() == 0 and paths.spec.is_file():
         tell_plan(paths)
 
