@@ -7,16 +7,15 @@ import contextlib
 import dataclasses
 import json
 import logging
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tundish.address import Address
 from tundish.data import Prepared
 from tundish.foundry import decided, planned_steps
 from tundish.overrides import flat
-from tundish.paths import is_uri, resolve
 from tundish.run_folder import RunFolder, Tracking
 from tundish.runs.tracking import impatient, quiet
 from tundish.spec import RunSpec
@@ -146,13 +145,10 @@ def _log_data(tracking: Tracking, spec: RunSpec, data: Mapping[str, Prepared]) -
 
 def _source(given: str) -> tuple[str, Mapping[str, str]]:
     """How MLflow names the place of data: its kind, and what finds it there."""
-    if is_uri(given) and not given.startswith("dbfs:"):
-        return given.partition(":")[0], {"uri": given}
-    if re.fullmatch(r"[\w-]+\.[\w-]+\.[\w-]+", given):
+    kind = Address.of(given).kind
+    name, _, last = given.rpartition("/")
+    if kind == "table":
         return "delta_table", {"delta_table_name": given}
-    name, _, split = given.rpartition("/")
-    return (
-        ("local", {"uri": resolve(given)})
-        if given.startswith(("/", ".", "~", "dbfs:"))
-        else ("hugging_face", {"path": name, "split": split})
-    )
+    if kind == "hub":
+        return "hugging_face", {"path": name, "split": last}
+    return "local" if kind == "path" else given.partition(":")[0], {"uri": given}
