@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tundish.processes import ProcessId, is_held, locked, start, stop_tree
+from tundish.processes import ProcessId, start, stop_tree
 
 # Starts a child that does not end when it is asked to, tells its number, and waits.
 STUBBORN = """
@@ -110,21 +109,6 @@ def test_what_is_deaf_does_not_end_by_the_system_s_signals(tmp_path: Path) -> No
     assert process.poll() is None
     process.kill()
     process.wait(10)
-
-
-def test_a_lock_is_for_one_and_ends_with_its_holder(tmp_path: Path) -> None:
-    """Two would do at once what is to be done once; or nobody could go on after a crash."""
-    script = "import time; from tundish.processes import locked; from pathlib import Path\n"
-    script += f"with locked(Path({str(tmp_path)!r})):"
-    script += " print(1, flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None and holder.stdout.readline()
-        assert is_held(tmp_path)
-        begun = time.monotonic()
-        threading.Timer(0.3, holder.kill).start()
-        with locked(tmp_path):
-            assert time.monotonic() - begun >= 0.3
-    assert not is_held(tmp_path) and not is_held(tmp_path / "nothing")
 
 
 def test_a_stopped_process_takes_its_children_along(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tundish.errors import SpecError
 from tundish.model_files import check_files, is_model_folder, read_bytes
-from tundish.paths import architectures_dir, write_atomic
+from tundish.paths import architectures_dir, make_folder, write_atomic
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -50,7 +50,7 @@ def architecture_of(model: str) -> Architecture:
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged: made anew
         return _from_json(json.loads(kept.read_text()))
     found = architecture_in(model_config(model))
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(kept.parent)
     write_atomic(kept, json.dumps(asdict(found)))
     return found
 

@@ -7,6 +7,7 @@
     ├── RequestError (ValueError)      a call that makes no sense (cancel nothing, cancel two ways at once)
     ├── RunNotFoundError (LookupError) no run of that name
     ├── RunDamagedError (ValueError)   a file of a run's folder is damaged or of another program; `.path` is the file
+    ├── LockHeldError (TimeoutError)   another process holds a lock for too long
     ├── CheckpointError (ValueError)   a checkpoint that is incomplete, damaged or unsafe to read
     └── StageError (RuntimeError)      a stage of a run ended without its result; `.log_path` says more
     KeyboardInterrupt
@@ -68,6 +69,10 @@ class RunDamagedError(TundishError, ValueError):
 
     def __reduce__(self) -> tuple[type["RunDamagedError"], tuple[str, Path]]:
         return type(self), (self.message, self.path)
+
+
+class LockHeldError(TundishError, TimeoutError):
+    """Another process holds a lock, and did not let go of it in time."""
 
 
 class CheckpointError(TundishError, ValueError):

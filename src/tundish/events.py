@@ -4,7 +4,6 @@ One JSON object a line with `type`, `time` (ISO 8601, UTC), `message`, and facts
 """
 
 import errno
-import fcntl
 import json
 import os
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from tundish.locks import try_lock
 from tundish.paths import flush_folder
 from tundish.stored import read_regular
 from tundish.text import redacted
@@ -21,6 +21,7 @@ from tundish.text import redacted
 PROGRESS = b'{"type": "TRAIN_UPDATED"'
 NUMBERS = ("eta_s", "share")
 """Facts that readers count with."""
+LOCK_SECONDS = 2.0
 TERMINAL_TYPES = frozenset({"COMPLETED", "FAILED", "STOPPED", "CANCELED"})
 
 
@@ -41,7 +42,9 @@ def append(path: Path, type: str, message: str, **facts: Any) -> None:
     line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # Held for longer than a line takes only by a process that was stopped. Then the line goes without it: on a
+        # disk of this machine it is whole all the same.
+        try_lock(descriptor, LOCK_SECONDS)
         size = os.fstat(descriptor).st_size
         if not size:
             flush_folder(path.parent)

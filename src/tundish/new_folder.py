@@ -1,13 +1,12 @@
 """A folder that appears under its name complete, or not at all."""
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tundish.errors import SpecError
+from tundish.errors import LockHeldError, SpecError
+from tundish.locks import locked
 from tundish.paths import flush_folder
 
 
@@ -24,7 +23,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _held(target.with_name(f".{target.name}.lock"), target):
+    with _alone(target):
         beside = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
@@ -40,30 +39,11 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _held(lock: Path, target: Path) -> Iterator[None]:
-    """The lock, whose file is there only while somebody holds it."""
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is(descriptor, lock):
-                break
-        except BlockingIOError:
-            os.close(descriptor)
-            raise SpecError(
-                f"{target}: another process is making it, here or on a machine that shares the disk. Wait for it, or "
-                "choose another folder."
-            ) from None
-        os.close(descriptor)  # of a file that its holder has removed meanwhile
+def _alone(target: Path) -> Iterator[None]:
     try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _is(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+        with locked(target.with_name(f".{target.name}.lock"), timeout=0, temporary=True):
+            yield
+    except LockHeldError as error:
+        raise SpecError(
+            f"{target}: another process is making it, here or on a machine that shares the disk. {error.message}"
+        ) from error

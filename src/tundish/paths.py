@@ -36,6 +36,17 @@ def absolute_environment() -> dict[str, str]:
     return {**os.environ, **{name: str(Path(path).expanduser().absolute()) for name, path in given.items()}}
 
 
+def make_folder(folder: Path) -> Path:
+    """Make a folder below `$TUNDISH_HOME`, and that first: for its user alone, as data, specs and logs are in it.
+
+    A home that is there already stays as its owner has made it; all other folders and files get what the umask leaves.
+    """
+    if not home().exists():
+        home().mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def yamls_dir() -> Path:
     """The folder of YAML layers: inside the installed package, or at the top of a source checkout."""
     packaged = Path(__file__).parent / "yamls"
@@ -69,7 +80,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)  # on a full disk, the room that it has taken is needed
         raise
     flush_folder(path.parent)
 

@@ -1,7 +1,6 @@
-"""Processes of this machine: start with a log, tell apart, stop with everything that they have started; file locks."""
+"""Processes of this machine: start with a log, tell apart, stop with everything that they have started."""
 
 import ctypes
-import fcntl
 import os
 import platform
 import signal
@@ -188,33 +187,3 @@ def interrupt_waits(error: KeyboardInterrupt) -> Iterator[None]:
         signal.signal(signal.SIGINT, before or signal.default_int_handler)
     if came:
         raise error
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock on a file, which is made, or on a folder that exists; waits for whoever holds it.
-
-    The kernel lets go of it when its holder dies.
-    """
-    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
-    descriptor = os.open(path, flags, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def is_held(path: Path) -> bool:
-    """Whether somebody holds a lock on a file, be it on another machine that shares the disk."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
-from filelock import FileLock
 
 from tundish.data import Prepared, examine, prepare
 from tundish.data.bpe import BytePairEncoder
@@ -24,6 +23,7 @@ from tundish.data.sources import Source, open_source
 from tundish.data.tokenize import Encoded, Encoder, _load_encoder
 from tundish.data.tokenizer import load_tokenizer
 from tundish.errors import DataError, StageError
+from tundish.locks import locked
 
 # Streaming's LocalDataset leaves index.json open.
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*index\.json:ResourceWarning")
@@ -328,7 +328,7 @@ def test_what_a_killed_run_has_left_is_no_obstacle(tiny_model: Path, pairs: Sour
     killed, busy = (folder.with_name(f".{name}.3.tmp") for name in ("killed", "busy"))
     for other in (killed, busy):
         other.mkdir()
-    with FileLock(folder.with_name(".busy.lock")):
+    with locked(folder.with_name(".busy.lock")):
         assert len(_rows(_prepare(pairs, tiny_model).folder)) > 1
     assert _left(home) == [busy.name, folder.name], "what another process is at work on is left alone"
 

@@ -1,6 +1,7 @@
 """launch/queue.py: first come, first served; nobody gets what another one holds, and the dead hold nothing."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -214,3 +215,46 @@ def test_no_device_is_ever_handed_out_twice(home: Path, wanted: int) -> None:
         ended = list(pool.map(work, range(6)))
     assert [one.returncode for one in ended] == [0] * 6, [one.stderr for one in ended]
     assert not list(home.glob("device-*")) and not list(home.glob("queue/*/*.json"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\0" * 100, '{"number": 1}', '{"number": "1", "run": "bad"}'])
+def test_a_garbled_ticket_is_set_aside(text: str, home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """No run could be created any more, nor any list be shown, until somebody finds the file."""
+    _enter_here("run-1")
+    folder = next((home / "queue").iterdir())
+    (folder / "bad.json").write_text(text)
+    (folder / "folder.json").mkdir()
+    (folder / "copy.json").write_text((folder / "run-1.json").read_text())
+    (folder / ".run-1.json.0123.tmp").write_text("")
+    _enter_here("run-2")
+    assert queue.wait_for_devices("run-1") == ("cpu",) and queue.place("run-2") == (1, ["run-1"])
+    for name, why in (("bad", ""), ("folder", "is a folder"), ("copy", "is of the run 'run-1'")):
+        assert f"{name}.json: {why}" in caplog.text and f"kept as {name}.json.damaged" in caplog.text
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "bad.json.damaged", "copy.json.damaged", "folder.json.damaged", "lock", "run-1.json", "run-2.json",
+    ]  # fmt: skip
+
+
+def test_a_run_whose_ticket_was_damaged_keeps_its_place(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its supervisor would end, or it would go behind those that came after it."""
+    monkeypatch.setattr(queue, "POLL_SECONDS", 0.01)
+    _enter_here("run-1")
+    assert queue.wait_for_devices("run-1")
+    _enter_here("run-2")
+    _enter_here("run-3")
+    folder = next((home / "queue").iterdir())
+    with ThreadPoolExecutor() as pool:
+        second = pool.submit(queue.wait_for_devices, "run-2")
+        while queue.place("run-2") != (1, ["run-1"]):
+            pass
+        looked = threading.Event()
+        monkeypatch.setattr(queue.time, "sleep", lambda _: looked.set())
+        assert looked.wait(20)
+        (folder / "run-2.json").write_text("{")
+        queue.leave("run-1")
+        assert second.result(20) == ("cpu",)
+    assert queue.place("run-3") == (1, ["run-2"])
+
+
+def _enter_here(run: str) -> None:
+    queue.enter(run, Compute(device="cpu", devices_per_node=1), ProcessId.of(os.getpid()))

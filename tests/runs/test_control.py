@@ -14,8 +14,9 @@ from tests.runs.processes import wait_until
 from tundish import events
 from tundish import foundation_model as fm
 from tundish.errors import RequestError, SpecError
+from tundish.locks import locked
 from tundish.paths import RUN_VARIABLE
-from tundish.processes import ProcessId, locked, start
+from tundish.processes import ProcessId, start
 from tundish.run_folder import RunFolder
 from tundish.runs import control
 from tundish.runs.control import cancel_message

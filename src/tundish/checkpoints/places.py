@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock
-
 from tundish.address import is_uri
 from tundish.checkpoints import NAME, check_complete, in_order, list_checkpoints
 from tundish.checkpoints.manifest import problems, read_manifest
 from tundish.checkpoints.metadata import METADATA
 from tundish.checkpoints.pickles import shown
 from tundish.errors import CheckpointError
-from tundish.paths import CHECKPOINT_LINK, copies_dir, write_atomic
+from tundish.locks import locked
+from tundish.paths import CHECKPOINT_LINK, copies_dir, make_folder, write_atomic
 
 T = TypeVar("T")
 FILE_NAME = re.compile(r"\.metadata|manifest\.json|[\w-]+\.(distcp|pt)|[\w-]+\.symlink")
@@ -95,8 +94,8 @@ class Place:
             CheckpointError: there is none of that name, or it is damaged.
         """
         copy = folder / name
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f".{name}.lock"):
+        make_folder(folder)
+        with locked(folder / f".{name}.lock"):
             if not copy.exists():
                 self._download(name, copy)
         return copy

@@ -16,8 +16,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from tundish.data.chunks import EMPTY, Chunk
 from tundish.data.encoding import EncodedChunk, Job
 from tundish.data.findings import Finding, Findings
@@ -27,8 +25,9 @@ from tundish.data.sources import Source
 from tundish.data.templates import TEMPLATE_DATE
 from tundish.data.tokenizer import CHATML_ADDED
 from tundish.data.workers import Workers, no_collection
-from tundish.errors import DataError, StageError
-from tundish.paths import prepared_dir, write_atomic
+from tundish.errors import DataError, LockHeldError, StageError
+from tundish.locks import locked
+from tundish.paths import make_folder, prepared_dir, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -125,10 +124,10 @@ def examine(
     facts = _facts(source, job)
     key = json.dumps([facts, asdict(source.rules), job.target_responses, bool(cluster), TEMPLATE_DATE, FORMAT_VERSION])
     folder = prepared_dir() / hashlib.sha256(key.encode()).hexdigest()[:24]
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     _clear_stale(folder.parent)
     # A second run with the same data waits for the first; the lock of a process that dies is free.
-    with _locked(folder):
+    with locked(_lock(folder)):
         if (folder / MANIFEST).exists():
             log.info("Reusing %s: the same data was prepared before.", folder)
             return _outcome(source, Prepared.read(folder))
@@ -169,29 +168,14 @@ def _prepare_new(
     return Outcome(prepared=None, total=share.units, samples=share.samples, problems=problems, warnings=warnings)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = _lock(folder)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("Another process prepares the same data; waiting for it.")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _lock(folder: Path) -> FileLock:
-    return FileLock(folder.with_name(f".{folder.name}.lock"))
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def _clear_stale(parent: Path) -> None:
     """Remove what killed processes left half written: its lock is free."""
     for stale in parent.glob(".*.tmp"):
-        lock = _lock(parent / stale.name.split(".")[1])
-        with suppress(Timeout), lock.acquire(timeout=0):
+        with suppress(LockHeldError), locked(_lock(parent / stale.name.split(".")[1]), timeout=0):
             shutil.rmtree(stale, ignore_errors=True)
 
 

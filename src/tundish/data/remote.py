@@ -10,10 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock
-
 from tundish.errors import SpecError
-from tundish.paths import downloads_dir, inside
+from tundish.locks import locked
+from tundish.paths import downloads_dir, inside, make_folder
 
 T = TypeVar("T")
 TIMEOUT = 3600.0
@@ -47,8 +46,8 @@ def _copy(root: str, versions: dict[str, str | None]) -> Path:
         _check_name(root + name)
     facts = json.dumps([root, sorted(versions.items())])
     folder = downloads_dir() / hashlib.sha256(facts.encode()).hexdigest()[:24]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    make_folder(folder.parent)
+    with locked(folder.with_name(f"{folder.name}.lock")):
         if folder.exists() and None not in versions.values():
             return folder
         beside = folder.with_name(f".{folder.name}.tmp")

@@ -12,8 +12,9 @@ from tundish.compute import Compute
 from tundish.errors import RequestError
 from tundish.launch import queue
 from tundish.launch.life import Life
+from tundish.locks import is_held
 from tundish.paths import RunPaths, write_atomic
-from tundish.processes import ProcessId, is_held, start, stop_all, stop_tree
+from tundish.processes import ProcessId, start, stop_all, stop_tree
 
 
 def submit(paths: RunPaths, compute: Compute) -> None:

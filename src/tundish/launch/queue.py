@@ -6,17 +6,22 @@ a `$TUNDISH_HOME` on one machine share the line. The processor is one device: a 
 """
 
 import json
+import logging
 import os
 import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tundish.compute import Compute, visible_gpus
-from tundish.paths import home, write_atomic
-from tundish.processes import ProcessId, locked
+from tundish.errors import StageError
+from tundish.locks import LOCK_NAME, locked
+from tundish.paths import home, make_folder, write_atomic
+from tundish.processes import ProcessId
+from tundish.stored import parse, read_object
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 1.0
@@ -43,6 +48,8 @@ class Ticket:
 def enter(run: str, compute: Compute, owner: ProcessId) -> None:
     """Go to the end of the line; a run that is in it keeps its place, for its new owner."""
     with locked(_lock()):
+        for left in _folder().glob(".*.tmp"):  # of a process that was killed; who writes holds the lock
+            left.unlink(missing_ok=True)
         tickets = _read(_folder())
         mine = next((ticket for ticket in tickets if ticket.run == run), None)
         if mine is None:
@@ -60,11 +67,16 @@ def leave(run: str) -> None:
 
 def wait_for_devices(run: str) -> tuple[str, ...]:
     """The devices that the run now holds, once it is its turn and they are free."""
-    pause = POLL_SECONDS
+    pause, mine = POLL_SECONDS, None
     while True:
         with locked(_lock()):
             tickets = _living()
-            mine = next(ticket for ticket in tickets if ticket.run == run)
+            mine = next((ticket for ticket in tickets if ticket.run == run), mine)
+            if mine is None:
+                raise StageError(f"{run}: has lost its place in the line. `tundish resume {run}` gives it a new one.")
+            if mine not in tickets:  # damaged, or removed by hand
+                _write(mine)
+                tickets.append(mine)
             held = mine.held or _chosen(mine, tickets)
             if held:
                 _write(replace(mine, held=held))
@@ -115,16 +127,29 @@ def _living() -> list[Ticket]:
 
 
 def _read(folder: Path) -> list[Ticket]:
-    """All tickets, in the order of the line."""
+    """All tickets, in the order of the line; what is none is set aside."""
     found: list[Ticket] = []
-    for file in folder.glob("*.json") if folder.is_dir() else ():
+    for file in folder.glob("*.json"):
         try:
-            record: dict[str, Any] = json.loads(file.read_text())
+            ticket = parse(Ticket, read_object(file))
+            if ticket.run != file.stem:
+                raise ValueError(f"is of the run {ticket.run!r}")
+            found.append(ticket)
         except FileNotFoundError:
             continue  # left meanwhile
-        owner, allowed, held = ProcessId(**record.pop("owner")), record.pop("allowed"), record.pop("held")
-        found.append(Ticket(owner=owner, allowed=tuple(allowed), held=tuple(held), **record))
+        except (OSError, ValueError) as error:
+            _set_aside(file, error)
     return sorted(found, key=lambda ticket: ticket.number)
+
+
+def _set_aside(file: Path, error: Exception) -> None:
+    """Take what is no ticket out of the line: its run takes a new place when it is started again."""
+    aside = file.with_name(f"{file.name}.damaged")
+    try:
+        file.rename(aside)
+        log.warning("%s: %s. It counts for nothing, and was kept as %s.", file, error, aside.name)
+    except OSError as refused:
+        log.warning("%s: %s. It counts for nothing, and cannot be set aside (%s).", file, error, refused)
 
 
 def _write(ticket: Ticket) -> None:
@@ -141,5 +166,4 @@ def _file(run: str) -> Path:
 
 
 def _lock() -> Path:
-    _folder().mkdir(parents=True, exist_ok=True)
-    return _folder() / "lock"
+    return make_folder(_folder()) / LOCK_NAME

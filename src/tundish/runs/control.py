@@ -6,14 +6,24 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 
 from tundish import events, launch
 from tundish.compute import Compute
-from tundish.errors import Interrupted, RequestError, RunNotFoundError, SpecError
+from tundish.errors import (
+    Interrupted,
+    LockHeldError,
+    RequestError,
+    RunDamagedError,
+    RunNotFoundError,
+    SpecError,
+    TundishError,
+)
+from tundish.locks import locked
 from tundish.paths import RUN_VARIABLE, write_atomic
-from tundish.processes import interrupt_waits, locked, processes_with, start
+from tundish.processes import interrupt_waits, processes_with, start
 from tundish.run_folder import RunFolder
 from tundish.runs import running, selecting, supervisor
 from tundish.runs.checking import machine_problems, same_batches
@@ -24,6 +34,8 @@ from tundish.spec import RunSpec
 
 CANCEL_SECONDS = 5.0
 """For the supervisor to end its stage and itself; then it is killed."""
+LOCK_SECONDS = 2.0
+"""How long `cancel()` waits for somebody else who changes the run: it answers within ten seconds in any case."""
 CLOSE_SECONDS = 6.0
 """How long `cancel()` waits for MLflow to note the end; a store that is away notes it when it can, or not."""
 
@@ -37,7 +49,8 @@ def cancel(
         The names of those that were stopped, and how many were asked for.
 
     Raises:
-        RequestError: neither runs nor an experiment was given, or both.
+        RequestError: neither runs nor an experiment was given, or both; or one of the runs cannot be canceled now.
+        RunDamagedError: one of them is damaged; the others have been canceled.
     """
     if not runs and not experiment_id:
         raise RequestError("Must provide training run(s) or MLflow experiment ID to cancel")
@@ -50,19 +63,23 @@ def cancel(
     else:
         given = [runs] if isinstance(runs, str | TrainingRun) else list(runs or ())
         names = [selecting.name_of(run) for run in given]
-    canceled, problems = list[str](), list[str]()
+    canceled, problems, damaged = list[str](), list[str](), list[Path]()
     for name in names:
         try:
             canceled += [name] if _cancel_one(name) else []
         except RequestError as error:
             problems.append(error.message)
+        except RunDamagedError as error:
+            problems.append(error.message)
+            damaged.append(error.path)
     closing = [_close(find_run(name)) for name in canceled]
     end = time.monotonic() + CLOSE_SECONDS
     for process in closing:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, end - time.monotonic()))
     if problems:
-        raise RequestError(" ".join([*problems, *([cancel_message(canceled, len(canceled))] if canceled else [])]))
+        text = " ".join([*problems, *([cancel_message(canceled, len(canceled))] if canceled else [])])
+        raise RunDamagedError(text, damaged[0]) if damaged else RequestError(text)
     return canceled, len(names)
 
 
@@ -137,18 +154,32 @@ def _cancel_one(name: str) -> bool:
         paths = find_run(name)
     except RunNotFoundError:
         return False
-    with locked(paths.folder):
-        return _cancel(name, paths)
+    try:
+        if _is_over(name, paths):
+            return False
+        with locked(paths.folder, LOCK_SECONDS):
+            return _cancel(name, paths)
+    except LockHeldError as error:
+        raise RequestError(f"{name} was not canceled: it is just being changed. {error.message}") from error
+    except RunDamagedError as error:
+        with contextlib.suppress(TundishError):
+            launch.cancel(paths, CANCEL_SECONDS)
+        supervisor.end_processes_of(paths)
+        raise RunDamagedError(f"{error.message} Its processes have been ended.", error.path) from error
 
 
 def _cancel(name: str, paths: RunFolder) -> bool:
-    if read_run(name).status.is_terminal() and not _orphans(paths):
+    if _is_over(name, paths):
         return False
     launch.cancel(paths, CANCEL_SECONDS)
     supervisor.end_processes_of(paths)
     if paths.read_events()[-1].type not in events.TERMINAL_TYPES:
         events.append(paths.events, "CANCELED", "Canceled by user.")
     return paths.read_events()[-1].type == "CANCELED"
+
+
+def _is_over(name: str, paths: RunFolder) -> bool:
+    return read_run(name).status.is_terminal() and not _orphans(paths)
 
 
 def _close(paths: RunFolder) -> subprocess.Popen[bytes]:

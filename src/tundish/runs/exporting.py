@@ -11,7 +11,7 @@ from tundish.checkpoints.places import Place, place_of
 from tundish.errors import CheckpointError, RunNotFoundError, SpecError
 from tundish.export.plan import ExportDtype
 from tundish.export.safetensors import Progress, export
-from tundish.paths import copies_dir
+from tundish.paths import copies_dir, make_folder
 from tundish.run_folder import RunFolder
 from tundish.runs.addresses import checkpoint_address
 from tundish.runs.reading import find_run, run_names, trackings
@@ -105,8 +105,7 @@ def local_checkpoints(given: str) -> Iterator[tuple[str, Path | CheckpointError]
         place, name = place_of(place.address)
         names = [name]
     for name in names:
-        copies_dir().mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=copies_dir(), prefix=".verify-") as scratch:
+        with TemporaryDirectory(dir=make_folder(copies_dir()), prefix=".verify-") as scratch:
             try:
                 found: Path | CheckpointError = place.copy(name, Path(scratch))
             except CheckpointError as error:

@@ -17,10 +17,10 @@ from tundish.data.report import facts
 from tundish.data.sources import open_source
 from tundish.errors import StageError, TundishError
 from tundish.foundry import Destination, planned_steps, render
+from tundish.locks import locked
 from tundish.models import find_card
 from tundish.paths import write_atomic
 from tundish.pretrained import check_pretrained
-from tundish.processes import locked
 from tundish.run_folder import RunFolder, Tracking
 from tundish.runs.checking import job_of
 from tundish.runs.notes import tell_files

@@ -10,16 +10,15 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from fcntl import LOCK_EX, LOCK_NB, flock
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
 from tundish import events
-from tundish.errors import RequestError, StageError, TundishError
+from tundish.errors import LockHeldError, RequestError, StageError, TundishError
 from tundish.launch import local, queue, slurm
+from tundish.locks import locked
 from tundish.paths import RUN_VARIABLE
 from tundish.processes import ProcessId, processes_with, stop_all
 from tundish.run_folder import RunFolder
@@ -39,43 +38,33 @@ def main(folder: str, *command: str) -> None:
     """
     paths = RunFolder(Path(folder))
     listen()
-    with _alone(paths):
-        reached = (0, 0)
-        try:
-            reached = _reached(paths)
-            if not _has_ended(paths):
-                _note(paths)
-                _run(paths, command[1:])
-        except Canceled:
-            _end(paths, "CANCELED", "Canceled by user.")
-        except Stopped as stopped:
-            _stop(paths, stopped, reached)
-        except TundishError as error:
-            _end(paths, "FAILED", error.message, mlflow="FAILED")
-        except Exception as error:
-            text = f"The supervisor failed: {error!r}. Log: {paths.log('supervisor')}"
-            _end(paths, "FAILED", text, mlflow="FAILED")
-            raise
-        finally:
-            queue.leave(paths.folder.name)
-
-
-@contextlib.contextmanager
-def _alone(paths: RunFolder) -> Iterator[None]:
-    """While this process supervises the run, no other does."""
-    descriptor, end = os.open(paths.lock, os.O_RDWR | os.O_CREAT, 0o644), time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            flock(descriptor, LOCK_EX | LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > end:
-                sys.exit(f"{paths.folder.name}: another process supervises this run.")
-            time.sleep(0.2)
     try:
-        yield
+        with locked(paths.lock, LOCK_SECONDS):
+            _supervise(paths, command[1:])
+    except LockHeldError as error:
+        sys.exit(f"Another process supervises this run: {error.message}")
+
+
+def _supervise(paths: RunFolder, command: Sequence[str]) -> None:
+    """Run what is left, and say how it ended."""
+    reached = (0, 0)
+    try:
+        reached = _reached(paths)
+        if not _has_ended(paths):
+            _note(paths)
+            _run(paths, command)
+    except Canceled:
+        _end(paths, "CANCELED", "Canceled by user.")
+    except Stopped as stopped:
+        _stop(paths, stopped, reached)
+    except TundishError as error:
+        _end(paths, "FAILED", error.message, mlflow="FAILED")
+    except Exception as error:
+        text = f"The supervisor failed: {error!r}. Log: {paths.log('supervisor')}"
+        _end(paths, "FAILED", text, mlflow="FAILED")
+        raise
     finally:
-        os.close(descriptor)
+        queue.leave(paths.folder.name)
 
 
 def _has_ended(paths: RunFolder) -> bool:

@@ -12,8 +12,8 @@ from urllib.parse import unquote, urlparse
 
 from tundish import mlflow_process
 from tundish.errors import RequestError, SpecError
-from tundish.paths import default_tracking_uri, home, mlflow_artifacts_dir
-from tundish.processes import locked
+from tundish.locks import locked
+from tundish.paths import default_tracking_uri, home, make_folder, mlflow_artifacts_dir
 from tundish.run_folder import Tracking
 from tundish.text import holds_secret
 
@@ -48,7 +48,7 @@ def uri_problems() -> list[str]:
 def _made(uri: str) -> str:
     """The same URI; the folder of the default store is made for it."""
     if uri == default_tracking_uri():
-        (home() / "mlflow").mkdir(parents=True, exist_ok=True)
+        make_folder(home() / "mlflow")
     return uri
 
 
