@@ -155,6 +155,18 @@ class Place:
             else:
                 remove([Path(address)])
 
+    def clear(self) -> None:
+        """Remove all checkpoints of the store, complete or not, and the link to the newest.
+
+        Raises:
+            CheckpointError: the store does not let us.
+        """
+        names = self._names("")
+        for name in in_order(names):
+            self._remove(name)
+        if CHECKPOINT_LINK in names:
+            _try(self.address, lambda: _client(self.address).delete_artifacts(CHECKPOINT_LINK))
+
     def _remove(self, name: str) -> None:
         """Remove a checkpoint of the store, file by file; what is interrupted is no longer complete.
 

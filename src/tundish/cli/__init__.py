@@ -28,6 +28,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "logs": ("watching", "show the end of a run's log"),
     "metrics": ("watching", "show a run's metrics, or draw its losses"),
     "cancel": ("runs", "stop runs; checkpoints stay"),
+    "rm": ("removing", "remove runs for good, with their checkpoints; registered versions stay"),
+    "clean": ("removing", "remove prepared data, downloads and drafts that no run needs"),
     "checkpoints": ("checkpoints", "list a run's checkpoints, or verify them"),
     "export": ("checkpoints", "write a checkpoint as a Hugging Face folder"),
     "example": ("machine", "write a tiny model and data, to try the commands with"),

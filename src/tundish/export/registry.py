@@ -76,7 +76,7 @@ def register(
     client, name = mlflow.MlflowClient(), spec.registered_name
     try:
         with _running(mlflow_run_id):
-            version = _version_of(client, name, mlflow_run_id) or _log(export, spec)
+            version = version_of(client, name, mlflow_run_id) or _log(export, spec)
             _wait_until_ready(client, name, version)
     # What the network refuses is an OSError.
     except (MlflowException, OSError) as error:
@@ -149,7 +149,7 @@ def _hub_card(spec: RunSpec, license: str) -> Any:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {spec.registered_name}\n\n{text}\n")
 
 
-def _version_of(client: "MlflowClient", name: str, mlflow_run_id: str) -> str | None:
+def version_of(client: "MlflowClient", name: str, mlflow_run_id: str) -> str | None:
     """The newest version of `name` that this run has made; None if there is none, or the registry gave it up."""
     numbers = [
         int(version.version)

@@ -1,0 +1,141 @@
+"""What lies in `$TUNDISH_HOME` that no run needs: prepared data, downloads, copies of checkpoints, drafts of runs."""
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from tundish.checkpoints.places import READ, Place, place_of
+from tundish.errors import CheckpointError, RunDamagedError, RunNotFoundError, SpecError
+from tundish.paths import copies_dir, downloads_dir, prepared_dir, runs_dir
+from tundish.run_folder import RunFolder
+from tundish.runs.addresses import checkpoint_address
+from tundish.runs.reading import read_run, run_names
+from tundish.runs.removing import remove_folder, tree_bytes
+
+NAME = re.compile(r"(?P<half>\.)?(?P<name>[0-9a-f]{24})(?(half)\.tmp)")
+"""Of a folder of prepared data, of downloads, or of copies: the beginning of a hash; hidden while half written."""
+HALF = "half written"
+NEEDED = ("prepared data", "download", "checkpoints")
+"""Kinds of which a run may need some."""
+DRAFT_SECONDS = 3600.0
+"""A draft that nobody has touched for so long is of a `create()` that was killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """Something that no run needs."""
+
+    kind: str
+    path: Path
+    bytes: int
+    locks: Sequence[Path]
+    """Held by whoever uses it."""
+
+
+@dataclass(slots=True)
+class Needs:
+    """What the runs need."""
+
+    folders: set[Path] = field(default_factory=set[Path])
+    """Prepared data and copies of checkpoints."""
+    preparing: bool = False
+    """Whether a run that goes on has yet to say which data it takes."""
+    unknown: bool = False
+    """Whether a run is damaged, so that nobody knows where its checkpoints are."""
+
+    def has(self, kind: str, path: Path) -> bool:
+        """Whether a run needs this, or may."""
+        return path in self.folders or (self.unknown if kind == "checkpoints" else self.preparing)
+
+
+def leftovers() -> tuple[list[Leftover], int]:
+    """What may be removed, the largest first, and how many bytes are in use by runs or by somebody else."""
+    needs, found, used = needs_of_runs(), list[Leftover](), 0
+    for one in _all():
+        if (one.kind in NEEDED and needs.has(one.kind, one.path)) or _is_used(one):
+            used += one.bytes
+        else:
+            found.append(one)
+    return sorted(found, key=lambda one: one.bytes, reverse=True), used
+
+
+def remove(one: Leftover) -> bool:
+    """Remove it, unless somebody has come to use it."""
+    with ExitStack() as held:
+        for lock in one.locks:
+            try:
+                held.enter_context(FileLock(lock, timeout=0))
+            except Timeout:
+                return False
+        # Under the lock: who has taken the data in between is a run that prepares, or has a link to it.
+        if one.kind in NEEDED and needs_of_runs().has(one.kind, one.path):
+            return False
+        remove_folder(one.path)
+    return True
+
+
+def needs_of_runs() -> Needs:
+    """What all runs of this machine need, damaged ones too."""
+    needs = Needs()
+    for name in list(run_names()):
+        paths = RunFolder(runs_dir() / name)
+        links = [paths.data(split) for split in ("train", "eval")]
+        needs.folders.update(Path(os.readlink(link)) for link in links if link.is_symlink())
+        try:
+            spec, save_folder = paths.read_spec(), paths.read_tracking().save_folder
+            needs.folders.add(Place(save_folder).local)
+            with contextlib.suppress(SpecError, CheckpointError):
+                if spec.custom_weights_path:
+                    needs.folders.add(place_of(checkpoint_address(spec.custom_weights_path))[0].local)
+            if not links[0].is_symlink() and not read_run(name).status.is_terminal():
+                needs.preparing = True
+        except RunDamagedError:
+            needs.unknown = True
+        except RunNotFoundError:
+            continue
+    return needs
+
+
+def _all() -> Iterator[Leftover]:
+    for kind, parent, lock in (("prepared data", prepared_dir(), ".{}.lock"), ("download", downloads_dir(), "{}.lock")):
+        for folder, name, whole in _folders(parent):
+            yield _leftover(kind if whole else HALF, folder, [parent / lock.format(name)])
+    for folder, _, whole in _folders(copies_dir()):
+        locks = [*folder.glob(".*.lock"), *(folder / READ).glob(".*.lock")]
+        yield _leftover("checkpoints" if whole else HALF, folder, locks)
+    if runs_dir().is_dir():
+        for folder in runs_dir().iterdir():
+            if folder.name.startswith(".") and folder.is_dir() and not folder.is_symlink():
+                yield _leftover("draft", folder, [])
+
+
+def _folders(parent: Path) -> Iterator[tuple[Path, str, bool]]:
+    """Folders named by a hash, their names, and whether they are whole."""
+    for path in sorted(parent.iterdir()) if parent.is_dir() else ():
+        if (match := NAME.fullmatch(path.name)) and path.is_dir() and not path.is_symlink():
+            yield path, match["name"], not match["half"]
+
+
+def _leftover(kind: str, folder: Path, locks: Sequence[Path]) -> Leftover:
+    return Leftover(kind, folder, tree_bytes(folder), locks)
+
+
+def _is_used(one: Leftover) -> bool:
+    """Whether somebody holds a lock on it or, where there is none, has touched it lately."""
+    if one.kind == "draft":
+        newest = max(path.lstat().st_mtime for path in (one.path, *one.path.rglob("*")))
+        return time.time() - newest < DRAFT_SECONDS
+    for lock in one.locks:
+        try:
+            with FileLock(lock, timeout=0):
+                pass
+        except Timeout:
+            return True
+    return False
