@@ -142,6 +142,15 @@ def test_files_that_a_tokenizer_s_config_names_are_refused(
     assert f"tokenizer_config.json: {said}" in error.value.message
 
 
+def test_another_config_in_place_of_config_json_is_refused(config_folder: Path) -> None:
+    """The run would be planned by one file and trained by another, which may lie anywhere."""
+    content = json.loads((config_folder / "config.json").read_text())
+    content["configuration_files"] = ["../config.4.0.0.json"]
+    (config_folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(SpecError, match=r"configuration_files names \['\.\./config\.4\.0\.0\.json'\]"):
+        find_card(str(config_folder))
+
+
 def test_what_stock_models_write_into_it_is_allowed(config_folder: Path) -> None:
     """Most models of the hub would be refused."""
     content = {

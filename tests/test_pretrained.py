@@ -171,8 +171,8 @@ def test_a_good_model_of_every_family_is_taken(family: str, bare_model: Path, tm
         ),
         (
             "names of PEFT",
-            "names of its weights begin with 'base_model.model.', which another program has put there; transformers "
-            "knows none of them. Save the model without it.",
+            "the names of its weights begin with 'base_model.model.', which another program has put there; "
+            "transformers knows none of them. Save the model without it.",
         ),
         ("names of another library", "its config.json does not ask for 21 of its 21 weights: encoder."),
         (

@@ -3,8 +3,8 @@
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,8 @@ def model_config(model: str) -> Any:
 
     check_files(model)
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+        with _quiet():
+            return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
         raise SpecError(f"model: {model}: its config cannot be loaded ({_reason(error)}). Check the model.") from error
 
@@ -112,11 +113,24 @@ def hollow(config: Any) -> Any:
 
     assert transformers.modeling_utils
     try:
-        with torch.device("meta"):
+        with _quiet(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever a number or a word in it leads to
         text = f"transformers makes no model of its config ({_reason(error)})"
         raise SpecError(f"model: {config._name_or_path}: {text}. Use the model's original config.json.") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' remarks, which are about somebody else's file; what is an error is raised."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _reason(error: Exception) -> str:

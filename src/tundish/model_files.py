@@ -161,6 +161,7 @@ def check_files(model: str) -> None:
             if name in SETTINGS:
                 content = read_json(folder, name)
                 problems.extend(_named_files(folder, content) if name == "tokenizer_config.json" else ())
+                problems.extend(_named_configs(folder, content) if name == "config.json" else ())
             else:
                 open_file(folder, name, most).close()
         except SpecError as error:
@@ -181,6 +182,13 @@ def _read_by_transformers(folder: Path) -> Iterator[tuple[str, int]]:
         elif name in SETTINGS or name.endswith(".jinja") or name == "README.md":
             yield name, TEXT_BYTES
     yield from ((name, TEXT_BYTES) for name in license_files(folder))
+
+
+def _named_configs(folder: Path, content: Mapping[str, Any]) -> Iterator[str]:
+    """Files of which transformers would read one instead of config.json."""
+    if content.get("configuration_files"):
+        text = f"configuration_files names {content['configuration_files']!r}"
+        yield f"model: {folder / 'config.json'}: {text}. Take the key out; allowed is one config.json."
 
 
 def _named_files(folder: Path, content: Mapping[str, Any]) -> Iterator[str]:

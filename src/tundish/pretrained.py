@@ -82,7 +82,7 @@ def _read_stored(folder: Path, problems: list[str]) -> dict[str, Stored]:
     if form is None:
         others = sorted({path.name for pattern in OTHER_FORMS for path in folder.glob(pattern)})
         found = f" {_some(others)} is not what transformers loads." if others else ""
-        names = " or ".join(FORMS)
+        names = f"{', '.join(FORMS[:-1])} or {FORMS[-1]}"
         problems.append(f"model: {folder}: there are no weights.{found} Allowed is {names}. Complete the folder.")
         return {}
     read = _read_safetensors if "safetensors" in form else _read_pickle
@@ -210,8 +210,8 @@ def _differences(folder: Path, stored: Mapping[str, Stored], asked: Architecture
     where = f"model: {folder}"
     if wrapper := _wrapper(stored, asked):
         yield (
-            f"{where}: names of its weights begin with {wrapper!r}, which another program has put there; transformers "
-            "knows none of them. Save the model without it."
+            f"{where}: the names of its weights begin with {wrapper!r}, which another program has put there; "
+            "transformers knows none of them. Save the model without it."
         )
         return
     # A model that was saved without its head.
