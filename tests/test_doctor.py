@@ -21,7 +21,7 @@ from tundish.doctor.machine import (
     obstacle_to_writing,
 )
 from tundish.doctor.packages import TorchBuild, judge_flash_attention, judge_packages, judge_torch, torch_build
-from tundish.doctor.services import judge_hub, judge_server, judge_slurm, mlflow
+from tundish.doctor.services import judge_hub, judge_slurm
 
 Capture = pytest.CaptureFixture[str]
 NVIDIA_SMI = "| NVIDIA-SMI 550.54   Driver Version: 550.54.15   CUDA Version: {} |"
@@ -78,12 +78,12 @@ def test_a_server_that_hangs_is_named_in_time(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:geheim@127.0.0.1:{silent_port}")
     start = time.monotonic()
     assert main(["doctor", "--json"]) == 1
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 20
     out = capsys.readouterr().out
     assert "geheim" not in out and "me:" not in out
     (finding,) = [one for one in json.loads(out) if one["check"] == "MLflow"]
     assert finding["state"] == "problem" and "MLFLOW_TRACKING_URI" in finding["advice"]
-    assert finding["found"] == f"http://***@127.0.0.1:{silent_port}: no answer within 4 s"
+    assert finding["found"] == f"http://***@127.0.0.1:{silent_port}: it does not answer in time"
 
 
 def test_a_home_that_cannot_be_written_is_a_problem(
@@ -229,63 +229,6 @@ def test_versions_outside_the_requirements_are_named() -> None:
     bad = judge_packages(required, good | {"mlflow": "3.1.0", "rich": None})
     assert bad.state == "problem" and "make install" in bad.advice
     assert "mlflow 3.1.0 (<2.23,>=2.22), rich is not installed (<15,>=13)" in bad.found and "torch" not in bad.found
-
-
-@pytest.mark.parametrize(
-    ("status", "answer", "state", "part"),
-    [
-        (200, "OK", "ok", "http://m:5000 answers"),
-        (200, "<html>", "problem", "not what an MLflow server says"),
-        (404, "", "problem", "with 404"),
-        (401, "", "problem", "wants another login"),
-        (None, "nothing listens there", "problem", "http://m:5000: nothing listens there"),
-    ],
-)
-def test_an_mlflow_server_says_ok(status: int | None, answer: str, state: str, part: str) -> None:
-    """Another server on that port would pass for MLflow, and `create()` fail."""
-    finding = judge_server("http://m:5000", status, answer)
-    assert finding.state == state and part in finding.found and bool(finding.advice) == (state == "problem")
-
-
-@pytest.mark.parametrize(
-    ("uri", "state", "part"),
-    [
-        ("http://127.0.0.1:1", "problem", "nothing listens there"),
-        ("http://me:pa/ss@127.0.0.1:1", "problem", "no address"),
-        ("postgresql://me:pass@127.0.0.1:1/db", "problem", "does not answer on port 1 (Connection refused)"),
-        ("postgresql+psycopg2://me:pass@127.0.0.1:{port}/db", "ok", "takes connections"),
-        ("postgresql://me:pa/ss@127.0.0.1:1/db", "problem", "no database's address"),
-        ("sqlite:////{tmp}/new/mlflow.db", "ok", "to be made by the first run"),
-        ("sqlite:////{tmp}/text.db", "problem", "file is not a database"),
-        ("sqlite:////{tmp}/text.db/mlflow.db", "problem", "Not a directory"),
-        ("{tmp}/mlruns", "ok", "folder"),
-        ("file://{tmp}/mlruns", "ok", "folder"),
-        ("file://{tmp}/text.db/mlruns", "problem", "Not a directory"),
-        ("databricks", "problem", "no workspace is named"),
-        ("gopher://x", "problem", "nothing is known of gopher://"),
-    ],
-)
-def test_every_kind_of_store_is_looked_at(
-    uri: str, state: str, part: str, silent_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A store that cannot be used would show itself when `create()` is called."""
-    (tmp_path / "text.db").write_text("no database" * 100)
-    given = uri.format(port=silent_port, tmp=tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", given.replace("sqlite://///", "sqlite:////"))
-    finding = mlflow().redacted()
-    assert finding.state == state and part in finding.found
-    assert "pass" not in finding.found and "pa/ss" not in finding.found
-
-
-def test_a_store_that_mlflow_has_made_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The usual store would be called broken."""
-    import contextlib
-    import sqlite3
-
-    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
-        database.execute("CREATE TABLE experiments (name TEXT)")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    assert mlflow() == Finding("MLflow", "ok", f"SQLite file {tmp_path}/mlflow.db")
 
 
 def test_the_hub_may_be_switched_off_and_wants_a_token() -> None:

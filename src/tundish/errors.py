@@ -8,6 +8,7 @@
     ├── RunNotFoundError (LookupError) no run of that name
     ├── RunDamagedError (ValueError)   a file of a run's folder is damaged or of another program; `.path` is the file
     ├── LockHeldError (TimeoutError)   another process holds a lock for too long
+    ├── StoreError (RuntimeError)      MLflow's tracking store, registry or artifact store cannot be used
     ├── CheckpointError (ValueError)   a checkpoint that is incomplete, damaged or unsafe to read
     └── StageError (RuntimeError)      a stage of a run ended without its result; `.log_path` says more
     KeyboardInterrupt
@@ -73,6 +74,17 @@ class RunDamagedError(TundishError, ValueError):
 
 class LockHeldError(TundishError, TimeoutError):
     """Another process holds a lock, and did not let go of it in time."""
+
+
+class StoreError(TundishError, RuntimeError):
+    """A store of MLflow's cannot be used. `.found` names it and says why, `.advice` what to do."""
+
+    def __init__(self, found: str, advice: str) -> None:
+        super().__init__(f"{found}. {advice}")
+        self.found, self.advice = redacted(found), advice
+
+    def __reduce__(self) -> tuple[type["StoreError"], tuple[str, str]]:
+        return type(self), (self.found, self.advice)
 
 
 class CheckpointError(TundishError, ValueError):

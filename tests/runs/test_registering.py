@@ -55,8 +55,7 @@ def test_a_registration_that_fails_keeps_the_export_and_resume_makes_up_for_it(
         failed = fm.resume("chat-1").wait(timeout=120)
     assert failed.status.display_name == "Failed"
     for part in (
-        f"the registry {server} has not taken main.lab.chat-1 (API request to",
-        "500 error responses",
+        f"the registry has not taken main.lab.chat-1: {server}: it fails on its own side (500). Look into the log",
         f"The export is kept: {paths.export}. `tundish resume chat-1` registers it.",
         str(paths.log("register")),
     ):
@@ -140,7 +139,9 @@ def test_resuming_without_the_server_is_refused_in_a_sentence(
     paths = exported_run("chat-3")
     tracking = json.loads(paths.result("tracking").read_text())
     write_atomic(paths.result("tracking"), json.dumps(tracking | {"tracking_uri": "http://127.0.0.1:1"}))
-    with pytest.raises(RequestError, match=r"MLflow at http://127\.0\.0\.1:1 does not go on .*then resume the run"):
+    with pytest.raises(
+        RequestError, match=r"MLflow does not go on .*http://127\.0\.0\.1:1: nothing listens there.*Then resume the run"
+    ):
         fm.resume("chat-3")
     assert events.read(paths.events)[-1].type == "FAILED"
 
@@ -153,5 +154,5 @@ def test_a_registry_that_cannot_be_used_is_told_before_the_training(uri: str, mo
     for name in [name for name in os.environ if name.startswith("DATABRICKS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("DATABRICKS_CONFIG_FILE", "/nowhere")
-    with pytest.raises(SpecError, match=f"^register_to: the model registry {uri} takes no model 'main.lab.x'"):
+    with pytest.raises(SpecError, match=f"^register_to: the model registry takes no model 'main.lab.x': {uri}: "):
         check_registry("main.lab.x")

@@ -5,22 +5,22 @@ MLflow's artifact clients do the copying (`s3://`, `gs://`, `abfss://`, `wasbs:/
 """
 
 import hashlib
-import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tundish.address import is_uri
 from tundish.checkpoints import NAME, check_complete, in_order, list_checkpoints
 from tundish.checkpoints.manifest import problems, read_manifest
 from tundish.checkpoints.metadata import METADATA
 from tundish.checkpoints.pickles import shown
-from tundish.errors import CheckpointError
+from tundish.errors import CheckpointError, StoreError
 from tundish.locks import locked
+from tundish.mlflow_client import artifacts_at, told
 from tundish.paths import CHECKPOINT_LINK, copies_dir, make_folder, write_atomic
 
 T = TypeVar("T")
@@ -173,22 +173,22 @@ class Place:
         Stores remove all that begins as they are told: with ep1-ba1, ep1-ba10 would be gone.
         """
         for file in sorted(self._names(name), key=lambda file: (file != METADATA, file)):
-            _try(self.address, lambda file=file: _client(self.address).delete_artifacts(f"{name}/{file}"))
+            _try(self.address, lambda file=file: artifacts_at(self.address).delete_artifacts(f"{name}/{file}"))
 
     def _names(self, below: str) -> set[str]:
         """Names in the folder or, with a slash at their end, of folders in a checkpoint."""
-        found = _try(self.address, lambda: _client(self.address).list_artifacts(below or None))
+        found = _try(self.address, lambda: artifacts_at(self.address).list_artifacts(below or None))
         return {info.path.rpartition("/")[2] + ("/" if below and info.is_dir else "") for info in found}
 
     def _put(self, file: Path, below: str) -> None:
-        _try(self.address, lambda: _client(self.address).log_artifact(str(file), below or None))
+        _try(self.address, lambda: artifacts_at(self.address).log_artifact(str(file), below or None))
 
     def _get(self, name: str, target: Path) -> None:
         if not FILE_NAME.fullmatch(name.removeprefix(f"{target.parent.name}/")):
             raise CheckpointError(
                 f"{self.address}/{shown(name)}: no name of a checkpoint's file. Use another checkpoint."
             )
-        _try(self.address, lambda: _client(self.address)._download_file(name, str(target)))
+        _try(self.address, lambda: artifacts_at(self.address)._download_file(name, str(target)))
 
     def _download(self, name: str, copy: Path) -> None:
         begin = f".copy-{name}-"
@@ -232,21 +232,9 @@ def _check_copy(folder: Path) -> None:
         raise CheckpointError(f"{found[0]} The copy was not used; try again, or use another checkpoint.")
 
 
-def _client(address: str) -> Any:
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-    # Streaming and Composer have one name for it, MLflow another.
-    if endpoint := os.environ.get("S3_ENDPOINT_URL"):
-        os.environ.setdefault("MLFLOW_S3_ENDPOINT_URL", endpoint)
-    return get_artifact_repository(address)
-
-
 def _try(address: str, action: Callable[[], T]) -> T:
     try:
-        return action()
-    except Exception as error:  # each store's client has errors of its own
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise CheckpointError(
-            f"{address}: cannot be reached, read or written ({reason}). Check the path, the credentials, "
-            "MLFLOW_TRACKING_URI for a server, and S3_ENDPOINT_URL for a store of your own."
-        ) from error
+        with told(address):
+            return action()
+    except StoreError as error:
+        raise CheckpointError(error.message) from error

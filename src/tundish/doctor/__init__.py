@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 
 from tundish.doctor import machine, packages, services
 from tundish.doctor.finding import Finding
+from tundish.mlflow_client import impatient
 
-SECONDS = 8.0
+SECONDS = 15.0
 CHECKS: Mapping[str, Callable[[], Finding]] = {
     "devices": machine.devices,
     "NVIDIA driver": machine.driver,
@@ -34,11 +35,12 @@ def examine(checks: Mapping[str, Callable[[], Finding]] = CHECKS, seconds: float
     threads = {
         name: threading.Thread(target=_run, args=(name, check, found), daemon=True) for name, check in checks.items()
     }
-    for thread in threads.values():
-        thread.start()
     end = time.monotonic() + seconds
-    for thread in threads.values():
-        thread.join(max(0.0, end - time.monotonic()))
+    with impatient(seconds=3, retries=0):
+        for thread in threads.values():
+            thread.start()
+        for thread in threads.values():
+            thread.join(max(0.0, end - time.monotonic()))
     late = f"no answer within {seconds:g} s"
     return [
         found.get(name, Finding(name, "problem", late, "Look for a server, a disk or a driver that hangs.")).redacted()

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tundish.errors import StageError
+from tundish.errors import StageError, StoreError
+from tundish.mlflow_client import told
 from tundish.models import license_of
 from tundish.spec import RunSpec, TaskType
 
@@ -69,22 +70,16 @@ def register(
         StageError: MLflow refuses, does not answer, or did not make the version ready.
     """
     import mlflow
-    from mlflow.exceptions import MlflowException
 
     mlflow.set_tracking_uri(tracking_uri)
     mlflow.set_registry_uri(registry_uri)
     client, name = mlflow.MlflowClient(), spec.registered_name
     try:
-        with _running(mlflow_run_id):
+        with told(registry_uri), _running(mlflow_run_id):
             version = version_of(client, name, mlflow_run_id) or _log(export, spec)
             _wait_until_ready(client, name, version)
-    # What the network refuses is an OSError.
-    except (MlflowException, OSError) as error:
-        said = " ".join(str(error).split())
-        raise StageError(
-            f"the registry {registry_uri} has not taken {name} ({said}). Check that it runs and can be reached, has "
-            "room, and takes this name."
-        ) from error
+    except StoreError as error:
+        raise StageError(f"the registry has not taken {name}: {error.message}") from error
     return name, version
 
 

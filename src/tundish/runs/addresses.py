@@ -2,9 +2,10 @@
 
 from tundish.address import ARTIFACTS, Address
 from tundish.errors import SpecError
+from tundish.mlflow_client import artifact_address
 from tundish.paths import default_tracking_uri
 from tundish.runs.reading import trackings
-from tundish.runs.tracking import artifact_address, tracking_uri
+from tundish.runs.tracking import tracking_uri
 
 
 def checkpoint_address(address: Address) -> str:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
-from tundish.errors import RequestError
+from tundish.errors import RequestError, StoreError
+from tundish.mlflow_client import impatient, open_client, quiet, told
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,24 +34,17 @@ def read(tracking_uri: str, run_id: str, key: str | None = None) -> "pd.DataFram
         RequestError: MLflow does not answer, or the run has no metric of that name.
     """
     import pandas as pd
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    from tundish.runs.tracking import impatient, quiet
 
     try:
-        with quiet(), impatient():
-            client: Any = MlflowClient(tracking_uri)
+        client = open_client(tracking_uri)
+        with told(tracking_uri), quiet(), impatient():
             names = sorted(client.get_run(run_id).data.metrics)
             if key is not None and key not in names and names:
                 raise RequestError(f"found no metric {key!r} in the run; there are {', '.join(names)}.")
             wanted = names if key is None else [key]
             points = [point for name in wanted for point in client.get_metric_history(run_id, name)]
-    except MlflowException as error:
-        raise RequestError(
-            f"MLflow at {tracking_uri} does not give the metrics of run {run_id} ({error}). Check that the server runs "
-            "and can be reached."
-        ) from error
+    except StoreError as error:
+        raise RequestError(f"MLflow does not give the metrics of run {run_id}: {error.message}") from error
     frame = pd.DataFrame([(one.key, one.step, one.timestamp, one.value) for one in points], columns=pd.Index(COLUMNS))
     frame["time"] = pd.to_datetime(frame["time"], unit="ms", utc=True)
     frame = frame.astype({"key": str, "step": "int64", "value": "float64"})

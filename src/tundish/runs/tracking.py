@@ -1,18 +1,16 @@
 """A run's place in MLflow: its experiment, its run, its artifact folder."""
 
 import hashlib
-import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
 
 from tundish import mlflow_process
-from tundish.errors import RequestError, SpecError
+from tundish.errors import RequestError, SpecError, StoreError
 from tundish.locks import locked
+from tundish.mlflow_client import artifact_address, ask_registry, check_artifacts, impatient, open_client, quiet, told
 from tundish.paths import default_tracking_uri, home, make_folder, mlflow_artifacts_dir
 from tundish.run_folder import Tracking
 from tundish.text import holds_secret
@@ -81,23 +79,19 @@ def open_tracking(run_name: str, experiment_name: str, tags: dict[str, str], roo
     Raises:
         SpecError: MLflow refuses.
     """
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
     uri, registry = _made(tracking_uri()), registry_uri()
     # A SQLite file that is made by two at once is made by none: MLflow's migrations know no lock.
     alone = locked(home() / "mlflow" / "lock") if uri == default_tracking_uri() else nullcontext()
     try:
-        with quiet(), impatient(), alone:
-            client: Any = MlflowClient(uri)
+        with alone:
+            client = open_client(uri)
+        with told(uri), quiet(), impatient():
             experiment = client.get_experiment_by_name(experiment_name)
             experiment_id = experiment.experiment_id if experiment else _create_experiment(client, experiment_name, uri)
+            check_artifacts(client.get_experiment(experiment_id).artifact_location, uri)
             run = client.create_run(experiment_id, run_name=run_name, tags=tags)
-    except MlflowException as error:
-        raise SpecError(
-            f"experiment_path: MLflow at {uri} does not take a run in {experiment_name!r} ({error}). "
-            "Check MLFLOW_TRACKING_URI, or name another experiment."
-        ) from error
+    except StoreError as error:
+        raise SpecError(f"experiment_path: MLflow takes no run in {experiment_name!r}: {error.message}") from error
     return Tracking(
         tracking_uri=uri,
         experiment_id=experiment_id,
@@ -114,47 +108,14 @@ def check_registry(name: str) -> None:
     Raises:
         SpecError: it does not answer, or refuses the name. Better now than after the training.
     """
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
     if (uri := registry_uri()) is None:
         return
     try:
-        with quiet(), impatient():
-            MlflowClient(_made(tracking_uri()), uri).search_model_versions(f"name='{name}'", max_results=1)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):  # the model may be new
-            raise SpecError(
-                f"register_to: the model registry {uri} takes no model {name!r} ({error}). "
-                "Check MLFLOW_REGISTRY_URI and what it needs to log in, or give another name."
-            ) from error
-
-
-@contextmanager
-def impatient() -> Iterator[None]:
-    """A server that is away is told to who waits for it within half a minute; MLflow asks for four, and up to twenty.
-
-    What the environment says of it counts.
-    """
-    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-    added = {name: limit for name, limit in limits.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Nothing below a warning is logged: MLflow's first database migration tells of each of its forty steps."""
-    before = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+        ask_registry(uri, _made(tracking_uri()), name)
+    except StoreError as error:
+        raise SpecError(
+            f"register_to: the model registry takes no model {name!r}: {error.message} MLFLOW_REGISTRY_URI names it."
+        ) from error
 
 
 def end_tracking(tracking: Tracking, status: str) -> None:
@@ -171,16 +132,13 @@ def reopen_tracking(tracking: Tracking) -> None:
     Raises:
         RequestError: MLflow does not answer, or does not have it.
     """
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
     try:
-        with impatient():
-            MlflowClient(tracking.tracking_uri).update_run(tracking.run_id, "RUNNING")
-    except MlflowException as error:
+        client = open_client(tracking.tracking_uri)
+        with told(tracking.tracking_uri), impatient():
+            client.update_run(tracking.run_id, "RUNNING")
+    except StoreError as error:
         raise RequestError(
-            f"MLflow at {tracking.tracking_uri} does not go on with run {tracking.run_id} ({error}). "
-            "Check that the server runs and can be reached; then resume the run again."
+            f"MLflow does not go on with run {tracking.run_id}: {error.message} Then resume the run again."
         ) from error
 
 
@@ -200,19 +158,3 @@ def _create_experiment(client: Any, name: str, uri: str) -> str:
 
 def _artifact_root(experiment_name: str) -> Path:
     return mlflow_artifacts_dir() / hashlib.sha256(experiment_name.encode()).hexdigest()[:16]
-
-
-def artifact_address(artifact_uri: str, tracking_uri: str) -> str:
-    """The path or URI of an artifact folder, the same for every process, wherever its MLFLOW_TRACKING_URI points.
-
-    Args:
-        artifact_uri: as MLflow has it for a run.
-        tracking_uri: of the store that has it; serves what is at `mlflow-artifacts:/…`.
-    """
-    parsed = urlparse(artifact_uri)
-    if parsed.scheme in ("", "file"):
-        return unquote(parsed.path)
-    if parsed.scheme != "mlflow-artifacts":
-        return artifact_uri
-    scheme, _, server = tracking_uri.rstrip("/").partition("://")
-    return f"{scheme}://{parsed.netloc or server}/api/2.0/mlflow-artifacts/artifacts{parsed.path}"
