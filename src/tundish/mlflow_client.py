@@ -89,6 +89,7 @@ _SENTENCES = (
     (r"AccessDenied|Forbidden|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|AuthorizationFailure",
      "its credentials are refused", _STORE_LOGIN),
     (r"NoSuchBucket", "there is no such bucket", "Make it first, or name another."),
+    (r"operation: Not Found", "there is no such object or bucket", "Check the address."),
     (r"EndpointConnectionError|Could not connect to the endpoint", "it cannot be reached",
      "Check the network, and S3_ENDPOINT_URL for a store of your own."),
 )  # fmt: skip
@@ -253,7 +254,7 @@ def why(error: BaseException) -> tuple[str, str]:
         if match := re.search(sign, said):
             return match.expand(wrong), advice
     first = " ".join(redacted(str(error)).split())[:300] or type(error).__name__
-    return first.rstrip("."), _RUNS
+    return first.rstrip("."), "Check the address, the credentials, and that it can be reached from here."
 
 
 def is_away(error: BaseException) -> bool:

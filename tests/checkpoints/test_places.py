@@ -255,5 +255,5 @@ def test_a_store_that_is_not_there_is_told(bucket: Bucket, monkeypatch: pytest.M
     for ask in (place.list, place.newest, lambda: place.read_link(CHECKPOINT_LINK), lambda: place.holds("ep1-ba1")):
         with pytest.raises(CheckpointError) as error:
             ask()
-        assert error.value.message.startswith(f"{place.address}: there is no such bucket. ")
+        assert error.value.message.startswith(f"{place.address}: there is no such ")
         assert error.value.message.isprintable()

@@ -1,8 +1,8 @@
 """Where the checkpoint is that a user names: a path of this machine, a URI, or an MLflow run's artifact."""
 
 from tundish.address import ARTIFACTS, Address
-from tundish.errors import SpecError
-from tundish.mlflow_client import artifact_address
+from tundish.errors import SpecError, StoreError
+from tundish.mlflow_client import artifact_address, open_client, told
 from tundish.paths import default_tracking_uri
 from tundish.runs.reading import trackings
 from tundish.runs.tracking import tracking_uri
@@ -33,9 +33,6 @@ def _of_run(mlflow_run: str, path: str) -> str | None:
 
 
 def _of_store(given: str, mlflow_run: str, path: str) -> str:
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
     try:
         # Not a checkpoint in particular: whatever lies in the default store's folders.
         return Address.parse(given, "file").text
@@ -43,7 +40,9 @@ def _of_store(given: str, mlflow_run: str, path: str) -> str:
         if tracking_uri() == default_tracking_uri():
             raise
         try:
-            root = str(MlflowClient(tracking_uri()).get_run(mlflow_run).info.artifact_uri)
-        except MlflowException as error:
-            raise missing from error
+            client = open_client(tracking_uri())
+            with told(tracking_uri()):
+                root = str(client.get_run(mlflow_run).info.artifact_uri)
+        except StoreError as error:
+            raise SpecError(f"{given}: {error.message}") from missing
         return f"{artifact_address(root, tracking_uri())}/{path}"
