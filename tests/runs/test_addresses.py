@@ -8,9 +8,9 @@ import pytest
 
 from tundish.address import Address
 from tundish.errors import SpecError
+from tundish.mlflow_client import artifact_address
 from tundish.run_folder import RunFolder
 from tundish.runs.addresses import checkpoint_address
-from tundish.runs.tracking import artifact_address
 
 MakeRun = Callable[..., RunFolder]
 OF_RUN = "dbfs:/databricks/mlflow-tracking/1/id-of-ift-1/artifacts/ift-1/checkpoints/ep1-ba10"
@@ -51,7 +51,7 @@ def test_a_server_is_asked_for_runs_of_other_machines(
     given = f"dbfs:/databricks/mlflow-tracking/{experiment}/{run}/artifacts/ift-9/checkpoints/ep1-ba1"
     address = _address(given)
     assert address == f"{uri}/api/2.0/mlflow-artifacts/artifacts/{experiment}/{run}/artifacts/ift-9/checkpoints/ep1-ba1"
-    with pytest.raises(SpecError, match="(has no MLflow run|does not have the run)"):
+    with pytest.raises(SpecError, match=r"(has no MLflow run|does not have the run)"):
         _address(given.replace(str(run), "0" * 32))
 
 

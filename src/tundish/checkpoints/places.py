@@ -165,7 +165,7 @@ class Place:
         for name in in_order(names):
             self._remove(name)
         if CHECKPOINT_LINK in names:
-            _try(self.address, lambda: _client(self.address).delete_artifacts(CHECKPOINT_LINK))
+            _try(self.address, lambda: artifacts_at(self.address).delete_artifacts(CHECKPOINT_LINK))
 
     def _remove(self, name: str) -> None:
         """Remove a checkpoint of the store, file by file; what is interrupted is no longer complete.

@@ -14,10 +14,11 @@ from typing import Any
 
 from tundish.address import Address
 from tundish.data import Prepared
+from tundish.errors import StoreError
 from tundish.foundry import decided, planned_steps
+from tundish.mlflow_client import impatient, quiet, told
 from tundish.overrides import flat
 from tundish.run_folder import RunFolder, Tracking
-from tundish.runs.tracking import impatient, quiet
 from tundish.spec import RunSpec
 from tundish.text import redacted
 
@@ -33,13 +34,11 @@ LOG_BYTES = 8 << 20
 
 @contextlib.contextmanager
 def _unimportant(what: str) -> Iterator[None]:
-    from mlflow.exceptions import MlflowException
-
     try:
-        with quiet(), impatient():
+        with told("MLflow"), quiet(), impatient():
             yield
-    except (MlflowException, OSError) as error:
-        log.warning("MLflow has not taken %s: %s", what, redacted(" ".join(str(error).split())))
+    except StoreError as error:
+        log.warning("MLflow has not taken %s. %s", what, error.message)
 
 
 def tell_arguments(tracking: Tracking, spec: RunSpec) -> None:

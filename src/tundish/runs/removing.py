@@ -228,7 +228,7 @@ def _asking(tracking: Tracking) -> Iterator[Any]:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    from tundish.runs.tracking import impatient, quiet
+    from tundish.mlflow_client import impatient, quiet
 
     try:
         with quiet(), impatient():
