@@ -137,7 +137,7 @@ def test_a_store_that_is_away_keeps_the_run_unless_it_is_not_asked(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     content = {field: getattr(paths.read_tracking(), field) for field in Tracking.__slots__}
     Tracking(**content | {"tracking_uri": "http://127.0.0.1:9"}).write(paths)
-    with pytest.raises(RequestError, match=r"does not answer for run id-of-chat-1 .*--local removes only"):
+    with pytest.raises(RequestError, match=r"does not answer for run id-of-chat-1: .*--local removes only"):
         removing.plan(["chat-1"])
     assert paths.spec.exists()
     (plan,) = removing.plan(["chat-1"], local=True)

@@ -38,7 +38,7 @@ def _unimportant(what: str) -> Iterator[None]:
         with told("MLflow"), quiet(), impatient():
             yield
     except StoreError as error:
-        log.warning("MLflow has not taken %s. %s", what, error.message)
+        log.warning("MLflow has not taken %s: %s", what, error.message)
 
 
 def tell_arguments(tracking: Tracking, spec: RunSpec) -> None:

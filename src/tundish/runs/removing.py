@@ -12,9 +12,10 @@ from typing import Any
 
 from tundish.checkpoints.places import Place, hidden
 from tundish.checkpoints.places import remove as remove_at_once
-from tundish.errors import CheckpointError, RequestError, RunDamagedError, SpecError
+from tundish.errors import CheckpointError, RequestError, RunDamagedError, SpecError, StoreError
 from tundish.events import TERMINAL_TYPES
 from tundish.launch import queue
+from tundish.mlflow_client import impatient, open_client, quiet, told
 from tundish.paths import RUN_VARIABLE, mlflow_artifacts_dir
 from tundish.processes import is_held, locked, processes_with
 from tundish.run_folder import RunFolder, Tracking
@@ -225,18 +226,14 @@ def _is_active(client: Any, run_id: str) -> bool:
 @contextmanager
 def _asking(tracking: Tracking) -> Iterator[Any]:
     """A client of the run's store; what it says becomes a RequestError."""
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    from tundish.mlflow_client import impatient, quiet
-
     try:
-        with quiet(), impatient():
-            yield MlflowClient(tracking.tracking_uri, tracking.registry_uri or tracking.tracking_uri)
-    except (MlflowException, OSError) as error:
+        client = open_client(tracking.tracking_uri, tracking.registry_uri or tracking.tracking_uri)
+        with told(tracking.tracking_uri), quiet(), impatient():
+            yield client
+    except StoreError as error:
         raise RequestError(
-            f"MLflow at {tracking.tracking_uri} does not answer for run {tracking.run_id} ({error}). Check that it "
-            "runs and can be reached; --local removes only what is on this machine."
+            f"MLflow does not answer for run {tracking.run_id}: {error.message} "
+            "--local removes only what is on this machine."
         ) from error
 
 
