@@ -92,14 +92,14 @@ def test_another_schedule_and_a_run_that_goes_on_are_in_time(ranks: Any, plan: P
     assert second.rates == pytest.approx([rate(step) for step in range(begun, 8)])
 
 
-def test_a_run_of_one_step_trains(ranks: Any, plan: Plan, tmp_path: Path, tiny_weights: Path) -> None:
+def test_a_run_of_one_step_trains(ranks: Any, plan: Plan, tmp_path: Path, tiny_model: Path) -> None:
     """The base model would be registered as a fine-tuned one: the rate of the first step was 0."""
     from safetensors.torch import load_file
 
     file = plan("run", training_duration="1ba", learning_rate=1e-3)
     trained: Trained = ranks.train(file, 1, tmp_path / "out")
     assert trained.ok and trained.rates == [1e-3]
-    before, prefix = load_file(tiny_weights / "model.safetensors"), f"{MODEL_PREFIX}model."
+    before, prefix = load_file(tiny_model / "model.safetensors"), f"{MODEL_PREFIX}model."
     after = weights(file)
     assert all(not after[prefix + name].equal(tensor) for name, tensor in before.items())
 
