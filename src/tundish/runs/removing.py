@@ -15,9 +15,10 @@ from tundish.checkpoints.places import remove as remove_at_once
 from tundish.errors import CheckpointError, RequestError, RunDamagedError, SpecError, StoreError
 from tundish.events import TERMINAL_TYPES
 from tundish.launch import queue
+from tundish.locks import is_held, locked
 from tundish.mlflow_client import impatient, open_client, quiet, told
 from tundish.paths import RUN_VARIABLE, mlflow_artifacts_dir
-from tundish.processes import is_held, locked, processes_with
+from tundish.processes import processes_with
 from tundish.run_folder import RunFolder, Tracking
 from tundish.runs.addresses import checkpoint_address
 from tundish.runs.reading import damaged_run, find_run, read_run, run_names
