@@ -65,7 +65,8 @@ def create(
         experiment_path: MLflow experiment; default `/Users/<user>/<run_name>`.
         task_type: `CHAT_COMPLETION`, `INSTRUCTION_FINETUNE` or `CONTINUED_PRETRAIN`.
         eval_data_path: evaluation data in the format of the training data.
-        eval_prompts: texts that the model goes on from at every checkpoint; the answers are logged to MLflow.
+        eval_prompts: texts that the model goes on from at every checkpoint; the answers are logged to MLflow. They are
+            taken as they stand: for a chat model, write the words of its chat template into them.
         custom_weights_path: a Composer checkpoint whose weights replace the pretrained ones.
         training_duration: `3ep`, `100ba` or `1_000_000tok`; default `1ep`.
         learning_rate: peak; default 5e-7 (1e-5 for Llama 3.1 405B).
@@ -198,21 +199,29 @@ def cancel(
     return len(canceled)
 
 
-def resume(training_run: str | TrainingRun, *, compute: Mapping[str, Any] | None = None) -> TrainingRun:
-    """Go on with a run that has failed, was canceled or was killed; returns at once.
+def resume(
+    training_run: str | TrainingRun,
+    *,
+    training_duration: str | None = None,
+    compute: Mapping[str, Any] | None = None,
+) -> TrainingRun:
+    """Go on with a run that has failed, was canceled or was killed, or train one longer; returns at once.
 
     Stages that are done are not done again. Training goes on from its newest complete checkpoint with the same batches
     in the same order, optimizer, schedule and random state in place.
 
     Args:
         training_run: name or object.
+        training_duration: a longer one than the run had, such as `2ep` instead of `1ep`, for completed runs too: from
+            its newest checkpoint on, the learning rate is that of a run of the whole new duration. The export is
+            replaced, and a new version registered.
         compute: other devices than the run had, as in `create()`; the batches stay the same.
 
     Raises:
-        RequestError: the run is still going on, or is completed.
-        SpecError: `compute` is wrong.
+        RequestError: the run is still going on, or is completed and no longer duration was given.
+        SpecError: `training_duration` or `compute` is wrong.
     """
-    run = control.resume(selecting.name_of(training_run), compute)
+    run = control.resume(selecting.name_of(training_run), compute, training_duration)
     _use_store_of(run)
     return run
 

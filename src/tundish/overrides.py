@@ -53,6 +53,8 @@ REFUSED: Mapping[str, str] = {
     "fsdp_config.state_dict_type": "the export reads sharded checkpoints",
     "loggers.mlflow": "create() has experiment_path for it; MLFLOW_TRACKING_URI chooses the store",
     "callbacks.tundish_events": "the run's events are written by it",
+    "callbacks.tundish_schedule": "it sets each step's learning rate; scheduler and learning_rate say which",
+    "callbacks.tundish_guard": "it stops a run that learns nothing",
 }
 """Keys that a run depends on, or that would run code, each with the reason; what is below them is refused too."""
 

@@ -33,6 +33,8 @@ class Tracking:
     """Where the checkpoints go: `<artifacts>/<run_name>/checkpoints`."""
     registry_uri: str | None = None
     """The model registry; None: the tracking store is it."""
+    model_path: str = "model"
+    """Among the run's artifacts, of the model that is registered; another one after each change of the duration."""
 
     @property
     def environment(self) -> dict[str, str]:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import socket
-import time
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,20 +105,25 @@ def test_a_server_that_never_answers_is_given_up_with_all_its_processes(
     exported_run: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that hangs for ever at its last stage, or a copy of the model left behind."""
-    monkeypatch.setattr(running, "REGISTER_SECONDS", 8.0)
-    paths = exported_run("chat-2")
+    paths, wait = exported_run("chat-2"), running._wait
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         tracking = json.loads(paths.result("tracking").read_text())
         write_atomic(paths.result("tracking"), json.dumps(tracking | {"registry_uri": uri}))
-        start = time.monotonic()
-        with pytest.raises(StageError, match=r"was not done after 8 s, and was stopped.*`tundish resume chat-2`"):
+        asked: list[socket.socket] = []
+
+        def soon(process: subprocess.Popen[bytes], limit: float | None) -> int | None:
+            """The half hour is over when the server has been asked, however long the machine takes to come to that."""
+            assert limit is not None and limit >= 1800
+            asked.append(silent.accept()[0])
+            return wait(process, 0.1)
+
+        monkeypatch.setattr(running, "_wait", soon)
+        with pytest.raises(StageError, match=r"was not done after 1,800 s, and was stopped.*`tundish resume chat-2`"):
             running.run_stage(paths, "register", running.Place())
-        assert 8 <= time.monotonic() - start < 30
-        silent.settimeout(1)
-        silent.accept()[0].close()  # it was asked
+        asked[0].close()
     assert not processes_with(RUN_VARIABLE, str(paths.events))
     assert paths.export.is_dir() and not paths.scratch.exists()
 

@@ -33,7 +33,7 @@ def _ranks(paths: RunFolder) -> list[psutil.Process]:
     return found
 
 
-def _wait(condition: Callable[[], object], seconds: float = 150) -> None:
+def _wait(condition: Callable[[], object], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -76,7 +76,7 @@ def test_a_run_survives_the_death_of_all_its_processes(
         one.send_signal(signal.SIGKILL)
     _wait(lambda: fm.get(run).status.display_name == "Failed")
     assert "The supervisor ended without a word" in str(fm.get(run).details)
-    done = fm.resume(run).wait(timeout=240)
+    done = fm.resume(run).wait(timeout=900)
     assert done.status.display_name == "Completed", done.details
 
     messages = [event.message for event in fm.get_events(run) if event.type == "TRAIN_STARTED"]
@@ -91,3 +91,28 @@ def test_a_run_survives_the_death_of_all_its_processes(
     assert fetch_weights(find_weights(kept[0])).name == kept[0].rpartition("/")[2]
     with pytest.raises(RequestError, match="nothing is left to do"):
         fm.resume(run)
+    _train_longer(run)
+
+
+def _train_longer(run: TrainingRun) -> None:
+    """The finished run, once more: a version of its own, and the old one as it was."""
+    import mlflow
+    from tests.runs.killing import tensors
+
+    assert run.run_dir is not None
+    paths = RunFolder(run.run_dir)
+    client = mlflow.MlflowClient(paths.read_tracking().tracking_uri)
+    first, name = tensors(paths.export), f"main.lab.{run.name}"
+    done = fm.resume(run, training_duration="125ba").wait(timeout=900)
+    assert done.status.display_name == "Completed", done.details
+    assert done.training_duration == "125ba" and f"Registered as version 2 of {name}." in str(done.details)
+    started = [event.message for event in fm.get_events(run) if event.type == "TRAIN_STARTED"]
+    assert started[-1].endswith("It goes on from batch 120.")
+    assert fm.get_checkpoints(run)[-1].endswith("-ba125")
+    second = tensors(paths.export)
+    assert first.keys() == second.keys() and any(not first[key].equal(second[key]) for key in first)
+    for version, exported in (("1", first), ("2", second)):
+        folder = Path(str(client.get_model_version(name, version).source).removeprefix("file://")) / "model"
+        kept = tensors(folder)
+        assert all(kept[key].equal(exported[key]) for key in exported), version
+    assert client.get_run(str(run.run_id)).info.status == "FINISHED"

@@ -95,12 +95,16 @@ def resume_options(command: argparse.ArgumentParser) -> None:
     add_json(command)
     add_run(command)
     command.add_argument("--wait", action="store_true", help="show the run's progress until it has ended")
+    command.add_argument(
+        "--training-duration", metavar="D", help="a longer one than the run had: 2ep, 200ba, 2_000_000tok"
+    )
     add_compute_options(command)
 
 
 def resume(arguments: argparse.Namespace) -> int:
     """`tundish resume`."""
-    run = fm.resume(selecting.named(arguments.run), compute=compute_arguments(arguments))
+    compute = compute_arguments(arguments)
+    run = fm.resume(selecting.named(arguments.run), training_duration=arguments.training_duration, compute=compute)
     return _started(run, arguments.json, wait=arguments.wait, done="goes on")
 
 
@@ -152,6 +156,6 @@ COMMANDS = {
         options=resume_options,
         action=resume,
         interrupted="The run is as it was.",
-        examples=["tundish resume RUN --wait", "tundish resume RUN --devices 4"],
+        examples=["tundish resume RUN --wait", "tundish resume RUN --training-duration 2ep"],
     ),
 }

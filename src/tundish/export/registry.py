@@ -59,12 +59,20 @@ SERVING: Mapping[TaskType, Serving] = {
 
 
 def register(
-    export: Path, spec: RunSpec, *, mlflow_run_id: str, tracking_uri: str, registry_uri: str
+    export: Path, spec: RunSpec, *, mlflow_run_id: str, tracking_uri: str, registry_uri: str, model_path: str = "model"
 ) -> tuple[str, str]:
     """Register the Hugging Face folder `export` under the run's `register_to`, and end the MLflow run.
 
+    Args:
+        export: the folder.
+        spec: of the run.
+        mlflow_run_id: of the run.
+        tracking_uri: of the store that has it.
+        registry_uri: of the registry.
+        model_path: among the artifacts of the MLflow run; what is there of an earlier version stays as it is.
+
     Returns:
-        The registered name and the version, which is READY. A run that has a version already gets that one.
+        The registered name and the version, which is READY. What has been registered from there already is that one.
 
     Raises:
         StageError: MLflow refuses, does not answer, or did not make the version ready.
@@ -76,7 +84,7 @@ def register(
     client, name = mlflow.MlflowClient(), spec.registered_name
     try:
         with told(registry_uri), _running(mlflow_run_id):
-            version = version_of(client, name, mlflow_run_id) or _log(export, spec)
+            version = version_of(client, name, mlflow_run_id, model_path) or _log(export, spec, model_path)
             _wait_until_ready(client, name, version)
     except StoreError as error:
         raise StageError(f"the registry has not taken {name}: {error.message}") from error
@@ -92,7 +100,7 @@ def _running(mlflow_run_id: str) -> Iterator[None]:
         yield
 
 
-def _log(export: Path, spec: RunSpec) -> str:
+def _log(export: Path, spec: RunSpec, model_path: str) -> str:
     """Upload the model and make a version of it.
 
     Given a folder's path, MLflow copies files and loads neither the model nor, for the input example, an answer of it.
@@ -105,7 +113,7 @@ def _log(export: Path, spec: RunSpec) -> str:
     with _as_folder(export, spec.run_name) as folder:
         info = mlflow.transformers.log_model(
             transformers_model=folder,
-            artifact_path="model",
+            artifact_path=model_path,
             task=serving.task,
             torch_dtype=getattr(torch, dtype),  # else it is served in float32, in twice the memory
             input_example=dict(serving.example),
@@ -144,12 +152,18 @@ def _hub_card(spec: RunSpec, license: str) -> Any:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {spec.registered_name}\n\n{text}\n")
 
 
-def version_of(client: "MlflowClient", name: str, mlflow_run_id: str) -> str | None:
-    """The newest version of `name` that this run has made; None if there is none, or the registry gave it up."""
+def version_of(client: "MlflowClient", name: str, mlflow_run_id: str, model_path: str = "model") -> str | None:
+    """The newest version of `name` that this run has made of the model at `model_path`.
+
+    None if there is none, or the registry gave it up. The path is asked for only where a run has more than one: not
+    every registry tells it as it was given.
+    """
     numbers = [
         int(version.version)
         for version in _versions(client, name)
-        if version.run_id == mlflow_run_id and version.status != "FAILED_REGISTRATION"
+        if version.run_id == mlflow_run_id
+        and version.status != "FAILED_REGISTRATION"
+        and (model_path == "model" or str(version.source).rstrip("/").endswith(f"/{model_path}"))
     ]
     return str(max(numbers)) if numbers else None
 

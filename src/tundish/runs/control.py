@@ -27,6 +27,7 @@ from tundish.processes import interrupt_waits, processes_with, start
 from tundish.run_folder import RunFolder
 from tundish.runs import running, selecting, supervisor
 from tundish.runs.checking import machine_problems, same_batches
+from tundish.runs.extending import extension
 from tundish.runs.reading import find_run, read_run
 from tundish.runs.records import RunStatus, TrainingRun
 from tundish.runs.tracking import reopen_tracking
@@ -83,34 +84,42 @@ def cancel(
     return canceled, len(names)
 
 
-def resume(name: str, compute: object = None) -> TrainingRun:
-    """Go on with a run that has failed, was canceled, or whose supervisor was killed.
+def resume(name: str, compute: object = None, training_duration: object = None) -> TrainingRun:
+    """Go on with a run that has failed, was canceled, or whose supervisor was killed; or train one longer.
 
     Raises:
         RunNotFoundError: there is none of that name.
         RequestError: it is still going on, or has nothing left to do.
         SpecError: `compute` is wrong, the run's batches cannot be shared by so many devices, or this machine does not
-            have the devices that the run has left to train on.
+            have the devices that the run has left to train on; `training_duration` is wrong, or not longer.
     """
     paths = find_run(name)
     with locked(paths.folder):  # two who resume a run at once do it once; nobody cancels it meanwhile
-        return _resume(name, paths, compute)
+        return _resume(name, paths, compute, training_duration)
 
 
-def _resume(name: str, paths: RunFolder, compute: object) -> TrainingRun:
+def _resume(name: str, paths: RunFolder, compute: object, training_duration: object) -> TrainingRun:
     status = read_run(name).status
     if not status.is_terminal():
         raise RequestError(f"{name} is {status.display_name.lower()}. Cancel it first, or wait for its end.")
-    if status is RunStatus.COMPLETED:
-        raise RequestError(f"{name} is completed; nothing is left to do. Create another run.")
-    spec = paths.read_spec()
+    if status is RunStatus.COMPLETED and training_duration is None:
+        raise RequestError(
+            f"{name} is completed; nothing is left to do. Give a longer training_duration, or create another run."
+        )
+    spec, longer = paths.read_spec(), None
+    trains = training_duration is not None or not running.is_done(paths, "train")
     if compute is not None:
         spec = _with_compute(spec, compute, paths)
-    elif not running.is_done(paths, "train") and (problems := machine_problems(spec.compute)):
+    elif trains and (problems := machine_problems(spec.compute)):
         # It would wait for ever, and all that come after it too.
         raise SpecError(problems)
+    if training_duration is not None:
+        longer = extension(spec, training_duration, paths)
+        spec = longer.spec
     supervisor.end_processes_of(paths)
     reopen_tracking(paths.read_tracking())
+    if longer is not None:
+        longer.apply(paths)
     write_atomic(paths.spec, spec.to_json())
     checkpoints = selecting.checkpoints(name)
     where = f"from checkpoint {checkpoints[-1].rpartition('/')[2]}" if checkpoints else "from the beginning"
@@ -118,7 +127,7 @@ def _resume(name: str, paths: RunFolder, compute: object) -> TrainingRun:
     how = "Training is done; what comes after it goes on." if trained else f"Training goes on {where}."
     with interrupt_waits(Interrupted(name)):
         paths.supervisor.unlink(missing_ok=True)  # the next one is about to start
-        events.append(paths.events, "REQUEUED", f"Run resumed by user. {how}")
+        events.append(paths.events, "REQUEUED", f"Run resumed by user. {longer.said if longer else ''}{how}")
         launch.submit(paths, spec.compute)
     return read_run(name)
 

@@ -171,7 +171,9 @@ def _status(found: list[events.Event], life: Life) -> tuple[RunStatus, str]:
 
 def _estimated_end(found: list[events.Event], status: RunStatus) -> tuple[datetime | None, str | None]:
     latest = next((event for event in reversed(found) if event.type == "TRAIN_UPDATED"), None)
-    if latest is None or status.is_terminal() or any(event.type == "TRAIN_FINISHED" for event in found):
+    # A run that is trained longer has finished training before.
+    ended = latest is not None and any(event.type == "TRAIN_FINISHED" for event in found[found.index(latest) :])
+    if latest is None or status.is_terminal() or ended:
         return None, None
     try:
         end = latest.time + timedelta(seconds=latest.facts.get("eta_s", 0))

@@ -118,6 +118,7 @@ def register_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[
         mlflow_run_id=tracking.run_id,
         tracking_uri=tracking.tracking_uri,
         registry_uri=tracking.registry_uri or tracking.tracking_uri,
+        model_path=tracking.model_path,
     )
     tell_files(paths)
     return {"name": name, "version": version}

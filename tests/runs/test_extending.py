@@ -1,0 +1,112 @@
+"""runs/extending.py: what a longer training needs, and what is said and refused. `test_resuming.py` trains one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tundish import events
+from tundish import foundation_model as fm
+from tundish.errors import RequestError, SpecError
+from tundish.paths import write_atomic
+from tundish.run_folder import RunFolder
+from tundish.runs import control, extending
+from tundish.runs.stage import prepare_stage
+from tundish.spec import RunSpec
+
+MakeRun = Callable[..., RunFolder]
+
+
+def _finished(paths: RunFolder, batches: int) -> RunSpec:
+    """Prepare the run's data, and leave what its other stages would leave, a checkpoint among it."""
+    spec, tracking = paths.read_spec(), paths.read_tracking()
+    write_atomic(paths.result("prepare"), json.dumps(prepare_stage(paths, spec, tracking)))
+    for stage in ("train", "export", "register"):
+        write_atomic(paths.result(stage), "{}")
+    folder = Path(tracking.save_folder) / f"ep1-ba{batches}"
+    folder.mkdir(parents=True)
+    (folder / ".metadata").write_bytes(b"x")
+    (folder / "manifest.json").write_text('{"files": {".metadata": {"bytes": 1, "sha256": "0"}}}')
+    events.append(paths.events, "COMPLETED", "Run completed.")
+    return spec
+
+
+@pytest.fixture
+def paths(make_run: MakeRun, tiny_model: Path) -> RunFolder:
+    """A run of one epoch, which is one batch."""
+    made = make_run("chat-1", ("CREATED", "waits"), model=str(tiny_model), training_duration="1ep")
+    _finished(made, 1)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("given", "length", "begins"), [("4ep", "4ep", "about 75% of its peak"), ("2ba", "2ba", "about 50% of its peak")]
+)
+def test_a_longer_duration_keeps_the_batches_and_says_what_the_learning_rate_does(
+    paths: RunFolder, given: str, length: str, begins: str
+) -> None:
+    """The rate had fallen to 0, and would go up again without a word; or another batch size be chosen."""
+    spec = paths.read_spec()
+    before = yaml.safe_load(paths.foundry_yaml.read_text())
+    found = extending.extension(spec, given, paths)
+    after = yaml.safe_load(str(found.foundry_yaml))
+    assert str(found.spec.training_duration) == after["max_duration"] == length
+    changed = {key for key in after if after[key] != before.get(key)}
+    assert changed <= {"max_duration", "eval_interval", "save_interval"} and after.keys() == before.keys()
+    assert f"training_duration is {length} instead of 1ep" in found.said and begins in found.said
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("1ep", "found 1ep; the run's is 1ep; allowed is a longer one"),
+        ("1ba", "found 1ba; the run's is 1ep; allowed is a longer one"),
+        ("9_000tok", "found 9000tok; the run's is 1ep, and tokens cannot be compared"),
+        ("soon", "found 'soon'; allowed is a positive whole number and ep, ba or tok"),
+    ],
+)
+def test_what_is_not_longer_is_refused_with_what_to_do(paths: RunFolder, given: str, found: str) -> None:
+    """Nothing would be trained, and the run be exported and registered once more."""
+    text = paths.foundry_yaml.read_text()
+    with pytest.raises(SpecError) as error:
+        fm.resume("chat-1", training_duration=given)
+    assert error.value.message.startswith("training_duration: ") and found in error.value.message
+    if given != "soon":
+        assert "/checkpoints/ep1-ba1' instead, whose optimizer and schedule begin anew." in error.value.message
+    assert paths.foundry_yaml.read_text() == text and fm.get("chat-1").status.display_name == "Completed"
+    with pytest.raises(RequestError, match=r"nothing is left to do\. Give a longer training_duration"):
+        fm.resume("chat-1")
+
+
+@pytest.mark.parametrize("gone", ["checkpoints", "data"])
+def test_what_training_would_go_on_from_must_be_there(paths: RunFolder, gone: str) -> None:
+    """Training would begin anew under the name of the old run, or on other data."""
+    import shutil
+
+    if gone == "data":
+        paths.data("train").unlink()
+    else:
+        shutil.rmtree(paths.read_tracking().save_folder)
+    with pytest.raises(SpecError) as error:
+        fm.resume("chat-1", training_duration="2ep")
+    wanted = "custom_weights_path='" if gone == "data" else f"model='{paths.export}'"
+    assert f"Create a run with {wanted}" in error.value.message
+
+
+def test_stages_behind_the_data_are_done_again(paths: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old export would be registered as the result of the longer training, or the old version be changed."""
+    from tundish.runs.running import is_done
+
+    submitted: list[Any] = []
+    monkeypatch.setattr(control, "reopen_tracking", lambda tracking: None)
+    monkeypatch.setattr(control.launch, "submit", lambda *given: submitted.append(given))
+    fm.resume("chat-1", training_duration="3ep")
+    assert len(submitted) == 1
+    assert [is_done(paths, stage) for stage in ("prepare", "train", "export", "register")] == [True] + [False] * 3
+    assert paths.read_tracking().model_path == "model-3ep"
+    assert yaml.safe_load(paths.foundry_yaml.read_text())["max_duration"] == "3ep"
+    message = events.read(paths.events)[-1].message
+    assert message.endswith("Training goes on from checkpoint ep1-ba1.") and "3ep instead of 1ep" in message
