@@ -261,6 +261,11 @@ def test_a_small_model_changes_nothing(config_folder: Path) -> None:
         ({"hidden_size": 66}, "hidden_size: found 66; allowed is a multiple of num_attention_heads, 4."),
         ({"num_key_value_heads": 3}, "num_attention_heads: found 4; allowed is a multiple of num_key_value_heads, 3."),
         ({"head_dim": 0}, "head_dim: found 0; allowed is"),
+        ({"head_dim": 15}, "head_dim: found 15; allowed is what gives each head an even number of channels."),
+        ({"hidden_size": 60}, "hidden_size: found 60; allowed is what gives each head an even number of channels."),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps: found 'small'; allowed is a number from 0."),
+        ({"rope_theta": float("nan")}, "rope_theta: found nan; allowed is a number from 0."),
+        ({"attention_dropout": False}, "attention_dropout: found False; allowed is a number from 0."),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings: found 'no'; allowed is true or false."),
         ({"max_position_embeddings": 10**400}, "max_position_embeddings: found 1000000"),
     ],
@@ -289,6 +294,9 @@ def test_a_token_goes_to_no_more_experts_than_there_are(config_folder: Path) -> 
     """Training would fail in its first step."""
     _change_config(config_folder, model_type="mixtral", num_local_experts=4, num_experts_per_tok=5)
     with pytest.raises(SpecError, match="num_experts_per_tok: found 5; allowed is at most num_local_experts, 4"):
+        find_card(str(config_folder))
+    _change_config(config_folder, num_hidden_layers=1_000, num_local_experts=1_000)
+    with pytest.raises(SpecError, match=r"num_local_experts: found 1,000 in each of 1,000 layers; allowed are 32,768"):
         find_card(str(config_folder))
 
 

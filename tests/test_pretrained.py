@@ -57,6 +57,17 @@ def _pickle(folder: Path) -> None:
     (folder / FILE).unlink()
 
 
+def _pickled_shards(folder: Path) -> None:
+    import torch
+
+    weights = {name: torch.from_numpy(value) for name, value in load_file(folder / FILE).items()}
+    (folder / FILE).unlink()
+    files = {name: f"pytorch_model-{1 + number % 2:05}-of-00002.bin" for number, name in enumerate(weights)}
+    for file in set(files.values()):
+        torch.save({name: weights[name] for name in weights if files[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
 def _bin(folder: Path) -> Path:
     return folder / "pytorch_model.bin"
 
@@ -94,6 +105,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "as it is": lambda folder: None,
     "shards": _shards,
     "pickle": _pickle,
+    "pickled shards": _pickled_shards,
     "tied, head not stored": _tied,
     "tied, head stored": lambda folder: _configure(folder, tie_word_embeddings=True),
     "tied, embeddings not stored": _embeddings_lost,
@@ -138,6 +150,21 @@ def test_what_is_refused_is_what_transformers_does_not_load_whole(change: Callab
     except SpecError:
         is_taken = False
     assert is_taken == loads
+
+
+def test_a_snapshot_of_the_hub_s_cache_is_taken(base: Path, tmp_path: Path) -> None:
+    """What was downloaded by name could not be given as a folder."""
+    cache = tmp_path / "hub" / "models--lab--tiny"
+    (cache / "snapshots").mkdir(parents=True)
+    base.rename(cache / "blobs")
+    snapshot = cache / "snapshots" / "0123abcd"
+    snapshot.mkdir()
+    for path in (cache / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    check_pretrained(str(snapshot))
+    os.truncate(cache / "blobs" / FILE, 1000)
+    with pytest.raises(SpecError, match=r"0123abcd/model\.safetensors: is cut off in its header"):
+        check_pretrained(str(snapshot))
 
 
 @pytest.mark.parametrize("family", ["Mistral", "Mixtral", "Dbrx"])

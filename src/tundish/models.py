@@ -5,6 +5,7 @@ a card of its own from its `config.json`, by the same family's key names.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ LARGEST: Mapping[str, int] = {
 }
 """What a model folder's numbers may be: some times those of the largest models. A larger one is damage, and making such
 a model would take all time and memory."""
+MOST_EXPERTS = 1 << 15
+FRACTIONS = ("rms_norm_eps", "rope_theta", "attention_dropout", "initializer_range")
 DEFAULT_LEARNING_RATE = 5e-7
 """The managed service's peak learning rate for every model whose card names no other."""
 
@@ -153,7 +156,7 @@ def _folder_card(folder: Path) -> ModelCard:
     numbers.setdefault("key_value_heads", numbers.get("heads"))
     if missing := [key for name, key in keys.items() if name not in numbers and name not in OPTIONAL_NUMBERS]:
         raise SpecError(f"model: {config_path} lacks {', '.join(missing)}. Complete the model's config.")
-    if problems := list(_number_problems(numbers, keys)):
+    if problems := [*_number_problems(numbers, keys), *_setting_problems(config)]:
         raise SpecError([f"model: {config_path}: {problem} Correct the model's config." for problem in problems])
     return ModelCard(
         name=str(folder.resolve()), display_name=folder.resolve().name, family=family, gated=False,
@@ -173,14 +176,31 @@ def _number_problems(numbers: Mapping[str, Any], keys: Mapping[str, str]) -> Ite
         if not fits:
             wrong.add(name)
             yield f"{keys[name]}: found {repr(value)[:80]}; allowed is {allowed}."
-    dividing = [("heads", "key_value_heads"), *([] if "head_size" in numbers else [("hidden_size", "heads")])]
-    for name, divisor in dividing:
-        if not {name, divisor} & wrong and numbers[name] % numbers[divisor]:
+    if wrong:
+        return
+    head_size = numbers.get("head_size")
+    for name, divisor in [("heads", "key_value_heads"), *([] if head_size else [("hidden_size", "heads")])]:
+        if numbers[name] % numbers[divisor]:
             text = f"found {numbers[name]:,}; allowed is a multiple of {keys[divisor]}, {numbers[divisor]:,}."
             yield f"{keys[name]}: {text}"
+    if (head_size or numbers["hidden_size"] // numbers["heads"]) % 2:
+        name = "head_size" if head_size else "hidden_size"
+        text = f"found {numbers[name]:,}; allowed is what gives each head an even number of channels."
+        yield f"{keys[name]}: {text}"
     experts, used = numbers.get("experts", 1), numbers.get("experts_per_token", 1)
-    if not {"experts", "experts_per_token"} & wrong and used > experts:
+    if used > experts:
         yield f"{keys['experts_per_token']}: found {used:,}; allowed is at most {keys['experts']}, {experts:,}."
+    if experts * numbers["layers"] > MOST_EXPERTS:
+        text = f"found {experts:,} in each of {numbers['layers']:,} layers; allowed are {MOST_EXPERTS:,} in all."
+        yield f"{keys['experts']}: {text}"
+
+
+def _setting_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Settings with which the first step would fail."""
+    for key in FRACTIONS:
+        value = config.get(key)
+        if value is not None and not (type(value) in (int, float) and 0 <= value < math.inf):
+            yield f"{key}: found {repr(value)[:80]}; allowed is a number from 0."
 
 
 def license_of(model: str) -> str:
