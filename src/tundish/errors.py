@@ -11,6 +11,7 @@
     ├── StoreError (RuntimeError)      MLflow's tracking store, registry or artifact store cannot be used
     ├── CheckpointError (ValueError)   a checkpoint that is incomplete, damaged or unsafe to read
     └── StageError (RuntimeError)      a stage of a run ended without its result; `.log_path` says more
+        └── WorkerError                a process that handles what others wrote has ended, or took too much
     KeyboardInterrupt
     └── Interrupted                    Ctrl-C when a run had been started; `.run_name` goes on
 
@@ -22,6 +23,7 @@ after its import line is changed.
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tundish.text import redacted
 
@@ -100,6 +102,20 @@ class StageError(TundishError, RuntimeError):
 
     def __reduce__(self) -> tuple[type["StageError"], tuple[str, str | None]]:
         return type(self), (self.message, self.log_path)
+
+
+class WorkerError(StageError):
+    """A process that handles what others wrote has ended, or took more time or memory than it may."""
+
+    def __init__(self, message: str, what: object = None, cause: str = "") -> None:
+        super().__init__(message)
+        self.what = what
+        """It was at; None where that has nothing to do with it."""
+        self.cause = cause
+        """What it did, behind `what`."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.what, self.cause)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -5,15 +5,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tundish.data.workers import Workers
-from tundish.errors import DataError, StageError
+from tundish.data.workers import Bars, Workers, guarded, limited
+from tundish.errors import DataError, StageError, WorkerError
 
 
 def _square(number: int) -> tuple[int, int]:
@@ -53,18 +54,18 @@ def test_results_come_in_the_order_of_the_tasks(count: int, tasks: int) -> None:
         assert list(workers.map(_slow_if_even, _tasks(tasks))) == list(range(tasks))
 
 
-def test_tasks_are_done_by_others_if_there_are_several() -> None:
-    """One core would do the work of all; or a process be started for a single task."""
+def test_tasks_are_done_by_others() -> None:
+    """One core would do the work of all; or what others wrote would end the caller."""
     with Workers(2) as workers:
         processes = {process for _, process in workers.map(_square, _tasks(40))}
         assert os.getpid() not in processes and 1 <= len(processes) <= 2
         again = {process for _, process in workers.map(_square, _tasks(40))}
         assert again <= {child.pid for child in psutil.Process().children()}, "the same processes go on"
     assert not {child.pid for child in psutil.Process().children()} & (processes | again), "and end with the work"
-    with Workers(2) as workers:
-        assert list(workers.map(_square, _tasks(1))) == [(0, os.getpid())]
-    with Workers(1) as workers:
-        assert {process for _, process in workers.map(_square, _tasks(9))} == {os.getpid()}
+    for count, tasks in ((2, 1), (1, 9)):
+        with Workers(count) as workers:
+            (process,) = {process for _, process in workers.map(_square, _tasks(tasks))}
+            assert process != os.getpid()
 
 
 def test_there_are_as_many_as_the_machine_gives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +131,116 @@ def test_workers_start_no_threads_of_their_own(monkeypatch: pytest.MonkeyPatch) 
         with Workers(2) as workers:
             assert set(workers.map(_told, _tasks(5))) == {"false"}
             assert os.environ.get("TOKENIZERS_PARALLELISM") == setting
+
+
+def _spin(number: int) -> int:
+    with limited(number, seconds=0.1):
+        if number == 3:
+            sum(range(1 << 50))  # in C: no signal's handler is called before it ends
+    return number
+
+
+def _spin_in_c() -> None:
+    with limited("the tokenizer of x", seconds=0.1):
+        sum(range(1 << 50))
+
+
+def _fill_the_memory() -> int:
+    with limited("the data", memory=1 << 26):
+        return len(bytearray(1 << 30))
+
+
+def _abort() -> None:
+    with limited("the tokenizer of x"):
+        os.write(2, b"thread panicked\nmore of it\n")
+        os.abort()
+
+
+def _die_of_rust() -> None:
+    with limited("the tokenizer of x", memory=1 << 28):
+        os.write(2, b"memory allocation of 256000000 bytes failed\n")
+        os.abort()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (_spin_in_c, "the tokenizer of x took more than 0.1 s of CPU time. Check what it is"),
+        (_fill_the_memory, "the data took more than 0.062 GiB of memory."),
+        (_abort, "the tokenizer of x ended its process (SIGABRT: more of it)."),
+        (_die_of_rust, "the tokenizer of x took more than 0.25 GiB of memory."),
+    ],
+)
+def test_what_takes_too_much_is_a_sentence(
+    function: Callable[[], None], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A tokenizer or a template of somebody else would hang the caller, end it, or fill its terminal."""
+    with pytest.raises(WorkerError) as error:
+        guarded(function)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_limits_end_with_their_block() -> None:
+    """What is read later would be refused for want of memory that was another's."""
+    with Workers(1) as workers:
+        assert list(workers.map(_large_after_small, [()])) == [1 << 28]
+
+
+def _large_after_small() -> int:
+    with limited("little", seconds=1e-3, memory=1 << 20):
+        pass
+    return len(bytearray(1 << 28)) + 0 * sum(range(1 << 20))
+
+
+def test_a_process_that_nobody_started_has_no_limits() -> None:
+    """Spark's processes, and those of tests, would be killed."""
+    assert _spin(2) == 2
+    with limited("all", seconds=1e-6, memory=1):
+        assert len(bytearray(1 << 26)) == 1 << 26
+
+
+def test_what_a_worker_does_not_survive_is_done_again_in_another_way() -> None:
+    """It would not be known which of hundreds of samples it was."""
+    with Workers(2) as workers:
+        assert list(workers.map(_spin, _tasks(9), again=_slow_if_even)) == list(range(9))
+        results = workers.map(_spin, _tasks(9), again=_spin)
+        assert [next(results) for _ in range(3)] == [0, 1, 2], "what comes before it is given"
+        with pytest.raises(WorkerError) as error:
+            next(results)
+    assert (error.value.what, error.value.cause) == (3, "took more than 0.1 s of CPU time")
+
+
+def _with_a_bar(progress: Bars) -> str:
+    with progress("Reading") as tell:
+        tell(1, 2)
+        tell(2, 2)
+    print("a warning", file=sys.stderr)
+    return "done"
+
+
+def test_a_guarded_function_tells_its_progress_and_its_warnings(capfd: pytest.CaptureFixture[str]) -> None:
+    """The user would look at a terminal that says nothing."""
+    told = list[object]()
+
+    @contextmanager
+    def bar(title: str) -> Iterator[Callable[[int, int | None], None]]:
+        told.append(title)
+        yield lambda done, total: told.append((done, total))
+        told.append("end")
+
+    assert guarded(_with_a_bar, progress=bar) == "done"
+    assert told == ["Reading", (1, 2), (2, 2), "end"]
+
+
+def test_errors_of_a_guarded_function_are_its_own() -> None:
+    """Refusals would arrive as failures; and of a failure, nobody could tell where it was."""
+    with pytest.raises(DataError) as refused:
+        guarded(_refuse, 3)
+    assert refused.value.problems == ("no three", "no four") and not hasattr(refused.value, "__notes__")
+    with pytest.raises(ZeroDivisionError) as failed:
+        guarded(divmod, 1, 0)
+    assert "ZeroDivisionError" in failed.value.__notes__[0]
 
 
 PARENT = """

@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from tundish.data.share import Progress, Share, prepare_share
 from tundish.data.sources import Source
 from tundish.data.templates import TEMPLATE_DATE
 from tundish.data.tokenizer import CHATML_ADDED
-from tundish.data.workers import Workers, no_collection
+from tundish.data.workers import Bars, Workers, guarded, no_collection
 from tundish.errors import DataError, LockHeldError, StageError
 from tundish.locks import locked
 from tundish.paths import make_folder, prepared_dir, write_atomic
@@ -98,11 +98,29 @@ def prepare(
 
     Raises:
         DataError: with all problems of the data; nothing is left behind.
+        WorkerError: the model's tokenizer takes too much, or ends its process.
     """
+    if cluster is None:
+        return guarded(_prepare_here, source, job, progress=lambda _: nullcontext(progress))
+    # Its session is this process's. Tasks are processes of their own; here, too, the tokenizer is loaded after all.
+    guarded(_load, job)
+    return _prepare(source, job, cluster, progress)
+
+
+def _prepare(source: Source, job: Job, cluster: str | None, progress: Progress) -> Prepared:
     outcome = examine(source, job, cluster, progress)
     if outcome.prepared is None:
         raise DataError([finding.message for finding in outcome.problems])
     return outcome.prepared
+
+
+def _prepare_here(source: Source, job: Job, progress: Bars) -> Prepared:
+    with progress("") as tell:
+        return _prepare(source, job, None, tell)
+
+
+def _load(job: Job) -> None:
+    assert job.encoder
 
 
 def examine(
@@ -222,7 +240,7 @@ def _share(source: Source, job: Job, cluster: str | None, folder: Path, progress
 
         share = prepare_on_cluster(job, source, folder, cluster, progress)
     else:
-        job.encoder.prove(first_samples(source))
+        job.prove(first_samples(source))
         # Loaded before the workers are forked, so that they have it.
         import streaming  # noqa: F401
 

@@ -4,10 +4,12 @@ Encoded samples do not travel: they are appended to a file of the worker, the sp
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +17,23 @@ from numpy.typing import NDArray
 from tundish.data.chunks import EMPTY, Chunk
 from tundish.data.findings import Findings
 from tundish.data.records import Problem, Rules, Sample
-from tundish.data.tokenize import Encoded, Encoder, TargetResponses, load_encoder
-from tundish.data.workers import no_collection
-from tundish.errors import DataError
+from tundish.data.tokenize import Encoded, Encoder, TargetResponses, load_encoder, texts_of
+from tundish.data.tokenizer import LOAD_SECONDS
+from tundish.data.workers import MEMORY_BYTES, Workers, limited, no_collection, took_memory
+from tundish.errors import DataError, WorkerError
 from tundish.spec import TaskType
 
+if TYPE_CHECKING:
+    from tundish.data.sources import Source
+
 BATCH_SAMPLES = 256
+SAMPLE_SECONDS = 10.0
+"""Of CPU time for a sample, or for a batch of short ones. A chat of a hundred turns takes a hundredth of a second."""
+CHARACTERS_PER_SECOND = 200_000
+"""For each so many a sample gets a second more; the slowest tokenizers read five times as many."""
+SAMPLE_BYTES = 1 << 30
+BYTES_PER_CHARACTER = 384
+"""Of memory, up to MEMORY_BYTES in all: tokenizers takes up to 300."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +52,12 @@ class Job:
     def encoder(self) -> Encoder:
         """Loaded once a process."""
         return load_encoder(self.model, self.task_type, self.target_responses)
+
+    def prove(self, samples: Iterable[Sample]) -> None:
+        """See `Encoder.prove`."""
+        encoder = self.encoder
+        with limited(f"model: the tokenizer of {self.model}, tried on the first samples,", LOAD_SECONDS):
+            encoder.prove(samples)
 
 
 @dataclass(slots=True)
@@ -67,17 +86,66 @@ class EncodedChunk:
     """Where they begin in it, in bytes."""
 
 
-def encode_chunk(job: Job, rules: Rules, chunk: Chunk, spool: Path | None) -> EncodedChunk:
+def numbered(chunks: Iterable[Chunk]) -> Iterator[tuple[int, Chunk]]:
+    """Chunks of a source, each with how many lines, rows or files come before it."""
+    before = 0
+    for chunk in chunks:
+        yield before, chunk
+        before += chunk.units
+
+
+def encode_chunks(
+    job: Job, source: "Source", chunks: Iterable[tuple[int, Chunk]], spool: Callable[[], Path | None], workers: Workers
+) -> Iterator[EncodedChunk]:
+    """What each chunk of a source comes to; `spool` is asked before each where its samples go.
+
+    Raises:
+        DataError: the model's template or tokenizer takes too much for a sample, or ends its process.
+    """
+    before = deque[int]()
+
+    def tasks() -> Iterator[tuple[Job, Rules, Chunk, Path | None]]:
+        for start, chunk in chunks:
+            before.append(start)
+            yield job, source.rules, chunk, spool()
+
+    try:
+        for found in workers.map(encode_chunk, tasks(), again=encode_each):
+            before.popleft()
+            yield found
+    except WorkerError as error:
+        if not isinstance(error.what, int):
+            raise
+        raise DataError(
+            f"{source.place.of(before[0] + error.what)}: {_blamed(job)} {error.cause}. {_ADVICE}"
+        ) from error
+
+
+_ADVICE = "Shorten the sample or take it out, or use another model."
+
+
+def _blamed(job: Job) -> str:
+    return f"the model's {'chat template or ' * (job.task_type == 'CHAT_COMPLETION')}tokenizer"
+
+
+def encode_each(job: Job, rules: Rules, chunk: Chunk, spool: Path | None) -> EncodedChunk:
+    """`encode_chunk`, one sample at a time: where it ends, it is known at which."""
+    return encode_chunk(job, rules, chunk, spool, 1)
+
+
+def encode_chunk(
+    job: Job, rules: Rules, chunk: Chunk, spool: Path | None, batch_samples: int = BATCH_SAMPLES
+) -> EncodedChunk:
     """Check, tokenize and cut the samples of a chunk; append them to this process's file in `spool` if one is given."""
     with no_collection():
-        return _encode_chunk(job, rules, chunk, spool)
+        return _encode_chunk(job, rules, chunk, spool, batch_samples)
 
 
-def _encode_chunk(job: Job, rules: Rules, chunk: Chunk, spool: Path | None) -> EncodedChunk:
+def _encode_chunk(job: Job, rules: Rules, chunk: Chunk, spool: Path | None, batch_samples: int) -> EncodedChunk:
     found = EncodedChunk(chunk.size, chunk.units)
     pieces: list[Encoded] = []
     lengths: list[int] = []
-    for number, sample in _encoded(job, rules, chunk, found):
+    for number, sample in _encoded(job, rules, chunk, found, batch_samples):
         lengths.append(len(sample.tokens))
         cut = list(_cut(sample, job))
         if job.task_type != "CONTINUED_PRETRAIN":
@@ -93,16 +161,40 @@ def _encode_chunk(job: Job, rules: Rules, chunk: Chunk, spool: Path | None) -> E
     return found
 
 
-def _encoded(job: Job, rules: Rules, chunk: Chunk, found: EncodedChunk) -> Iterator[tuple[int, Encoded]]:
+def _encoded(
+    job: Job, rules: Rules, chunk: Chunk, found: EncodedChunk, batch_samples: int
+) -> Iterator[tuple[int, Encoded]]:
     encoder = job.encoder
     good = _good_samples(rules, chunk, found, encoder)
-    while batch := list(islice(good, BATCH_SAMPLES)):
-        results = encoder.encode([sample for _, sample in batch])
-        for (number, _), result in zip(batch, results, strict=True):
+    while batch := list(islice(good, batch_samples)):
+        for (number, _), result in zip(batch, _encode(job, encoder, batch), strict=True):
             if isinstance(result, DataError):
                 found.problems.add(number, Problem(" ".join(result.message.split()[:5]), result.message))
             else:
                 yield number, result
+
+
+def _encode(job: Job, encoder: Encoder, batch: Sequence[tuple[int, Sample]]) -> list[Encoded | DataError]:
+    samples = [sample for _, sample in batch]
+    try:
+        with limited(batch[0][0], *allowed(text for sample in samples for text in texts_of(sample))):
+            return encoder.encode(samples)
+    except BaseException as error:  # tokenizers raises bare ones, and panics, which is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        if len(batch) > 1:
+            return [result for one in batch for result in _encode(job, encoder, [one])]
+        said = (
+            took_memory() if isinstance(error, MemoryError) else f"fails on it ({' '.join(str(error).split())[:200]})"
+        )
+        return [DataError(f"{_blamed(job)} {said}. {_ADVICE}")]
+
+
+def allowed(texts: Iterable[str]) -> tuple[float, int]:
+    """What a template or a tokenizer may take for texts: seconds of CPU time, and bytes."""
+    characters = sum(map(len, texts))
+    memory = min(MEMORY_BYTES, SAMPLE_BYTES + characters * BYTES_PER_CHARACTER)
+    return SAMPLE_SECONDS + characters / CHARACTERS_PER_SECOND, memory
 
 
 def _good_samples(rules: Rules, chunk: Chunk, found: EncodedChunk, encoder: Encoder) -> Iterator[tuple[int, Sample]]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tundish.address import local_path
 from tundish.data import first_samples
 from tundish.data.chunks import Chunk
-from tundish.data.encoding import EncodedChunk, Job, encode_chunk
+from tundish.data.encoding import EncodedChunk, Job, encode_chunks, numbered
 from tundish.data.pack import pack
 from tundish.data.share import Progress
 from tundish.data.sources import Source
@@ -194,11 +194,10 @@ def estimate(source: Source, job: Job, steps: Steps, duration: str, progress: Pr
         DataError: there is no good sample in what was read, or compressed data is damaged.
     """
     drawn, lengths, pieces = _Drawn([], [], []), list[NDArray[np.int32]](), list[NDArray[np.int32]]()
-    job.encoder.prove(first_samples(source))
+    job.prove(first_samples(source))
     chunks = _draw(source, drawn)
-    tasks = ((job, source.rules, chunk, None) for chunk in chunks)
     with Workers() as workers:
-        for done, chunk in enumerate(workers.map(encode_chunk, tasks), 1):
+        for done, chunk in enumerate(encode_chunks(job, source, chunks, lambda: None, workers), 1):
             drawn.add(chunk)
             lengths.append(chunk.sample_lengths)
             pieces.append(chunk.lengths)
@@ -219,14 +218,14 @@ def estimate(source: Source, job: Job, steps: Steps, duration: str, progress: Pr
     )  # fmt: skip
 
 
-def _draw(source: Source, drawn: _Drawn) -> list[Chunk]:
+def _draw(source: Source, drawn: _Drawn) -> list[tuple[int, Chunk]]:
     """Some chunks of a source, each with the same chance; all where there are few (Vitter's algorithm R)."""
-    kept, chance = list[Chunk](), random.Random(SEED)
-    for number, chunk in enumerate(source.chunks()):
+    kept, chance = list[tuple[int, Chunk]](), random.Random(SEED)
+    for number, (start, chunk) in enumerate(numbered(source.chunks())):
         drawn.whole += chunk.size
         place = number if number < SAMPLED_CHUNKS else chance.randrange(number + 1)
         if place < SAMPLED_CHUNKS:
-            kept[place : place + 1] = [chunk]
+            kept[place : place + 1] = [(start, chunk)]
     return kept
 
 

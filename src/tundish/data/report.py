@@ -9,12 +9,13 @@ from typing import Any
 
 from tundish.address import local_path
 from tundish.data import Outcome, Prepared, examine, first_samples
-from tundish.data.encoding import Job
+from tundish.data.encoding import Job, allowed
 from tundish.data.findings import Finding
 from tundish.data.preview import Segment, marked_html, segments
 from tundish.data.share import Progress
 from tundish.data.sources import Source
-from tundish.data.tokenize import Encoder
+from tundish.data.tokenize import texts_of
+from tundish.data.workers import guarded, limited
 from tundish.errors import DataError
 from tundish.paths import write_atomic
 from tundish.text import printable
@@ -120,8 +121,11 @@ def report_on(argument: str, source: Source, job: Job, cluster: str | None, prog
     Raises:
         DataError: there is no sample in it, or compressed data is damaged.
     """
-    outcome = examine(source, job, cluster, progress)
-    return report_of(argument, source, outcome, _preview(source, job.encoder))
+    if cluster is None:
+        outcome = examine(source, job, cluster, progress)
+        return report_of(argument, source, outcome, _preview(source, job))
+    preview = guarded(_preview, source, job)  # before the tokenizer is loaded here
+    return report_of(argument, source, examine(source, job, cluster, progress), preview)
 
 
 def report_of(argument: str, source: Source, outcome: Outcome, preview: list[Segment]) -> Report:
@@ -133,10 +137,12 @@ def report_of(argument: str, source: Source, outcome: Outcome, preview: list[Seg
     )  # fmt: skip
 
 
-def _preview(source: Source, encoder: Encoder) -> list[Segment]:
+def _preview(source: Source, job: Job) -> list[Segment]:
     """The first sample that the chat template takes, as runs of trained and untrained text."""
+    encoder = job.encoder
     for sample in first_samples(source):
-        (encoded,) = encoder.encode([sample[:PREVIEW_CHARACTERS] if isinstance(sample, str) else sample])
+        with limited(f"{source.place.source}: the preview of its first sample", *allowed(texts_of(sample))):
+            (encoded,) = encoder.encode([sample[:PREVIEW_CHARACTERS] if isinstance(sample, str) else sample])
         if isinstance(encoded, DataError):
             continue
         tokens, mask = encoded.tokens[:PREVIEW_TOKENS], encoded.loss_mask[:PREVIEW_TOKENS]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tundish.data.encoding import EncodedChunk, Job, encode_chunk
+from tundish.data.encoding import EncodedChunk, Job, encode_chunks, numbered
 from tundish.data.findings import Findings
 from tundish.data.pack import pack
 from tundish.data.sources import Source
@@ -66,8 +66,8 @@ def prepare_share(job: Job, source: Source, folder: Path, workers: Workers, prog
     spool.mkdir()
     done, total = 0, source.size
     # After a problem nothing will be written; the rest is only looked at.
-    tasks = ((job, source.rules, chunk, None if share.problems else spool) for chunk in source.chunks())
-    for chunk in workers.map(encode_chunk, tasks):
+    chunks = numbered(source.chunks())
+    for chunk in encode_chunks(job, source, chunks, lambda: None if share.problems else spool, workers):
         share.add(chunk)
         if not share.problems and len(chunk.lengths):
             spooled.append(chunk)

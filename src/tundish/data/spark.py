@@ -102,7 +102,7 @@ def prepare_part(job: Job, part: Source, folder: Path, number: int) -> tuple[str
     name = f"part.{number:05}.{uuid.uuid4().hex}"
     own = folder / name
     own.mkdir()
-    job.encoder.prove(islice(first_samples(part), 16))
+    job.prove(islice(first_samples(part), 16))
     with Workers(1) as workers:
         return name, prepare_share(job, part, own, workers, lambda done, total: None)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from tundish.data.records import Messages
+from tundish.data.workers import took_memory
 from tundish.errors import DataError
 
 TEMPLATE_DATE = "26 Jul 2024"
@@ -164,6 +165,8 @@ class ChatTemplate:
         except TemplateError as error:
             text = " ".join(str(error).split())[:300]
             raise DataError(f"the model's chat template refuses the conversation: {text}.") from error
+        except MemoryError as error:
+            raise DataError(f"the model's chat template {took_memory()} for the conversation.") from error
         except Exception as error:  # a template divides by zero, too
             text = f"{type(error).__name__}: {error}"[:300]
             raise DataError(f"the model's chat template fails on the conversation ({text}).") from error

@@ -19,7 +19,8 @@ from tundish.data.bpe import BytePairEncoder, Ids
 from tundish.data.control import Finder, Known, PlainText
 from tundish.data.records import Messages, PromptResponse, Sample
 from tundish.data.templates import ChatTemplate, Kept, Rendered
-from tundish.data.tokenizer import load_tokenizer, tokenizer_digest
+from tundish.data.tokenizer import LOAD_SECONDS, load_tokenizer, tokenizer_digest
+from tundish.data.workers import limited
 from tundish.errors import DataError
 from tundish.spec import TaskType
 
@@ -229,7 +230,8 @@ def load_encoder(model: str, task_type: TaskType, targets: TargetResponses) -> E
 def _load_encoder(
     model: str, task_type: TaskType, targets: TargetResponses, version: tuple[tuple[str, int, int], ...]
 ) -> Encoder:
-    return Encoder(load_tokenizer(model, task_type), task_type, targets)
+    with limited(f"model: the tokenizer of {model}", LOAD_SECONDS):
+        return Encoder(load_tokenizer(model, task_type), task_type, targets)
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHATML_ADDED = "tundish_added_chatml"
+LOAD_SECONDS = 60.0
+"""Of CPU time, for loading a tokenizer and finding out what it does; that of Llama 3 takes four."""
 
 
 def load_tokenizer(model: str, task_type: TaskType) -> "PreTrainedTokenizerBase":
@@ -25,7 +27,9 @@ def load_tokenizer(model: str, task_type: TaskType) -> "PreTrainedTokenizerBase"
     check_files(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare ones
+    except BaseException as error:  # tokenizers raises bare ones, and panics, which is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise SpecError(
             f"model: the tokenizer of {model} cannot be loaded ({reason}). "

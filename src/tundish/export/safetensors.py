@@ -17,7 +17,8 @@ from typing import Any, cast
 
 from tundish.architecture import architecture_in, model_config
 from tundish.checkpoints.archive import BLOCK_BYTES
-from tundish.data.tokenizer import load_tokenizer
+from tundish.data.tokenizer import LOAD_SECONDS, load_tokenizer
+from tundish.data.workers import guarded, limited
 from tundish.errors import CheckpointError, SpecError
 from tundish.export.plan import ExportDtype, Shard, Target, plan
 from tundish.model_files import is_model_folder, license_files, read_bytes, read_json
@@ -64,9 +65,8 @@ def export(
     """
     if out.exists():
         raise SpecError(f"{out}: is there already; an export overwrites nothing. Remove it, or choose another folder.")
-    tokenizer = load_tokenizer(model, task_type)
     weights, config = read_weights(checkpoint), model_config(model)
-    fit_vocabulary(config, weights, len(tokenizer), checkpoint)
+    fit_vocabulary(config, weights, guarded(_tokens, model, task_type), checkpoint)
     config.torch_dtype = dtype
     architecture = architecture_in(config)
     config.architectures, expected = [architecture.class_name], architecture.shapes
@@ -74,12 +74,25 @@ def export(
     shards = plan({name: weights[name] for name in expected}, dtype, SHARD_BYTES)
     _check_room(out, sum(target.size for shard in shards for target in shard.targets))
     with new_folder(out) as folder:
-        tokenizer.save_pretrained(folder)
+        guarded(_save_tokenizer, model, task_type, folder)
         _write_configs(model, config, folder)
         _copy_licenses(model, folder)
         write(shards, folder, progress)
         verify(folder, shards)
         _write_index(shards, folder)
+
+
+def _tokens(model: str, task_type: TaskType) -> int:
+    return len(_tokenizer(model, task_type))
+
+
+def _save_tokenizer(model: str, task_type: TaskType, folder: Path) -> None:
+    _tokenizer(model, task_type).save_pretrained(folder)
+
+
+def _tokenizer(model: str, task_type: TaskType) -> Any:
+    with limited(f"model: the tokenizer of {model}", LOAD_SECONDS):
+        return load_tokenizer(model, task_type)
 
 
 def write(shards: Sequence[Shard], folder: Path, progress: Progress | None = None) -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from tundish.address import Address
 from tundish.compute import Compute, count_gpus
-from tundish.errors import DataError, InputError, SpecError
+from tundish.errors import DataError, InputError, SpecError, WorkerError
 from tundish.launch import slurm
 from tundish.models import ModelCard
 from tundish.overrides import target_responses
@@ -74,6 +74,40 @@ def check_data(
     They are prepared, too, unless one has more than `most` bytes: then, and where other arguments are wrong (`parsed`
     is None), a source cannot be opened or the tokenizer not be loaded, only the structure of the rows is checked.
     """
+    from tundish.data.workers import guarded
+
+    if parsed is not None and parsed[0].data_prep_cluster_id and rows:
+        # A Spark session is this process's.
+        return _check_data(arguments, parsed, rows, most, progress)
+    if parsed is not None and rows and _is_small(arguments, most):
+        # Here, so that the next process has them too.
+        import streaming
+        from transformers import AutoTokenizer
+
+        assert streaming
+        assert AutoTokenizer
+    try:
+        return guarded(_check_data, arguments, parsed, rows, most, progress=progress)
+    except WorkerError as error:
+        return CheckedData(problems=[error.message])
+
+
+def _is_small(arguments: Mapping[str, Any], most: float) -> bool:
+    """Whether all of the data is files of this machine of at most `most` bytes."""
+    try:
+        files = [address.path for _, address in _named(arguments)]
+        return bool(files) and all(file.is_file() and file.stat().st_size <= most for file in files)
+    except (SpecError, OSError):
+        return False  # told when it is opened
+
+
+def _check_data(
+    arguments: Mapping[str, Any],
+    parsed: tuple[RunSpec, ModelCard] | None,
+    rows: bool,
+    most: float,
+    progress: BarOf,
+) -> CheckedData:
     found = CheckedData()
     sources = dict[str, "Source"]()
     for name, address in _named(arguments):
@@ -87,7 +121,7 @@ def check_data(
     if parsed is not None and not found.problems and (small or parsed[0].eval_prompts):
         with collected(found, "model"):
             job = job_of(parsed[0])
-            found.problems.extend(_prompt_problems(parsed[0], job.encoder.tokenizer))
+            found.problems.extend(_prompt_problems(parsed[0], job))
     for name, source in sources.items():
         with collected(found, name):
             wanted = job if small and not found.problems else None
@@ -95,10 +129,20 @@ def check_data(
     return found
 
 
-def _prompt_problems(spec: RunSpec, tokenizer: Any) -> list[str]:
+def _prompt_problems(spec: RunSpec, job: "Job") -> list[str]:
     """Eval prompts that leave the model no room for an answer."""
+    from tundish.data.encoding import allowed
+    from tundish.data.workers import guarded, limited
+
+    if spec.data_prep_cluster_id:
+        spec = replace(spec, data_prep_cluster_id=None)
+        return guarded(_prompt_problems, spec, job)
     room = spec.context_length - ANSWER_TOKENS
-    lengths = [(number, len(tokenizer(prompt)["input_ids"])) for number, prompt in enumerate(spec.eval_prompts, 1)]
+    tokenizer: Any = job.encoder.tokenizer
+    lengths = list[tuple[int, int]]()
+    for number, prompt in enumerate(spec.eval_prompts, 1):
+        with limited(f"eval_prompts: the model's tokenizer, at prompt {number},", *allowed([prompt])):
+            lengths.append((number, len(tokenizer(prompt)["input_ids"])))
     return [
         f"eval_prompts: prompt {number} has {length:,} tokens; with an answer of {ANSWER_TOKENS}, at most "
         f"{max(0, room):,} fit into the context of {spec.context_length:,}. Shorten it, or raise context_length."
@@ -116,6 +160,8 @@ def collected(found: CheckedData, name: str) -> Iterator[None]:
         prefix = f"{name}: "
         kind = found.unreadable if isinstance(error, DataError) else found.problems
         kind.extend(prefix + problem.removeprefix(prefix) for problem in error.problems)
+    except WorkerError as error:
+        found.problems.append(error.message)
     except (OSError, ValueError) as error:
         found.problems.append(f"{name}: cannot be read ({error}). Check the path.")
 

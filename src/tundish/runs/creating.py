@@ -15,6 +15,7 @@ from tundish.address import Address
 from tundish.checkpoints import list_checkpoints
 from tundish.checkpoints.places import Place
 from tundish.data.sources import open_source
+from tundish.data.workers import guarded
 from tundish.errors import CheckpointError, DataError, Interrupted, SpecError
 from tundish.foundry import Destination, isolating_attentions, memory_plan, planned_steps, render
 from tundish.memory import GIB
@@ -175,20 +176,23 @@ def estimate(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> "Estimat
         SpecError: an argument is wrong.
         DataError: there is no good sample in the data.
     """
-    from tundish.data.estimate import estimate as estimate_data
-
     parsed, problems = _parse(arguments)
     problems.extend(check_data(arguments, parsed, rows=False).problems)
     if problems or parsed is None:
         raise SpecError(problems)
-    spec, card = parsed
     found = CheckedData()
-    with collected(found, "train_data_path"), progress("Estimating") as tell:
-        source = open_source(spec.train_data_path, spec.task_type, system_message=card.system_message)
-        steps = partial(planned_steps, spec)
-        data = estimate_data(source, job_of(spec), steps, str(spec.training_duration), tell)
-        return replace(data, memory=memory_plan(spec, card, data.batch_size))
+    with collected(found, "train_data_path"):
+        return guarded(_estimate, *parsed, progress=progress)
     raise DataError(found.unreadable) if found.unreadable else SpecError(found.problems)
+
+
+def _estimate(spec: RunSpec, card: ModelCard, progress: BarOf) -> "Estimate":
+    from tundish.data.estimate import estimate as estimate_data
+
+    with progress("Estimating") as tell:
+        source = open_source(spec.train_data_path, spec.task_type, system_message=card.system_message)
+        data = estimate_data(source, job_of(spec), partial(planned_steps, spec), str(spec.training_duration), tell)
+        return replace(data, memory=memory_plan(spec, card, data.batch_size))
 
 
 def _parse(arguments: Mapping[str, Any]) -> tuple[tuple[RunSpec, ModelCard] | None, list[str]]:

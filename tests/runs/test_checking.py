@@ -1,0 +1,137 @@
+"""runs/checking.py: what others wrote cannot hang, fill or end the process of the caller."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tundish import foundation_model as fm
+from tundish.data import encoding, tokenize, tokenizer, workers
+from tundish.errors import DataError, SpecError
+
+WriteLines = Callable[[Path, Any], Path]
+SaveTokenizer = Callable[..., Path]
+PLAIN = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+IF_BAD = "{% if messages[0]['content'] == 'bad' %}"
+HANGS = IF_BAD + "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}" + PLAIN
+GROWS = IF_BAD + "{{ 'a' * 2 ** 31 }}{% endif %}" + PLAIN
+
+
+def _chat(content: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "4"}]}
+
+
+@pytest.fixture
+def foreign(arguments: dict[str, Any], tmp_path: Path, write_lines: WriteLines) -> Callable[..., dict[str, Any]]:
+    """`foreign(template, **changes)`: arguments with a model of that template, its tokenizer.json changed."""
+    write_lines(Path(arguments["train_data_path"]), [_chat("2 + 2?")] * 299 + [_chat("bad")] + [_chat("3 + 3?")] * 9)
+
+    def make(template: str = PLAIN, **changes: Any) -> dict[str, Any]:
+        folder = tmp_path / "foreign"
+        folder.mkdir()
+        for file in Path(arguments["model"]).iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        (folder / "chat_template.jinja").write_text(template)
+        (folder / "tokenizer.json").write_text(
+            json.dumps(json.loads((folder / "tokenizer.json").read_text()) | changes)
+        )
+        return {**arguments, "model": str(folder), "context_length": 64}
+
+    return make
+
+
+def _replacing(word: str, times: int) -> dict[str, Any]:
+    """A normalizer that makes ten of a word, again and again."""
+    replace = {"type": "Replace", "pattern": {"String": word}, "content": word * 10}
+    return {"type": "Sequence", "normalizers": [replace] * times}
+
+
+VERBS = [fm.create, fm.validate, fm.estimate]
+
+
+@pytest.mark.usefixtures("nothing_starts")
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_template_that_does_not_end_is_told_by_line(
+    foreign: Any, monkeypatch: pytest.MonkeyPatch, verb: Callable[..., Any]
+) -> None:
+    """`create()` would hang."""
+    monkeypatch.setattr(encoding, "SAMPLE_SECONDS", 0.3)
+    with pytest.raises(DataError) as error:
+        verb(**foreign(HANGS))
+    assert str(error.value) == (
+        "train_data_path: train.jsonl, line 300: the model's chat template or tokenizer took more than 0.3 s of CPU "
+        "time. Shorten the sample or take it out, or use another model."
+    )
+
+
+def test_a_template_that_fills_the_memory_is_told_by_line(foreign: Any) -> None:
+    """It took 9 GB of the caller's."""
+    (report,) = fm.validate(**foreign(GROWS)).reports
+    (problem,) = report.problems
+    assert problem.message == (
+        "train.jsonl, line 300: the model's chat template took more than 1 GiB of memory for the conversation."
+    )
+
+
+@pytest.mark.usefixtures("nothing_starts")
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_tokenizer_that_fills_the_memory_is_a_problem_of_the_model(
+    foreign: Any, monkeypatch: pytest.MonkeyPatch, verb: Callable[..., Any]
+) -> None:
+    """Its library would end the caller's process with SIGABRT."""
+    monkeypatch.setattr(workers, "MEMORY_BYTES", 1 << 29)
+    given = foreign(normalizer=_replacing("a", 12))
+    with pytest.raises(SpecError) as error:
+        verb(**given)
+    assert f"model: the tokenizer of {given['model']} took more than 0.5 GiB of memory." in str(error.value)
+
+
+@pytest.mark.usefixtures("nothing_starts")
+def test_a_tokenizer_that_ends_its_process_at_a_sample_is_told_by_line(
+    foreign: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of thousands of lines, nobody would know which."""
+    monkeypatch.setattr(encoding, "SAMPLE_BYTES", 1 << 28)
+    monkeypatch.setattr(tokenize, "TRIED_SAMPLES", 2)
+    with pytest.raises(DataError, match=r"line 300: the model's chat template or tokenizer took more than 0\.25 GiB"):
+        fm.create(**foreign(normalizer=_replacing("b", 12)))
+
+
+def test_a_tokenizer_that_ends_its_process_at_a_prompt_is_a_problem_of_it(
+    foreign: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check of a prompt's length would end the caller."""
+    monkeypatch.setattr(encoding, "SAMPLE_BYTES", 1 << 28)
+    given = foreign(normalizer=_replacing("b", 12))
+    with pytest.raises(SpecError, match=r"eval_prompts: the model's tokenizer, at prompt 2, took more than 0\.25 GiB"):
+        fm.validate(**given, eval_prompts=["What?", "bad"])
+
+
+def test_a_pattern_that_is_none_is_a_problem_of_the_model(foreign: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """The terminal would be filled with a panic of Rust's."""
+    split = {"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated", "invert": False}
+    with pytest.raises(SpecError, match=r"model: the tokenizer of .* cannot be loaded \(.*parenthesis"):
+        fm.validate(**foreign(pre_tokenizer=split))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("verb", [fm.validate, fm.estimate])
+def test_the_caller_never_loads_a_tokenizer(arguments: dict[str, Any], verb: Callable[..., Any]) -> None:
+    """What a tokenizer does to its process would be done to the caller's."""
+    tokenize._load_encoder.cache_clear()
+    caller = os.getpid()
+
+    def load(model: str, task_type: Any) -> Any:
+        assert os.getpid() != caller
+        return tokenizer.load_tokenizer(model, task_type)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize, "load_tokenizer", load)
+        assert verb(**arguments, eval_prompts=["What?"])
+    assert tokenize._load_encoder.cache_info().currsize == 0
