@@ -19,7 +19,7 @@ from tundish.stored import read_regular
 from tundish.text import redacted
 
 PROGRESS = b'{"type": "TRAIN_UPDATED"'
-NUMBERS = ("eta_s", "share")
+NUMBERS = ("eta_s", "share", "loss", "eval_loss", "tokens_per_s")
 """Facts that readers count with."""
 LOCK_SECONDS = 2.0
 TERMINAL_TYPES = frozenset({"COMPLETED", "FAILED", "STOPPED", "CANCELED"})

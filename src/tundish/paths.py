@@ -178,6 +178,11 @@ class RunPaths:
         return self.work / "scratch"
 
     @property
+    def doing(self) -> Path:
+        """How far a stage is, as text; gone with the stage."""
+        return self.scratch / "doing"
+
+    @property
     def export(self) -> Path:
         """The Hugging Face folder."""
         return self.folder / "export"

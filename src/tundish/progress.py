@@ -95,10 +95,13 @@ def _watch_notebook(name: str) -> TrainingRun:
     latest = None
     while True:
         run, found = read_run(name), read_events(find_run(name))
-        if len(found) and found[-1] != latest:
-            latest = found[-1]
+        said = _doing(run, found[-1].message)
+        if (found[-1], said) != latest:
+            latest = found[-1], said
             clear_output(wait=True)
             display(found)
+            if said:
+                print(said)
         if run.status.is_terminal():
             clear_output()
             return run
@@ -117,6 +120,10 @@ def _watch_plain(name: str) -> TrainingRun:
         if found and found[-1].type == "TRAIN_UPDATED" and time.monotonic() - last_progress > PLAIN_SECONDS:
             last_progress = time.monotonic()
             print(_line(found[-1]), flush=True)
+        doing = _doing(run, found[-1].message)
+        if doing and time.monotonic() - last_progress > PLAIN_SECONDS:
+            last_progress = time.monotonic()
+            print(f"{datetime.now():%H:%M:%S}  {run.status!s:<17}  {doing}", flush=True)
         said = _unsaid(run, found)
         if said and said != waiting:
             print(said, flush=True)
@@ -124,6 +131,12 @@ def _watch_plain(name: str) -> TrainingRun:
         if run.status.is_terminal():
             return run
         time.sleep(POLL_SECONDS)
+
+
+def _doing(run: TrainingRun, message: str) -> str:
+    """How far a stage is that writes no events: what `details` has beyond the last event's message."""
+    active = run.status in (RunStatus.STARTING, RunStatus.RUNNING)
+    return str(run.details) if active and run.details != message.partition("\n")[0] else ""
 
 
 def _unsaid(run: TrainingRun, found: list[events.Event]) -> str:
@@ -156,7 +169,7 @@ def _watch_live(name: str) -> TrainingRun:
                 console.print(_line(event), style=STYLES.get(event.type, ""), markup=False, soft_wrap=True)
             shown = len(lasting)
             said = _unsaid(run, found)
-            _update(bar, found, str(run.details) if said else "")
+            _update(bar, found, str(run.details) if said else "", _doing(run, found[-1].message))
             if run.status.is_terminal():
                 if said:
                     console.print(said, style=STYLES.get(str(run.status), ""), markup=False, soft_wrap=True)
@@ -164,14 +177,14 @@ def _watch_live(name: str) -> TrainingRun:
             time.sleep(POLL_SECONDS)
 
 
-def _update(bar: Progress, found: list[events.Event], waiting: str) -> None:
+def _update(bar: Progress, found: list[events.Event], waiting: str, stage: str) -> None:
     latest = next((event for event in reversed(found) if event.type == "TRAIN_UPDATED"), None)
     doing = DOING.get(found[-1].type, "working") if found else "starting"
     share = latest.facts.get("share") if latest and doing == "training" else None
     (task,) = bar.tasks
     # Without a total the bar pulses; `update` takes None for "as before".
     task.total = None if share is None else 1.0
-    facts = waiting or (latest.message if latest and share else "")
+    facts = waiting or stage or (latest.message if latest and share else "")
     bar.update(task.id, description="waiting" if waiting else doing, completed=share or 0, facts=facts)
 
 

@@ -113,6 +113,13 @@ class RunFolder(RunPaths):
                 raise ValueError("holds no event")
         return found
 
+    def read_doing(self) -> str:
+        """How far the stage that runs is; empty where none says so."""
+        try:
+            return read_regular(self.doing, RECORD_BYTES).decode()
+        except (OSError, ValueError):
+            return ""
+
     @contextmanager
     def _reading(self, path: Path, advice: str) -> Iterator[None]:
         """Make one error of all that can be wrong with a file.

@@ -56,6 +56,33 @@ def test_a_run_is_read_with_all_that_was_asked_for(make_run: MakeRun, arguments:
     assert [event.type for event in run.events or ()] == ["CREATED", "STARTED", "COMPLETED"]
 
 
+def test_a_run_tells_its_latest_losses_speed_and_version(make_run: MakeRun) -> None:
+    """Whoever looks at a run would have to look into MLflow for how it goes, and what came out of it."""
+    paths = make_run("ift-1", ("CREATED", "waits"))
+    events.append(paths.events, "TRAIN_UPDATED", "half", loss=2.0, eval_loss=1.75, tokens_per_s=1000)
+    run = read_run("ift-1")
+    assert (run.train_loss, run.eval_loss, run.tokens_per_second) == (2.0, 1.75, 1000)
+    assert run.model_uri is None and "loss" not in str(run.details)
+    events.append(paths.events, "TRAIN_FINISHED", "done", loss=1.5)
+    events.append(paths.events, "COMPLETED", "Registered.", name="main.lab.x", version="3")
+    run = read_run("ift-1")
+    assert (run.train_loss, run.eval_loss, run.model_uri) == (1.5, 1.75, "models:/main.lab.x/3")
+    (listed,) = fm.list()
+    assert (listed.eval_loss, listed.registered_version) == (1.75, "3")
+
+
+@pytest.mark.parametrize("last", ["STARTED", "TRAIN_FINISHED"])
+def test_a_stage_that_takes_long_says_how_far_it_is(make_run: MakeRun, last: str) -> None:
+    """An export of an hour would look like a run that hangs."""
+    paths = make_run("ift-1", ("CREATED", "waits"), (last, "the latest"))
+    _supervised_by(paths, os.getpid())
+    paths.doing.parent.mkdir(parents=True)
+    paths.doing.write_text("Exporting the model: 45% of 16.1 GB.")
+    assert read_run("ift-1").details == "Exporting the model: 45% of 16.1 GB."
+    events.append(paths.events, "FAILED", "The disk is full.")
+    assert read_run("ift-1").details == "The disk is full."
+
+
 @pytest.mark.parametrize(
     ("last", "status"),
     [

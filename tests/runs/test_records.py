@@ -132,9 +132,37 @@ def test_the_export_is_told_once_it_is_there(tmp_path: Path) -> None:
 
 
 def test_the_mlflow_page_is_that_of_the_run() -> None:
-    """The link would lead nowhere."""
-    assert _run(experiment_id="7", run_id="abc").mlflow_url == "/#/experiments/7/runs/abc"
-    assert _run().mlflow_url is None
+    """The link would lead nowhere, or there be none."""
+    at = {"experiment_id": "7", "run_id": "abc", "submitted_experiment_path": "/me/x", "registered_version": "2"}
+    run = _run(**at, tracking_uri="http://server:5000/", registered_name="a.b.c")
+    page = "http://server:5000/#/experiments/7/runs/abc"
+    assert run.mlflow_url == page and run.model_uri == "models:/a.b.c/2"
+    for shown in (run._repr_html_(), ObjectList([run], run.COLUMNS, run.MORE_COLUMNS)._repr_html_()):
+        assert f'href="{page}"' in shown and 'href="http://server:5000/#/models/a.b.c/versions/2"' in shown
+    local = _run(**at, tracking_uri="sqlite:////mlflow.db")
+    assert local.mlflow_url is None and _run().mlflow_url is None
+    assert "href" not in local._repr_html_() + ObjectList([local], run.COLUMNS, run.MORE_COLUMNS)._repr_html_()
+
+
+def test_a_run_and_a_list_of_runs_are_printed_in_a_line_each() -> None:
+    """`print(run)` would be a page of fields, most of them None."""
+    done = {"started_at": NOW, "completed_at": NOW + timedelta(seconds=85), "train_loss": 1.23456, "eval_loss": 1.5}
+    run = _run(name="ift-1", status=RunStatus.COMPLETED, details="Registered.", **done)
+    line = "ift-1  COMPLETED  Registered.  train loss 1.235  eval loss 1.5  took 0:01:25"
+    assert str(run) == line and "\n" not in repr(run) and len(repr(run)) < 100
+    assert str(ObjectList([run, _run(name="ift-2")], run.COLUMNS)) == f"{line}\nift-2  PENDING"
+    assert str(ObjectList([], run.COLUMNS)) == "None yet."
+
+
+def test_what_no_run_has_takes_no_room() -> None:
+    """A page of dashes would hide what there is."""
+    run = _run(name="ift-1", status=RunStatus.RUNNING, train_loss=0.0)
+    listed = ObjectList([run, _run()], run.COLUMNS, run.MORE_COLUMNS)
+    assert ">Train Loss</th>" in listed._repr_html_() and ">Eval Loss</th>" not in listed._repr_html_()
+    assert "Eval" not in run._repr_html_() and "Weights" not in run._repr_html_()
+    frame = listed.to_pandas()
+    assert frame["train_loss"][0] == 0.0 and set(frame.columns) == {*run.COLUMNS, *run.MORE_COLUMNS}
+    assert ObjectList([], run.COLUMNS)._repr_html_() == "<p>None yet.</p>"
 
 
 def test_lists_can_be_changed() -> None:
@@ -162,6 +190,7 @@ def test_a_run_shows_all_that_it_was_asked_for() -> None:
         experiment_id="4711",
         data_prep_cluster_id="local[4]",
         submitted_experiment_path="/Users/me/x",
+        events=ObjectList([TrainingEvent("FAILED", NOW, "")], TrainingEvent.COLUMNS),
     )._repr_html_()
     for part in ("FAILED", "What?", "4711", "local[4]", "/Users/me/x", ">MLflow Experiment</th>", ">Events</th>"):
         assert part in shown

@@ -1,18 +1,18 @@
 """runs/tables.py: what notebooks show can be read, and is text."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import pytest
 
 from tundish.runs.records import TrainingModelConstants
-from tundish.runs.tables import SHORT, horizontal, text, vertical
+from tundish.runs.tables import SHORT, Link, horizontal, text, vertical
 
 
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
-        (None, "<nobr>-</nobr>"),
-        ("", "<nobr>-</nobr>"),
+        (None, "-"),
+        ("", "-"),
         (0, "<nobr>0</nobr>"),
         (5e-7, "<nobr>5e-07</nobr>"),
         ("a < b", "<nobr>a &lt; b</nobr>"),
@@ -20,6 +20,11 @@ from tundish.runs.tables import SHORT, horizontal, text, vertical
         ("x" * (SHORT + 1), "x" * (SHORT + 1)),
         (["What?", "<b>"], "<nobr>What?</nobr><br><nobr>&lt;b&gt;</nobr>"),
         ([], "-"),
+        (timedelta(hours=25, seconds=61.5), "<nobr>1 day, 1:01:01</nobr>"),
+        (1.23456789, "<nobr>1.235</nobr>"),
+        (Link("a&b", None), "<nobr>a&amp;b</nobr>"),
+        (Link("a", 'http://x/"><b>'), '<a href="http://x/&quot;&gt;&lt;b&gt;" target="_blank"><nobr>a</nobr></a>'),
+        (Link("", "http://x"), "-"),
         (datetime(2026, 11, 21, 10, 0, 1, 999).astimezone(), "<nobr>2026-11-21 10:00:01</nobr>"),
     ],
 )

@@ -75,6 +75,7 @@ def record(run: TrainingRun) -> dict[str, Any]:
     found = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
     found["events"] = [dataclasses.asdict(event) for event in run.events or ()]
     found["export_dir"] = run.export_dir
+    found["model_uri"], found["mlflow_url"] = run.model_uri, run.mlflow_url
     return {name: plain(value) for name, value in found.items() if name != "submitted_config"}
 
 

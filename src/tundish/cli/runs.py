@@ -13,6 +13,8 @@ from tundish.paths import runs_dir
 from tundish.progress import watch
 from tundish.runs import control, selecting
 from tundish.runs.reading import run_names
+from tundish.runs.records import TrainingRun
+from tundish.runs.tables import duration
 
 
 def get_options(command: argparse.ArgumentParser) -> None:
@@ -54,8 +56,8 @@ def list_runs(arguments: argparse.Namespace) -> int:
         print(_nothing(arguments.status))
         return 0
     print_table(
-        ["NAME", "STATUS", "CREATED", "DURATION", "MODEL"],
-        [(run.name, run.run_progress, _moment(run.created_at), run.training_duration, run.model) for run in runs],
+        ["NAME", "STATUS", "CREATED", "TOOK", "LOSS", "EVAL LOSS", "VERSION", "MODEL"],
+        [_row(run) for run in runs],
     )
     for run in runs:
         if run.damaged_file is not None:
@@ -68,6 +70,15 @@ def _nothing(statuses: Sequence[str] | None) -> str:
     if statuses and any(run_names()):
         return f"No run is {' or '.join(statuses).upper()}. `tundish list` shows all."
     return f"No runs yet in {runs_dir()}. `tundish create --help` and `tundish run --help` show how to start one."
+
+
+def _row(run: TrainingRun) -> Sequence[object]:
+    took, losses = duration(run.took) if run.took else "", (_loss(run.train_loss), _loss(run.eval_loss))
+    return (run.name, run.run_progress, _moment(run.created_at), took, *losses, run.registered_version, run.model)
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _moment(time: datetime | None) -> str:

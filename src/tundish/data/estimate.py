@@ -140,7 +140,8 @@ class Estimate:
     def _repr_html_(self) -> str:
         text = html.escape("\n".join(self.lines()))
         image = base64.b64encode(self._png()).decode()
-        return f'<pre>{text}</pre><img alt="tokens a sample" src="data:image/png;base64,{image}">'
+        table = f'<pre style="font-family: monospace">{text}</pre>'
+        return f'{table}<img alt="tokens a sample" src="data:image/png;base64,{image}">'
 
 
 @dataclass(slots=True)

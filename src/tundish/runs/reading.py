@@ -29,6 +29,10 @@ STATUS_OF = {
 """What an event means for the status; every other one means RUNNING."""
 
 
+BEFORE_STAGES = ("STARTED", "TRAIN_FINISHED")
+"""Events after which a stage that may take long writes none until it is done."""
+
+
 def run_names() -> list[str]:
     """The names of all runs on this machine, damaged ones too."""
     try:
@@ -71,6 +75,9 @@ def read_run(name: str) -> TrainingRun:
     spec, tracking = paths.read_spec(), paths.read_tracking()
     found, life = _lived(paths)
     status, details = _status(found, life)
+    if status in (RunStatus.STARTING, RunStatus.RUNNING) and found[-1].type in BEFORE_STAGES:
+        details = paths.read_doing() or details
+    facts = {name: value for event in found for name, value in event.facts.items()}
     times = {event.type: event.time for event in found}
     end, eta = _estimated_end(found, status)
     return TrainingRun(
@@ -103,6 +110,11 @@ def read_run(name: str) -> TrainingRun:
         run_dir=paths.folder,
         tracking_uri=tracking.tracking_uri,
         registry_uri=tracking.registry_uri,
+        train_loss=facts.get("loss"),
+        eval_loss=facts.get("eval_loss"),
+        tokens_per_second=facts.get("tokens_per_s"),
+        registered_name=facts.get("name"),
+        registered_version=facts.get("version"),
     )
 
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, SupportsIndex, TypeVar
@@ -87,16 +87,19 @@ RunStatus.order = [*reversed([status for status in RunStatus if status is not Ru
 class ObjectList(Generic[T]):
     """A list that shows itself as a table in a notebook."""
 
-    def __init__(self, data: Iterable[T], columns: dict[str, str]) -> None:
+    def __init__(self, data: Iterable[T], columns: dict[str, str], more_columns: dict[str, str] | None = None) -> None:
         self.data = list(data)
         self.display_columns = columns
         """Attribute name → column title."""
+        self.more_columns = more_columns or {}
+        """The same of what the original client did not have."""
 
     def __repr__(self) -> str:
         return f"List{self.data}"
 
     def __str__(self) -> str:
-        return "[" + ", ".join(str(item) for item in self.data) + "]"
+        """A line an item."""
+        return "\n".join(str(item) for item in self.data) or "None yet."
 
     def __iter__(self) -> Iterator[T]:
         return iter(self.data)
@@ -123,13 +126,16 @@ class ObjectList(Generic[T]):
         self.data.extend(item)
 
     def _repr_html_(self) -> str:
-        return tables.horizontal(self.data, self.display_columns)
+        return tables.horizontal(self.data, self.display_columns, self.more_columns)
 
     def to_pandas(self) -> "pd.DataFrame":
         """A DataFrame whose columns are the attribute names."""
         import pandas as pd
 
-        columns = {name: [getattr(item, name) or "" for item in self.data] for name in self.display_columns}
+        columns: dict[str, list[Any]] = {
+            name: [getattr(item, name) or "" for item in self.data] for name in self.display_columns
+        }
+        columns |= {name: [getattr(item, name) for item in self.data] for name in self.more_columns}
         return pd.DataFrame(data=columns)
 
 
@@ -167,7 +173,7 @@ class TrainingModelConstants:
         return tables.vertical({title: tables.text(getattr(self, name)) for name, title in self.COLUMNS.items()})
 
 
-@dataclass
+@dataclass(repr=False)
 class TrainingRun:
     """A run as it was when it was read; `refresh()` reads it again."""
 
@@ -208,6 +214,14 @@ class TrainingRun:
     """The model registry; None: the tracking store is it."""
     damaged_file: Path | None = None
     """The file that is damaged, where the run cannot be read; `details` says more."""
+    train_loss: float | None = field(default=None, compare=False)
+    """The latest, in nats per target token."""
+    eval_loss: float | None = field(default=None, compare=False)
+    tokens_per_second: float | None = field(default=None, compare=False)
+    """Of training so far, over all devices; evaluation does not count."""
+    registered_name: str | None = field(default=None, compare=False)
+    """Of the registered model, once there is a version."""
+    registered_version: str | None = field(default=None, compare=False)
     COLUMNS: ClassVar[dict[str, str]] = {
         "name": "Name",
         "run_progress": "Status",
@@ -218,6 +232,23 @@ class TrainingRun:
         "train_data_path": "Train Data Path",
         "register_to": "Register To",
     }
+    MORE_COLUMNS: ClassVar[dict[str, str]] = {
+        "train_loss": "Train Loss",
+        "eval_loss": "Eval Loss",
+        "registered_version": "Version",
+        "created_at": "Created",
+        "took": "Took",
+    }
+
+    def __repr__(self) -> str:
+        return f"TrainingRun(name={self.name!r}, status={self.status}, details={self.details!r})"
+
+    def __str__(self) -> str:
+        """One line: what it is, how it stands, what came out of it."""
+        numbers = [("train loss", self.train_loss), ("eval loss", self.eval_loss)]
+        said = [f"{title} {value:.4g}" for title, value in numbers if value is not None]
+        said += [f"took {tables.duration(self.took)}"] if self.took else []
+        return "  ".join([self.name, self.run_progress, *([self.details] if self.details else []), *said])
 
     @property
     def run_progress(self) -> str:
@@ -243,8 +274,31 @@ class TrainingRun:
 
     @property
     def mlflow_url(self) -> str | None:
-        """Path of the run's page below the MLflow server's address."""
-        return f"/#/experiments/{self.experiment_id}/runs/{self.run_id}" if self.run_id else None
+        """Address of the run's page, where an MLflow server has it."""
+        return self._page(self.tracking_uri, f"experiments/{self.experiment_id}/runs/{self.run_id}")
+
+    @property
+    def model_uri(self) -> str | None:
+        """`models:/<name>/<version>`, which MLflow loads, once the model is registered."""
+        return f"models:/{self.registered_name}/{self.registered_version}" if self.registered_version else None
+
+    @property
+    def took(self) -> timedelta | None:
+        """From the start to the end, or until now."""
+        return (self.completed_at or datetime.now(UTC)) - self.started_at if self.started_at else None
+
+    @property
+    def links(self) -> dict[str, str | None]:
+        """Attribute name → page that tables lead to, where a server has one."""
+        version = f"models/{self.registered_name}/versions/{self.registered_version}"
+        return {
+            "experiment_path": self.mlflow_url,
+            "registered_version": self._page(self.registry_uri or self.tracking_uri, version),
+        }
+
+    @staticmethod
+    def _page(server: str | None, path: str) -> str | None:
+        return f"{server.rstrip('/')}/#/{path}" if server and server.startswith(("http://", "https://")) else None
 
     @property
     def export_dir(self) -> Path | None:
@@ -315,11 +369,34 @@ class TrainingRun:
         return self.tracking_uri, self.run_id
 
     def _repr_html_(self) -> str:
-        names = (
-            "name status details formatted_events model task_type learning_rate training_duration train_data_path "
-            "eval_data_path register_to experiment_id eval_prompts custom_weights_path data_prep_cluster_id"
-        )
-        shown = {name.replace("_", " ").title(): tables.text(getattr(self, name)) for name in names.split()}
-        events = {"Status": tables.text(self.run_progress), "Formatted Events": self.formatted_events or "-"}
-        shown |= events | {"MLflow Experiment": tables.text(self.experiment_path)}
-        return tables.vertical({title.removeprefix("Formatted "): value for title, value in shown.items()})
+        shown = {
+            "Name": self.name,
+            "Status": self.run_progress,
+            "Details": self.details,
+            "Train Loss": self.train_loss,
+            "Eval Loss": self.eval_loss,
+            "Tokens per Second": None if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f}",
+            "Registered Model": tables.Link(self.model_uri or "", self.links["registered_version"]),
+            "Created": self.created_at,
+            "Started": self.started_at,
+            "Estimated End": self.estimated_end_time,
+            "Completed": self.completed_at,
+            "Took": self.took,
+            "Model": self.model,
+            "Task Type": self.task_type,
+            "Learning Rate": self.learning_rate,
+            "Training Duration": self.training_duration,
+            "Context Length": self.context_length,
+            "Train Data Path": self.train_data_path,
+            "Eval Data Path": self.eval_data_path,
+            "Eval Prompts": self.eval_prompts,
+            "Custom Weights Path": self.custom_weights_path,
+            "Register To": self.register_to,
+            "Data Prep Cluster Id": self.data_prep_cluster_id,
+            "MLflow Experiment": self.experiment_path,
+            "Experiment Id": self.experiment_id,
+            "MLflow Run": tables.Link(self.run_id or "", self.mlflow_url),
+            "Run Folder": self.run_dir,
+        }
+        rows = {title: tables.text(value) for title, value in shown.items()}
+        return tables.vertical(rows | {"Events": self.formatted_events or tables.NOTHING})

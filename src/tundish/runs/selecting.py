@@ -167,7 +167,7 @@ def select(wanted: Filter, *, limit: int | None = None, include_details: bool = 
                 log.warning("The filter left out a damaged run: %s", error.message)
         if wanted.takes(run):
             found.append(run if include_details else replace(run, events=None, submitted_config=None))
-    return ObjectList(found, TrainingRun.COLUMNS)
+    return ObjectList(found, TrainingRun.COLUMNS, TrainingRun.MORE_COLUMNS)
 
 
 def _newest_first(names: set[str] | None) -> list[str]:

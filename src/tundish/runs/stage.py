@@ -7,6 +7,10 @@ sentence that says why it failed, into the run folder.
 import json
 import logging
 import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,9 @@ from tundish.runs.notes import tell_files
 from tundish.runs.tracking import end_tracking
 from tundish.spec import RunSpec
 from tundish.weights import check_weights, fetch_weights
+
+TOLD_SECONDS = 2.0
+"""Between two words on how far a stage is."""
 
 
 def main(stage: str, folder: str) -> int:
@@ -66,7 +73,8 @@ def prepare_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[s
     for split, given in (("train", spec.train_data_path), ("eval", spec.eval_data_path)):
         if given is not None:
             source = open_source(given, spec.task_type, system_message=card.system_message)
-            found[split] = prepare(source, job_of(spec), spec.data_prep_cluster_id)
+            tell = _teller(paths, f"Preparing the {split} data: {{share:.0%}}.")
+            found[split] = prepare(source, job_of(spec), spec.data_prep_cluster_id, tell)
             link = paths.data(split)
             link.parent.mkdir(exist_ok=True)
             link.unlink(missing_ok=True)
@@ -95,6 +103,19 @@ def prepare_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[s
     return {split: data.folder for split, data in found.items()} | planned
 
 
+def _teller(paths: RunFolder, text: str) -> Callable[[int, int | None], None]:
+    """Tells people who look at the run how far a stage is: `share` and `total`, in 10⁹, of `text`."""
+    told = 0.0
+
+    def tell(done: int, total: int | None) -> None:
+        nonlocal told
+        if total and time.monotonic() - told > TOLD_SECONDS:
+            told = time.monotonic()
+            write_atomic(paths.doing, text.format(share=done / total, total=total / 1e9))
+
+    return tell
+
+
 def export_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:
     """The Hugging Face folder of the last checkpoint."""
     from tundish.export.safetensors import export
@@ -104,7 +125,15 @@ def export_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[st
         raise StageError(f"there is no complete checkpoint in {tracking.save_folder}.")
     if paths.export.exists():  # of a run whose supervisor was killed right after it
         remove([paths.export])
-    export(checkpoint, spec.model, spec.task_type, paths.export)
+    done, tell, lock = 0, _teller(paths, "Exporting the model: {share:.0%} of {total:,.1f} GB."), threading.Lock()
+
+    def written(count: int, total: int) -> None:
+        nonlocal done
+        with lock:  # several threads write
+            done += count
+            tell(done, total)
+
+    export(checkpoint, spec.model, spec.task_type, paths.export, progress=written)
     return {"checkpoint": str(checkpoint), "export": str(paths.export)}
 
 
@@ -112,6 +141,9 @@ def register_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[
     """The model version in MLflow."""
     from tundish.export.registry import register
 
+    size = sum(file.stat().st_size for file in paths.export.rglob("*") if file.is_file())
+    begun = f"{datetime.now(UTC):%H:%M} UTC"
+    write_atomic(paths.doing, f"Registering {spec.registered_name}: {size / 1e9:,.1f} GB are copied since {begun}.")
     name, version = register(
         paths.export,
         spec,

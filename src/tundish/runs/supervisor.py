@@ -97,8 +97,9 @@ def _run(paths: RunFolder, command: Sequence[str]) -> None:
     if registered:  # and killed before it was said; resuming has opened the MLflow run again
         end_mlflow_run(paths, "FINISHED")
     result = paths.read_result("register") or {}
-    message = f"Run completed. Registered as version {result.get('version')} of {result.get('name')}."
-    events.append(paths.events, "COMPLETED", message)
+    name, version = result.get("name"), result.get("version")
+    message = f"Run completed. Registered as version {version} of {name}."
+    events.append(paths.events, "COMPLETED", message, name=name, version=version)
 
 
 def _run_with_retry(paths: RunFolder, stage: str, place: Place) -> None:

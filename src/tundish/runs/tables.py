@@ -1,41 +1,87 @@
 """Records as HTML tables, for notebooks. Everything that comes from people is escaped."""
 
 import html
-from collections.abc import Iterable, Mapping
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 # Notebooks align cells to the right, which is for numbers, and fold lines, which messages with several problems need.
 CELL = 'style="text-align: left; vertical-align: top; white-space: pre-wrap"'
 TITLE = 'style="text-align: left; vertical-align: top; white-space: nowrap"'
+NOTHING = "-"
 SHORT = 40
 """Characters of a value that stays in one line: names and models, which would be folded at their hyphens."""
 
 
-def horizontal(items: Iterable[object], columns: Mapping[str, str]) -> str:
+def horizontal(items: Sequence[object], columns: Mapping[str, str], more: Mapping[str, str] = {}) -> str:
     """A row an item.
 
     Args:
         items: what is shown.
         columns: attribute name → title.
+        more: further columns, each left out where no item has a value for it.
+
+    An item may have `links`: attribute name → address, or None.
     """
+    filled = {name: title for name, title in more.items() if any(_is_given(getattr(item, name)) for item in items)}
+    columns = {**columns, **filled}
+    if not items:
+        return "<p>None yet.</p>"
     titles = "".join(f"<th {TITLE}>{html.escape(title)}</th>" for title in columns.values())
-    rows = ("".join(f"<td {CELL}>{text(getattr(item, name))}</td>" for name in columns) for item in items)
+    rows = ("".join(f"<td {CELL}>{_cell(item, name)}</td>" for name in columns) for item in items)
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     return f'<table border="1" class="dataframe"><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>'
 
 
+def _cell(item: object, name: str) -> str:
+    value, address = getattr(item, name), getattr(item, "links", {}).get(name)
+    return text(Link(str(value), address)) if address and _is_given(value) else text(value)
+
+
 def vertical(values: Mapping[str, str]) -> str:
-    """One item, a row an attribute: title → HTML."""
+    """One item, a row an attribute that has a value: title → HTML."""
+    values = {title: value for title, value in values.items() if value != NOTHING}
     rows = (f"<th {TITLE}>{html.escape(title)}</th><td {CELL}>{value}</td>" for title, value in values.items())
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     return f'<table border="1" class="dataframe"><tbody>{body}</tbody></table>'
 
 
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A text that leads somewhere, where an address is known."""
+
+    label: str
+    address: str | None
+
+    def __bool__(self) -> bool:
+        return bool(self.label)
+
+
+def _is_given(value: object) -> bool:
+    return bool(value) or value == 0
+
+
+def duration(value: timedelta) -> str:
+    """`0:01:25`."""
+    return str(timedelta(seconds=int(value.total_seconds())))
+
+
 def text(value: object) -> str:
-    """A value as HTML: times are local and without microseconds, what is not there is a dash."""
+    """A value as HTML: times are local, seconds are the last digit, what is not there is a dash."""
+    if isinstance(value, Link):
+        shown = text(value.label)
+        if value.address is None or not value:
+            return shown
+        return f'<a href="{html.escape(value.address)}" target="_blank">{shown}</a>'
+    if isinstance(value, float):
+        return text(f"{value:.4g}")
+    if isinstance(value, timedelta):
+        return text(duration(value))
     if isinstance(value, datetime):
         return text(f"{value.astimezone():%Y-%m-%d %H:%M:%S}")
     if isinstance(value, list):
-        return "<br>".join(text(one) for one in value) or "-"
-    shown = html.escape(str(value)) if value or value == 0 else "-"
+        return "<br>".join(text(one) for one in value) or NOTHING
+    if not _is_given(value):
+        return NOTHING
+    shown = html.escape(str(value))
     return f"<nobr>{shown}</nobr>" if len(str(value)) <= SHORT and "\n" not in shown else shown

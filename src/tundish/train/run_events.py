@@ -1,7 +1,9 @@
 """The training events of a run: written by rank 0 after the deed, from the values used."""
 
+import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from composer import Callback, Logger, State, TimeUnit
@@ -12,6 +14,8 @@ from tundish.paths import RUN_VARIABLE
 from tundish.train.saving import Saver
 
 PROGRESS_SECONDS = 2.0, 60.0
+SHOWN = {"loss": "Train loss: {:.4g}", "eval_loss": "Eval loss: {:.4g}", "tokens_per_s": "{:,.0f} tokens/s"}
+"""Facts of progress, and how people see them."""
 PROGRESS_SHARE = 1 / 300
 """Of the time since training began: a run of days writes thousands of lines, not a hundred thousand."""
 
@@ -27,6 +31,9 @@ class RunEvents(Callback):
         self.path = Path(events_path)
         self._started_s = self._started_done = 0.0
         self._last_word = 0.0
+        self._tokens_before, self._evaluated_s, self._evaluation_began_s = 0, 0.0, 0.0
+        self._facts: dict[str, float] = {}
+        """Latest losses and speed."""
         self._savers: list[Saver] = []
 
     def after_load(self, state: State, logger: Logger) -> None:
@@ -42,7 +49,10 @@ class RunEvents(Callback):
         for saver in self._savers:
             saver.completed.append(self.checkpoint_saved)
         self._started_s, self._started_done = time.monotonic(), _progress(state)[0]
+        self._tokens_before, self._evaluated_s = int(state.timestamp.token), 0.0
         batch = int(state.timestamp.batch)
+        if batch:
+            self._facts = _facts_so_far(self.path)
         where = f" It goes on from batch {batch}." if batch else ""
         self._write("TRAIN_STARTED", f"Training started on {dist.get_world_size()} device(s).{where}")
 
@@ -53,14 +63,36 @@ class RunEvents(Callback):
         elapsed = time.monotonic() - self._started_s
         if time.monotonic() - self._last_word < min(most, max(least, elapsed * PROGRESS_SHARE)) and done < total:
             return
-        self._last_word = time.monotonic()
+        self._tell(state)
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        """What evaluation takes does not count as training's."""
+        self._evaluation_began_s = time.monotonic()
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        """Evaluations are rare, and each is told."""
+        self._evaluated_s += time.monotonic() - self._evaluation_began_s
+        if (loss := state.eval_metric_values.get("LanguageCrossEntropy")) is not None:
+            self._note("eval_loss", float(loss))
+            self._tell(state)
+
+    def _tell(self, state: State) -> None:
+        """How far training is, with the latest losses and its speed."""
+        self._last_word = now = time.monotonic()
+        done, total = _progress(state)
+        elapsed = now - self._started_s
         eta_s = elapsed / max(done - self._started_done, 1e-9) * max(0.0, total - done)
-        loss = state.total_loss_dict.get("loss/train/total") if hasattr(state, "total_loss_dict") else None
-        text = f"{_place(state)}[ETA={events.short_duration(eta_s)}]" + (
-            f" Train loss: {loss:.4g}" if loss is not None else ""
-        )
-        facts = {"eta_s": round(eta_s, 1), "batch": int(state.timestamp.batch), "loss": loss}
+        if hasattr(state, "total_loss_dict"):
+            self._note("loss", state.total_loss_dict.get("loss/train/total", math.nan))
+        tokens = int(state.timestamp.token) - self._tokens_before
+        self._note("tokens_per_s", tokens / max(elapsed - self._evaluated_s, 1e-9))
+        text = f"{_place(state)}[ETA={events.short_duration(eta_s)}] {_shown(self._facts)}"
+        facts = {"eta_s": round(eta_s, 1), "batch": int(state.timestamp.batch), **self._facts}
         self._write("TRAIN_UPDATED", text, share=round(min(1.0, done / total), 4), **facts)
+
+    def _note(self, name: str, value: float) -> None:
+        if math.isfinite(value):  # JSON has no other numbers
+            self._facts[name] = float(f"{value:.6g}")
 
     def checkpoint_saved(self, address: str) -> None:
         """The checkpoint at a path or URI is complete."""
@@ -71,12 +103,23 @@ class RunEvents(Callback):
         for saver in self._savers:
             saver.wait()
         batches, tokens = int(state.timestamp.batch), int(state.timestamp.token)
-        self._write("TRAIN_FINISHED", f"Training finished after {batches:,} batches and {tokens:,} tokens.")
+        text = f"Training finished after {batches:,} batches and {tokens:,} tokens. {_shown(self._facts)}"
+        self._write("TRAIN_FINISHED", text, **self._facts)
 
     def _write(self, type: str, message: str, **facts: object) -> None:
         # Somebody who trains the run's file once more must not write into the run's history.
         if dist.get_global_rank() == 0 and os.environ.get(RUN_VARIABLE) == str(self.path):
             events.append(self.path, type, message, **facts)
+
+
+def _facts_so_far(path: Path) -> dict[str, float]:
+    """Latest losses and speed of a run that goes on."""
+    found = [event.facts for event in events.read(path) if event.type == "TRAIN_UPDATED"]
+    return {name: found[-1][name] for name in SHOWN if found and name in found[-1]}
+
+
+def _shown(facts: Mapping[str, float]) -> str:
+    return ", ".join(SHOWN[name].format(facts[name]) for name in SHOWN if name in facts)
 
 
 def _progress(state: State) -> tuple[float, float]:
