@@ -13,8 +13,6 @@ from tundish.paths import runs_dir
 from tundish.progress import watch
 from tundish.runs import control, selecting
 from tundish.runs.reading import run_names
-from tundish.runs.records import TrainingRun
-from tundish.runs.tables import duration
 
 
 def get_options(command: argparse.ArgumentParser) -> None:
@@ -55,10 +53,19 @@ def list_runs(arguments: argparse.Namespace) -> int:
     if not len(runs):
         print(_nothing(arguments.status))
         return 0
-    print_table(
-        ["NAME", "STATUS", "CREATED", "TOOK", "LOSS", "EVAL LOSS", "VERSION", "MODEL"],
-        [_row(run) for run in runs],
-    )
+    columns = {
+        "NAME": [run.name for run in runs],
+        "STATUS": [run.run_progress for run in runs],
+        "CREATED": [_moment(run.created_at) for run in runs],
+        "DURATION": [run.training_duration for run in runs],
+        "LOSS": [_loss(run.train_loss) for run in runs],
+        "EVAL LOSS": [_loss(run.eval_loss) for run in runs],
+        "VERSION": [run.registered_version for run in runs],
+        "MODEL": [run.model for run in runs],
+    }
+    # What no run has yet would take the room of what they have.
+    shown = {title: cells for title, cells in columns.items() if any(cells)}
+    print_table(list(shown), list(zip(*shown.values(), strict=True)))
     for run in runs:
         if run.damaged_file is not None:
             print(f"{run.name}: {run.details}")
@@ -70,11 +77,6 @@ def _nothing(statuses: Sequence[str] | None) -> str:
     if statuses and any(run_names()):
         return f"No run is {' or '.join(statuses).upper()}. `tundish list` shows all."
     return f"No runs yet in {runs_dir()}. `tundish create --help` and `tundish run --help` show how to start one."
-
-
-def _row(run: TrainingRun) -> Sequence[object]:
-    took, losses = duration(run.took) if run.took else "", (_loss(run.train_loss), _loss(run.eval_loss))
-    return (run.name, run.run_progress, _moment(run.created_at), took, *losses, run.registered_version, run.model)
 
 
 def _loss(value: float | None) -> str:
