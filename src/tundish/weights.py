@@ -1,12 +1,14 @@
 """Weights of a checkpoint: which ones it has, and whether they are those of a model."""
 
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tundish.architecture import Shapes, architecture_of, hollow
 from tundish.checkpoints import MODEL_PREFIX, StoredTensor, check_complete, read_tensors
+from tundish.checkpoints.metadata import read_shapes
 from tundish.checkpoints.pickles import shown
 from tundish.checkpoints.places import place_of
 from tundish.errors import CheckpointError, SpecError
@@ -64,6 +66,27 @@ def fetch_weights(address: str) -> Path:
     return place.fetch(name)
 
 
+def compare_weights(address: str, model: str) -> None:
+    """Compare names and shapes of the weights at an address with the model's; of a store's checkpoint, its metadata.
+
+    Raises:
+        SpecError: there is nothing of that kind.
+        CheckpointError: they are damaged or unsafe, cannot be fetched, or are another model's.
+    """
+    place, name = place_of(find_weights(address))
+    if not place.is_remote:
+        return check_weights(place.local / name, model)
+    if name.endswith(".pt"):
+        return None  # nothing of it can be read without all of it: the run tells
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / name
+        folder.mkdir()
+        place.fetch_metadata(name, folder)
+        shapes = read_shapes(folder).items()
+    found = {_plain(key): shape for key, shape in shapes if key.startswith(WEIGHT_PREFIX)}
+    return check_shapes(address, found, architecture_of(model).shapes)
+
+
 def check_weights(path: Path, model: str) -> None:
     """Make sure that loading `path` (what `fetch_weights` gave) runs no code and gives all weights of `model`.
 
@@ -104,7 +127,7 @@ def fit_vocabulary(config: Any, weights: Mapping[str, StoredTensor], tokens: int
     config.vocab_size = stored.shape[0]
 
 
-def check_shapes(checkpoint: Path, found: Shapes, expected: Shapes) -> None:
+def check_shapes(checkpoint: Path | str, found: Shapes, expected: Shapes) -> None:
     """Compare what a checkpoint has with what a model needs.
 
     Raises:

@@ -13,6 +13,7 @@ from tundish.checkpoints.manifest import (
     LARGEST_MANIFEST,
     MANIFEST,
     FileFacts,
+    base_model,
     member,
     problems,
     read_manifest,
@@ -38,6 +39,16 @@ def _flip(path: Path, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 1
     path.write_bytes(content)
+
+
+def test_a_manifest_says_what_training_began_from(known: Path) -> None:
+    """Weights of another base model, whose shapes happen to match, would be trained without a word."""
+    files = read_manifest(known)
+    assert base_model(known) is None and files
+    write_manifest(known, files, "org/base")
+    assert base_model(known) == "org/base" and read_manifest(known) == files
+    (known / "manifest.json").unlink()
+    assert base_model(known) is None
 
 
 def test_an_untouched_checkpoint_has_no_problems(known: Path) -> None:

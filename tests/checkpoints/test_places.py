@@ -16,7 +16,7 @@ from tundish.checkpoints.manifest import FileFacts, problems, write_manifest
 from tundish.checkpoints.places import Place, place_of
 from tundish.errors import CheckpointError
 from tundish.paths import CHECKPOINT_LINK
-from tundish.weights import fetch_weights, find_weights
+from tundish.weights import compare_weights, fetch_weights, find_weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
@@ -257,3 +257,26 @@ def test_a_store_that_is_not_there_is_told(bucket: Bucket, monkeypatch: pytest.M
             ask()
         assert error.value.message.startswith(f"{place.address}: there is no such ")
         assert error.value.message.isprintable()
+
+
+def test_the_weights_of_a_store_are_compared_by_their_metadata_alone(
+    bucket: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    """`create()` would accept another model's weights, or download gigabytes before it returns."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from safetensors.torch import load_file
+
+    place = Place(bucket.uri("kept"))
+    weights = {f"state.model.model.{name}": t for name, t in load_file(tiny_model / "model.safetensors").items()}
+    for number, head in ((1, weights["state.model.model.lm_head.weight"]), (2, torch.zeros(400, 64))):
+        state = weights | {"state.model.model.lm_head.weight": head}
+        path = place.local / f"ep1-ba{number}"
+        dcp.save(state, checkpoint_id=path, no_dist=True)
+        place.publish(path)
+    monkeypatch.setenv("TUNDISH_HOME", str(home.parent / "another machine"))
+    compare_weights(f"{place.address}/ep1-ba1", str(tiny_model))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight \[400, 64\] instead of \[384, 64\]"):
+        compare_weights(f"{place.address}/ep1-ba2", str(tiny_model))
+    assert bucket.downloads("kept/ep1-ba1/.metadata") == 1
+    assert bucket.downloads("kept/ep1-ba1/__0_0.distcp") == 0 and not place.local.exists()

@@ -161,6 +161,22 @@ def test_a_damaged_checkpoint_is_told_before_the_run(arguments: dict[str, Any], 
     )
 
 
+def test_weights_of_another_shape_are_told_before_the_run(
+    arguments: dict[str, Any], home: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    """The data would be prepared, and a device waited for, before somebody compares them."""
+    import torch
+    from safetensors.torch import load_file
+
+    weights = {f"model.{name}": tensor for name, tensor in load_file(tiny_model / "model.safetensors").items()}
+    weights["model.lm_head.weight"] = torch.zeros(400, 64)
+    torch.save({"state": {"model": weights}, "rng": []}, tmp_path / "other.pt")
+    error = _refused(arguments | {"custom_weights_path": str(tmp_path / "other.pt")}, home)
+    (problem,) = error.problems
+    assert problem.startswith("custom_weights_path: ") and "not a checkpoint of this model: 1 of its 21" in problem
+    assert "lm_head.weight [400, 64] instead of [384, 64]" in problem
+
+
 def test_rows_are_not_read_when_that_is_not_wanted(arguments: dict[str, Any], write_lines: WriteLines) -> None:
     """`validate_inputs=False` would still read a huge file; but a missing one must be told all the same."""
     write_lines(Path(arguments["train_data_path"]), ["{"])

@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 from tests.train.conftest import weights
 
+from tundish.checkpoints.manifest import base_model
+
 Plan = Callable[..., Path]
 
 
@@ -17,6 +19,7 @@ def test_a_run_starts_from_a_folder_as_from_a_file(ranks: Any, plan: Plan, tmp_p
     first = plan("first #1?", 2, training_duration="3ba", learning_rate=1e-2)  # as no URI would have it
     assert ranks.train(first, 2, tmp_path / "first out").ok
     folder = next((first.parent / "checkpoints").glob("ep*-ba3"))
+    assert base_model(folder) == yaml.safe_load(first.read_text())["model"]["pretrained_model_name_or_path"]
     model = {name.removeprefix("state.model."): t for name, t in weights(first).items() if name.startswith("state.m")}
     torch.save({"state": {"model": model, "run_name": "first"}, "rng": []}, tmp_path / "weights.pt")
     losses: list[dict[int, float]] = []

@@ -38,9 +38,11 @@ class FileFacts:
         return cls(size, digest.hexdigest())
 
 
-def write_manifest(folder: Path, files: Mapping[str, FileFacts]) -> None:
-    """Write the manifest of a checkpoint whose files are all there."""
-    content = {"format": FORMAT, "files": {name: asdict(facts) for name, facts in sorted(files.items())}}
+def write_manifest(folder: Path, files: Mapping[str, FileFacts], base_model: str | None = None) -> None:
+    """Write the manifest of a checkpoint whose files are all there, and the model that its training began from."""
+    content: dict[str, object] = {"format": FORMAT}
+    content |= {} if base_model is None else {"base_model": base_model}
+    content["files"] = {name: asdict(facts) for name, facts in sorted(files.items())}
     write_atomic(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
@@ -86,6 +88,14 @@ def read_manifest(folder: Path) -> dict[str, FileFacts] | None:
     for name in found:
         member(folder, name)
     return found
+
+
+def base_model(folder: Path) -> str | None:
+    """The model that training began from, as its run called it; None where no manifest says it."""
+    if read_manifest(folder) is None:
+        return None
+    said = json.loads((folder / MANIFEST).read_text()).get("base_model")
+    return said if isinstance(said, str) else None
 
 
 def size_problems(folder: Path, files: Mapping[str, FileFacts]) -> list[str]:

@@ -71,6 +71,23 @@ def read_layout(folder: Path) -> Layout:
         ) from error
 
 
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor by its name in the state dict, where nothing but the metadata of a checkpoint is there.
+
+    Raises:
+        CheckpointError: it is damaged or unsafe.
+    """
+    root = _load(folder)
+    try:
+        entries = root.state["state_dict_metadata"].items()
+        tensors = {_text(name): e.state for name, e in entries if isinstance(e.state, dict) and "chunks" in e.state}
+        return {name: numbers(state["size"]) for name, state in tensors.items()}
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / METADATA}: not a DCP checkpoint's metadata ({reason(error)}). Use another checkpoint."
+        ) from error
+
+
 _DCP = "torch.distributed.checkpoint"
 _RECORD = Call(Record)
 _TENSOR_PROPERTIES = ("TensorProperties", "_MEM_FORMAT_ENCODING", "MEM_FORMAT_ENCODING")

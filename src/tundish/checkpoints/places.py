@@ -100,6 +100,14 @@ class Place:
                 self._download(name, copy)
         return copy
 
+    def fetch_metadata(self, name: str, folder: Path) -> None:
+        """Put what says which tensors a checkpoint of the store has, and nothing else, into a folder of that name.
+
+        Raises:
+            CheckpointError: the store cannot be asked.
+        """
+        self._get(f"{name}/{METADATA}", folder / METADATA)
+
     def holds(self, name: str) -> bool:
         """Whether there is a complete checkpoint, or a file, of that name in the store.
 

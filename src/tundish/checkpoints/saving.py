@@ -58,15 +58,16 @@ class Staged(StorageWriter):
         state_dict: nested; called with it on every rank at the same time.
         folder: where the checkpoint is to be.
         copy: whether tensors are copied, so that training may go on while they are written.
+        base_model: which the training began from.
 
     Raises:
         CheckpointError: a complete checkpoint is there already.
     """
 
-    def __init__(self, state_dict: dict[str, Any], folder: Path, *, copy: bool) -> None:
+    def __init__(self, state_dict: dict[str, Any], folder: Path, *, copy: bool, base_model: str | None = None) -> None:
         if folder.exists():
             raise CheckpointError(f"{folder}: is there already; a checkpoint is never written over. Move it away.")
-        self.folder, self.copy = folder, copy
+        self.folder, self.copy, self.base_model = folder, copy, base_model
         self._file = ""
         self._items: list[tuple[WriteItem, Any]] = []
         self._plans: list[SavePlan] = []
@@ -120,7 +121,7 @@ class Staged(StorageWriter):
                 )
         path = self.hidden / METADATA
         write_atomic(path, self._pickled(shares))
-        write_manifest(self.hidden, files | {METADATA: FileFacts.of(path)})
+        write_manifest(self.hidden, files | {METADATA: FileFacts.of(path)}, self.base_model)
         flush_folder(self.hidden)
         self.hidden.rename(self.folder)
         flush_folder(self.folder.parent)

@@ -1,6 +1,9 @@
 """Where the checkpoint is that a user names: a path of this machine, a URI, or an MLflow run's artifact."""
 
+from pathlib import Path
+
 from tundish.address import ARTIFACTS, Address
+from tundish.checkpoints.manifest import base_model
 from tundish.errors import SpecError, StoreError
 from tundish.mlflow_client import artifact_address, open_client, told
 from tundish.paths import default_tracking_uri
@@ -21,6 +24,21 @@ def checkpoint_address(address: Address) -> str:
         return address.text
     _, mlflow_run, _, path = address.text.removeprefix(f"dbfs:{ARTIFACTS}").split("/", 3)
     return _of_run(mlflow_run, path) or _of_store(address.text, mlflow_run, path)
+
+
+def trained_from(checkpoint: Path, address: str) -> str | None:
+    """The model that a checkpoint's training began from: its manifest says it, or its run; None where neither does.
+
+    Args:
+        checkpoint: on this machine.
+        address: where it is kept.
+    """
+    if checkpoint.is_dir() and (said := base_model(checkpoint)) is not None:
+        return said
+    for paths, tracking in trackings():
+        if tracking.save_folder == address.rstrip("/").rpartition("/")[0]:
+            return paths.read_spec().model
+    return None
 
 
 def _of_run(mlflow_run: str, path: str) -> str | None:

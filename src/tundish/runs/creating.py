@@ -39,7 +39,7 @@ from tundish.runs.tracking import (
     uri_problems,
 )
 from tundish.spec import RunSpec, parse_spec
-from tundish.weights import find_weights
+from tundish.weights import compare_weights, find_weights
 
 if TYPE_CHECKING:
     from tundish.data.estimate import Estimate
@@ -136,7 +136,7 @@ def check(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> RunSpec:
         problems.extend(machine_problems(parsed[0].compute))
         problems.extend(_model_problems(parsed[0].model))
     problems.extend(uri_problems())
-    problems.extend(_weights_problems(arguments.get("custom_weights_path")))
+    problems.extend(_weights_problems(arguments.get("custom_weights_path"), parsed[0].model if parsed else None))
     rows = arguments.get("validate_inputs") is not False
     # Its caller waits: large data is tokenized by the run.
     data = check_data(arguments, parsed if not problems else None, rows=rows, most=PREPARED_BYTES, progress=progress)
@@ -257,7 +257,8 @@ def _model_problems(model: str) -> Sequence[str]:
     return ()
 
 
-def _weights_problems(given: object) -> list[str]:
+def _weights_problems(given: object, model: str | None) -> list[str]:
+    """Where there are no weights, or, where the model is known, those of another one."""
     if not given or not isinstance(given, str | Path):
         return []
     try:
@@ -265,7 +266,11 @@ def _weights_problems(given: object) -> list[str]:
     except SpecError:
         return []  # told by the spec's own check
     try:
-        find_weights(checkpoint_address(address))
+        where = checkpoint_address(address)
+        if model is None:
+            find_weights(where)
+        else:
+            compare_weights(where, model)
     except (SpecError, CheckpointError) as error:
         return [f"custom_weights_path: {error.message}"]
     except (OSError, ValueError) as error:

@@ -26,6 +26,7 @@ from tundish.models import find_card
 from tundish.paths import write_atomic
 from tundish.pretrained import check_pretrained
 from tundish.run_folder import RunFolder, Tracking
+from tundish.runs.addresses import trained_from
 from tundish.runs.checking import job_of
 from tundish.runs.notes import tell_files
 from tundish.runs.tracking import end_tracking
@@ -97,7 +98,15 @@ def prepare_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[s
     if train.chatml_added:
         text += " The tokenizer has no chat template; ChatML is used, and saved with the export."
     batch_size, steps = planned_steps(spec, train.rows, train.tokens)
-    text += f" A step takes {batch_size:,} row(s), the run about {steps:,} step(s)."
+    about = "about " if spec.training_duration.unit == "tok" else ""
+    text += f" A step takes {batch_size:,} row(s), the run {about}{steps:,} step(s)."
+    if weights is not None and spec.custom_weights_path is not None:
+        base = trained_from(weights, spec.custom_weights_path)
+        if base is not None and base != spec.model:
+            text += (
+                f" WARNING: the checkpoint of custom_weights_path was trained from {base}, not from {spec.model}. The "
+                "shapes of its weights match; if these are two models, vocabulary and template may not."
+            )
     planned = {"batch_size": batch_size, "steps": steps}
     events.append(paths.events, "DATA_VALIDATED", text, rows=train.rows, tokens=train.tokens, **planned)
     return {split: data.folder for split, data in found.items()} | planned

@@ -121,7 +121,8 @@ def _stop() -> StopWhenAsked:
 
 def _saver(config: TrainConfig, place: Place) -> Saver:
     keep = config.save_num_checkpoints_to_keep
-    return Saver(place, config.save_interval, keep, list(config.save_ignore_keys or ()))
+    base = config.model.get("pretrained_model_name_or_path")
+    return Saver(place, config.save_interval, keep, list(config.save_ignore_keys or ()), base)
 
 
 def _load(trainer: Trainer, config: TrainConfig, checkpoint: Path | None) -> None:

@@ -37,11 +37,13 @@ class Saver(CheckpointSaver):
         completed: called on rank 0 with the path or URI of each complete checkpoint, from another thread.
     """
 
-    def __init__(self, place: Place, interval: Any, keep: int, ignore_keys: list[str] | None) -> None:
+    def __init__(
+        self, place: Place, interval: Any, keep: int, ignore_keys: list[str] | None, base_model: str | None
+    ) -> None:
         folder = str(place.local)
         super().__init__(folder, save_interval=interval, ignore_keys=ignore_keys, remote_file_name=None)
         self.folder = folder  # which Composer has taken for a URI: '#' and '?' would end it
-        self.place, self.keep = place, keep
+        self.place, self.keep, self.base_model = place, keep, base_model
         self.completed: list[Callable[[str], None]] = []
         self._group = patient_group()
         self._thread: threading.Thread | None = None
@@ -100,7 +102,7 @@ class Saver(CheckpointSaver):
         last = state.get_elapsed_duration()
         content = self._content(state)
         copy = (last is None or last < 1) and _has_room(content)
-        staged = Staged(content, folder, copy=copy)
+        staged = Staged(content, folder, copy=copy, base_model=self.base_model)
         if copy:
             self._thread = threading.Thread(target=self._write, args=(staged,))
             self._thread.start()
