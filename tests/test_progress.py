@@ -6,11 +6,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 
 from tundish import events
 from tundish import foundation_model as fm
+from tundish.compute import Compute
+from tundish.launch import queue
 from tundish.processes import ProcessId
 from tundish.progress import watch
 from tundish.run_folder import RunFolder
@@ -52,3 +56,30 @@ def test_events_are_shown_as_they_come(make_run: MakeRun, capsys: pytest.Capture
     assert watch("ift-1").status is RunStatus.COMPLETED
     thread.join()
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["zero", "one", "two", "three"]
+
+
+def test_a_wait_in_line_is_told_once(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log would get a line a second for as long as the run waits for its devices."""
+    paths = make_run("ift-1", ("CREATED", "waits"))
+    owner = ProcessId.of(os.getpid())
+    queue.enter("ift-1", Compute.parse({"device": "cpu"}), owner)
+    paths.supervisor.write_text(json.dumps({"launcher": "local", **asdict(owner)}))
+    clock, polls = datetime(2026, 11, 25), iter(range(4))
+
+    def sleep(_: float) -> None:
+        if next(polls, None) is None:
+            events.append(paths.events, "FAILED", "over")
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            nonlocal clock
+            clock += timedelta(seconds=1)
+            return clock if tz is None else datetime.now(tz)
+
+    monkeypatch.setattr("tundish.progress.time.sleep", sleep)
+    monkeypatch.setattr("tundish.progress.datetime", Clock)
+    watch("ift-1")
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["CREATED", "QUEUED", "FAILED"]

@@ -29,11 +29,11 @@ class Compute:
     device_memory_gib: float = PLANNED_GIB
     """Of one device; on a CPU, a rank's share of the machine's."""
     time_limit: str | None = None
-    """Of a Slurm job, as sbatch takes it: `12:00:00`, `2-00:00:00`; None = the partition's own."""
+    """Of a Slurm job, as sbatch takes it: `12:00:00`, `2-00:00:00`; default: the partition's own."""
     grace_s: int = 300
     """Seconds before a Slurm job's time limit at which it saves a checkpoint and goes back into the queue."""
     sbatch: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Further options of sbatch, without their dashes: `{"partition": "gpu", "account": "lab"}`."""
+    """Further options of sbatch, by their names without dashes: partition, account …"""
 
     @property
     def devices(self) -> int:

@@ -126,7 +126,7 @@ def _watch_plain(name: str) -> TrainingRun:
             print(f"{datetime.now():%H:%M:%S}  {run.status!s:<17}  {doing}", flush=True)
         said = _unsaid(run, found)
         if said and said != waiting:
-            print(said, flush=True)
+            print(f"{datetime.now():%H:%M:%S}  {said}", flush=True)
         waiting = said
         if run.status.is_terminal():
             return run
@@ -144,7 +144,7 @@ def _unsaid(run: TrainingRun, found: list[events.Event]) -> str:
     ended = run.status.is_terminal() and not (found and found[-1].type in events.TERMINAL_TYPES)
     if not ended and run.status is not RunStatus.QUEUED:
         return ""
-    return f"{datetime.now():%H:%M:%S}  {run.status!s:<17}  {run.details}"
+    return f"{run.status!s:<17}  {run.details}"
 
 
 def _watch_live(name: str) -> TrainingRun:
@@ -172,6 +172,7 @@ def _watch_live(name: str) -> TrainingRun:
             _update(bar, found, str(run.details) if said else "", _doing(run, found[-1].message))
             if run.status.is_terminal():
                 if said:
+                    said = f"{datetime.now():%H:%M:%S}  {said}"
                     console.print(said, style=STYLES.get(str(run.status), ""), markup=False, soft_wrap=True)
                 return run
             time.sleep(POLL_SECONDS)

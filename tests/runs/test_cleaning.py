@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from tundish import events
 from tundish.checkpoints.places import Place
+from tundish.locks import locked
 from tundish.paths import copies_dir, downloads_dir, prepared_dir, runs_dir
 from tundish.run_folder import RunFolder, Tracking
 from tundish.runs import cleaning
@@ -71,16 +71,10 @@ def test_what_somebody_works_with_stays(home: Path) -> None:
     locks = [prepared.with_name(f".{prepared.name}.lock"), Path(f"{download}.lock"), copy / "read" / ".ep1-ba2.lock"]
     found, _ = cleaning.leftovers()
     assert len(found) == 3
-    locked = [FileLock(lock) for lock in locks]
-    for lock in locked:
-        lock.acquire()
-    try:
+    with locked(locks[0]), locked(locks[1]), locked(locks[2]):
         assert cleaning.leftovers()[0] == []
         (late,) = (one for one in found if one.path == prepared)
         assert not cleaning.remove(late), "it came into use between the question and the answer"
-    finally:
-        for lock in locked:
-            lock.release()
     assert _clean() == ["checkpoints", "download", "prepared data"]
 
 

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 
 from tundish import __version__
 from tundish.cli import failures, streams
-from tundish.cli.parsing import Parser, UsageError, add_commands
+from tundish.cli.parsing import Parser, UsageError, add_commands, complete
 
+COMPLETING = "_ARGCOMPLETE"
+"""Environment variable: a shell asks what may come next on its command line."""
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "create": ("starting", "start a run and return; work goes on in the background"),
     "run": ("starting", "start the run that a YAML file of create() arguments describes, and show its progress"),
@@ -68,6 +70,8 @@ def _run(words: Sequence[str]) -> int:
     if wrong := next((word for word in words if word != word.encode(errors="replace").decode()), None):
         raise UsageError(f"{os.fsencode(wrong)!r} is not UTF-8, as all names in a run are. Rename it.")
     parser = build_parser()
+    if COMPLETING in os.environ:
+        complete(parser, os.environ.get("COMP_LINE", ""))
     arguments = parser.parse_args(words)
     if arguments.command is None:
         parser.print_help()

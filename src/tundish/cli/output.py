@@ -17,7 +17,9 @@ from rich.cells import cell_len, set_cell_size
 from tundish.address import local_path
 from tundish.cli import streams
 from tundish.errors import SpecError
+from tundish.runs.reading import run_names
 from tundish.runs.records import TrainingRun
+from tundish.runs.selecting import LAST
 from tundish.text import printable
 
 RUN_HELP = "a run's name, its first letters, or @last"
@@ -33,7 +35,12 @@ def add_json(command: argparse.ArgumentParser) -> None:
 
 def add_run(command: argparse.ArgumentParser) -> None:
     """Give a command the argument RUN."""
-    command.add_argument("run", metavar="RUN", help=RUN_HELP)
+    complete_runs(command.add_argument("run", metavar="RUN", help=RUN_HELP))
+
+
+def complete_runs(action: argparse.Action) -> None:
+    """Let the shell complete the names of runs."""
+    action.completer = lambda prefix, **_: [LAST, *run_names()]  # pyright: ignore[reportAttributeAccessIssue]  argcomplete's
 
 
 def new_file(option: str, given: str | None, kinds: Sequence[str] = ()) -> Path | None:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -72,7 +73,7 @@ class CommandParser(Parser):
 
     def __init__(self, *, module: str, **settings: Any) -> None:
         super().__init__(**settings)
-        self._module, self._loaded, self._parsing = module, False, False
+        self._module, self._loaded, self.intermixed = module, False, True
 
     def load(self) -> None:
         """Add the command's options, action and examples."""
@@ -83,18 +84,18 @@ class CommandParser(Parser):
         command.options(self)
         self.set_defaults(action=command.action, interrupted=command.interrupted)
         self.usage = command.usage and f"{self.prog} {command.usage}"
-        self.epilog = "\n".join(["examples:", *(f"  {example}" for example in command.examples)])
+        self.epilog = "\n".join(["examples:", *map(_example, command.examples)])
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Options and other arguments in any order; an unknown option is an error."""
-        if self._parsing:
+        if not self.intermixed:
             return super().parse_known_args(args, namespace)
         self.load()
-        self._parsing = True  # what is called next calls this method for each of its two passes
+        self.intermixed = False  # what is called next calls this method for each of its two passes
         try:
             found, extra = self.parse_known_intermixed_args(args, namespace)
         finally:
-            self._parsing = False
+            self.intermixed = True
         if extra:
             self.error(self._unknown(extra))
         return found, extra
@@ -107,9 +108,30 @@ class CommandParser(Parser):
         return f"`{self.prog}` has no option {option}.{near} `{self.prog} --help` lists its options."
 
 
+def _example(line: str) -> str:
+    """A command as people copy it, on several lines where it is long."""
+    return " \\\n".join(
+        textwrap.wrap(line, 76, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)
+    )
+
+
 def add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, tuple[str, str]]) -> None:
     """Give a parser its commands: name → module and summary."""
     parsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=CommandParser, title="commands")
     for name, (module, summary) in commands.items():
         description = f"{summary[0].upper()}{summary[1:]}."
         parsers.add_parser(name, help=summary, description=description, module=f"tundish.cli.{module}")
+
+
+def complete(parser: argparse.ArgumentParser, line: str) -> NoReturn:
+    """Tell the shell what may come next in a line, and end the process."""
+    import argcomplete
+
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name in set(line.split()) & set(action.choices):
+                # argcomplete must see the options before it parses, and parses once.
+                action.choices[name].load()
+                action.choices[name].intermixed = False
+    argcomplete.autocomplete(parser)
+    raise SystemExit(1)  # not asked by a shell, in spite of its variable

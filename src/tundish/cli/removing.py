@@ -5,7 +5,7 @@ import re
 import sys
 from datetime import datetime, timedelta
 
-from tundish.cli.output import RUN_HELP, add_json, print_json, print_table
+from tundish.cli.output import RUN_HELP, add_json, complete_runs, print_json, print_table
 from tundish.cli.parsing import Command
 from tundish.errors import RequestError, SpecError
 from tundish.paths import home
@@ -18,7 +18,8 @@ UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 def rm_options(command: argparse.ArgumentParser) -> None:
     """What `tundish rm` takes."""
     add_json(command)
-    command.add_argument("runs", nargs="*", metavar="RUN", help=f"{RUN_HELP}; with --yes its whole name")
+    named = f"{RUN_HELP}; with --yes its whole name"
+    complete_runs(command.add_argument("runs", nargs="*", metavar="RUN", help=named))
     command.add_argument(
         "--older-than", metavar="AGE", help="runs that ended so long ago: 30d, 2w, 12h; of those named, or of all"
     )

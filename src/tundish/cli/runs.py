@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from tundish import foundation_model as fm
-from tundish.cli.output import RUN_HELP, add_json, add_run, print_json, print_table, record
+from tundish.cli.output import RUN_HELP, add_json, add_run, complete_runs, print_json, print_table, record
 from tundish.cli.parsing import Command
 from tundish.errors import Interrupted
 from tundish.paths import runs_dir
@@ -90,7 +90,7 @@ def _moment(time: datetime | None) -> str:
 def cancel_options(command: argparse.ArgumentParser) -> None:
     """What `tundish cancel` takes."""
     add_json(command)
-    command.add_argument("runs", nargs="*", metavar="RUN", help=RUN_HELP)
+    complete_runs(command.add_argument("runs", nargs="*", metavar="RUN", help=RUN_HELP))
     command.add_argument("--experiment-id", metavar="ID", help="all runs of an MLflow experiment")
 
 

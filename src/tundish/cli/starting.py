@@ -131,8 +131,8 @@ COMMANDS = {
         usage=USAGE,
         examples=[
             "tundish create --model ./my-model --train-data-path ./train.jsonl --register-to main.lab --wait",
-            "tundish create --model meta-llama/Llama-3.1-8B --train-data-path main.lab.chats \\\n"
-            "    --register-to main.lab.dates --training-duration 3ep --devices 8 --set seed=3",
+            "tundish create --model meta-llama/Llama-3.1-8B --train-data-path main.lab.chats "
+            "--register-to main.lab.dates --training-duration 3ep --devices 8 --set seed=3",
         ],
     ),
     "run": Command(
@@ -148,8 +148,8 @@ COMMANDS = {
         usage=USAGE,
         examples=[
             "tundish render --model ./my-model --train-data-path ./train.jsonl --register-to main.lab > run.yaml",
-            "tundish render --model ./my-model --train-data-path ./train.jsonl --register-to main.lab \\\n"
-            "    --launcher slurm --nodes 2 --devices 4 --launch",
+            "tundish render --model ./my-model --train-data-path ./train.jsonl --register-to main.lab "
+            "--launcher slurm --nodes 2 --devices 4 --launch",
         ],
     ),
     "resume": Command(

@@ -1,6 +1,5 @@
 """What lies in `$TUNDISH_HOME` that no run needs: prepared data, downloads, copies of checkpoints, drafts of runs."""
 
-import contextlib
 import os
 import re
 import time
@@ -9,13 +8,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from tundish.checkpoints.places import READ, Place, place_of
-from tundish.errors import CheckpointError, RunDamagedError, RunNotFoundError, SpecError
+from tundish.errors import LockHeldError, RunDamagedError, RunNotFoundError
+from tundish.locks import is_held, locked
 from tundish.paths import copies_dir, downloads_dir, prepared_dir, runs_dir
 from tundish.run_folder import RunFolder
-from tundish.runs.addresses import checkpoint_address
 from tundish.runs.reading import read_run, run_names
 from tundish.runs.removing import remove_folder, tree_bytes
 
@@ -71,8 +68,8 @@ def remove(one: Leftover) -> bool:
     with ExitStack() as held:
         for lock in one.locks:
             try:
-                held.enter_context(FileLock(lock, timeout=0))
-            except Timeout:
+                held.enter_context(locked(lock, timeout=0, temporary=True))
+            except LockHeldError:
                 return False
         # Under the lock: who has taken the data in between is a run that prepares, or has a link to it.
         if one.kind in NEEDED and needs_of_runs().has(one.kind, one.path):
@@ -91,9 +88,8 @@ def needs_of_runs() -> Needs:
         try:
             spec, save_folder = paths.read_spec(), paths.read_tracking().save_folder
             needs.folders.add(Place(save_folder).local)
-            with contextlib.suppress(SpecError, CheckpointError):
-                if spec.custom_weights_path:
-                    needs.folders.add(place_of(checkpoint_address(spec.custom_weights_path))[0].local)
+            if spec.custom_weights_path:
+                needs.folders.add(place_of(spec.custom_weights_path)[0].local)
             if not links[0].is_symlink() and not read_run(name).status.is_terminal():
                 needs.preparing = True
         except RunDamagedError:
@@ -132,10 +128,4 @@ def _is_used(one: Leftover) -> bool:
     if one.kind == "draft":
         newest = max(path.lstat().st_mtime for path in (one.path, *one.path.rglob("*")))
         return time.time() - newest < DRAFT_SECONDS
-    for lock in one.locks:
-        try:
-            with FileLock(lock, timeout=0):
-                pass
-        except Timeout:
-            return True
-    return False
+    return any(map(is_held, one.locks))

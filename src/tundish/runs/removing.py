@@ -12,7 +12,7 @@ from typing import Any
 
 from tundish.checkpoints.places import Place, hidden
 from tundish.checkpoints.places import remove as remove_at_once
-from tundish.errors import CheckpointError, RequestError, RunDamagedError, SpecError, StoreError
+from tundish.errors import RequestError, RunDamagedError, StoreError
 from tundish.events import TERMINAL_TYPES
 from tundish.launch import queue
 from tundish.locks import is_held, locked
@@ -20,11 +20,12 @@ from tundish.mlflow_client import impatient, open_client, quiet, told
 from tundish.paths import RUN_VARIABLE, mlflow_artifacts_dir
 from tundish.processes import processes_with
 from tundish.run_folder import RunFolder, Tracking
-from tundish.runs.addresses import checkpoint_address
 from tundish.runs.reading import damaged_run, find_run, read_run, run_names
 from tundish.runs.records import TrainingRun
 
 DAMAGED = "DAMAGED"
+LOCK_SECONDS = 10.0
+"""How long a removal waits for somebody who cancels or resumes the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +84,7 @@ def remove(removal: Removal) -> None:
         CheckpointError: the store does not let its checkpoints be removed.
     """
     paths = find_run(removal.name)
-    with locked(paths.folder):  # nobody resumes it meanwhile
+    with locked(paths.folder, LOCK_SECONDS):  # nobody resumes it meanwhile
         _refuse_going_on(paths)
         if removal.elsewhere is not None:
             Place(removal.elsewhere).clear()
@@ -191,11 +192,9 @@ def _has_no_process(paths: RunFolder) -> bool:
 def _refuse_needed(name: str, save_folder: str) -> None:
     """Raise a RequestError where a run that goes on begins with the run's weights."""
     for other in _all_runs():
-        given = other.custom_weights_path
-        if given and other.name != name and not other.status.is_terminal():
-            with contextlib.suppress(SpecError, CheckpointError):
-                if checkpoint_address(given).startswith(f"{save_folder}/"):
-                    raise RequestError(f"{other.name} begins with a checkpoint of {name}. Wait for its end.")
+        begins = (other.custom_weights_path or "").startswith(f"{save_folder}/")
+        if begins and other.name != name and not other.status.is_terminal():
+            raise RequestError(f"{other.name} begins with a checkpoint of {name}. Wait for its end.")
 
 
 def _all_runs() -> Iterator[TrainingRun]:
