@@ -142,13 +142,22 @@ def test_files_that_a_tokenizer_s_config_names_are_refused(
     assert f"tokenizer_config.json: {said}" in error.value.message
 
 
-def test_another_config_in_place_of_config_json_is_refused(config_folder: Path) -> None:
-    """The run would be planned by one file and trained by another, which may lie anywhere."""
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("configuration_files", ["../config.4.0.0.json"], "which would be read instead of this file"),
+        ("_attn_implementation_internal", "flash_attention_2", "which would replace the attention"),
+    ],
+)
+def test_a_config_that_would_replace_what_the_run_says_is_refused(
+    key: str, value: object, said: str, config_folder: Path
+) -> None:
+    """The run would be planned by one file and trained by another; or packed samples see each other."""
     content = json.loads((config_folder / "config.json").read_text())
-    content["configuration_files"] = ["../config.4.0.0.json"]
-    (config_folder / "config.json").write_text(json.dumps(content))
-    with pytest.raises(SpecError, match=r"configuration_files names \['\.\./config\.4\.0\.0\.json'\]"):
+    (config_folder / "config.json").write_text(json.dumps(content | {key: value}))
+    with pytest.raises(SpecError) as error:
         find_card(str(config_folder))
+    assert f"config.json: {key}: found {value!r}, {said}" in error.value.message
 
 
 def test_what_stock_models_write_into_it_is_allowed(config_folder: Path) -> None:

@@ -24,6 +24,11 @@ SETTINGS += ("added_tokens.json", "chat_template.json")
 VOCABULARIES = ("tokenizer.json", "tokenizer.*.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
 LICENSES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 """What the names of license files begin with, in capital letters."""
+REPLACING = {
+    "configuration_files": "which would be read instead of this file",
+    "_attn_implementation_internal": "which would replace the attention that keeps packed samples apart",
+}
+"""Keys of config.json, and what is wrong with them."""
 NOT_READ = ("special_tokens_map_file", "added_tokens_file")
 """Keys of tokenizer_config.json that name files which nothing opens."""
 
@@ -161,7 +166,7 @@ def check_files(model: str) -> None:
             if name in SETTINGS:
                 content = read_json(folder, name)
                 problems.extend(_named_files(folder, content) if name == "tokenizer_config.json" else ())
-                problems.extend(_named_configs(folder, content) if name == "config.json" else ())
+                problems.extend(_config_problems(folder, content) if name == "config.json" else ())
             else:
                 open_file(folder, name, most).close()
         except SpecError as error:
@@ -184,11 +189,11 @@ def _read_by_transformers(folder: Path) -> Iterator[tuple[str, int]]:
     yield from ((name, TEXT_BYTES) for name in license_files(folder))
 
 
-def _named_configs(folder: Path, content: Mapping[str, Any]) -> Iterator[str]:
-    """Files of which transformers would read one instead of config.json."""
-    if content.get("configuration_files"):
-        text = f"configuration_files names {content['configuration_files']!r}"
-        yield f"model: {folder / 'config.json'}: {text}. Take the key out; allowed is one config.json."
+def _config_problems(folder: Path, content: Mapping[str, Any]) -> Iterator[str]:
+    """Keys by which transformers would take something else than the run says."""
+    for key, what in REPLACING.items():
+        if content.get(key):
+            yield f"model: {folder / 'config.json'}: {key}: found {repr(content[key])[:80]}, {what}. Take the key out."
 
 
 def _named_files(folder: Path, content: Mapping[str, Any]) -> Iterator[str]:

@@ -506,7 +506,7 @@ def test_the_export_names_no_code_and_no_place_that_is_not_there(
     folder = base()
     code = {"auto_map": {"AutoModelForCausalLM": "modeling.Foreign", "AutoTokenizer": ["tokens.Foreign", None]}}
     private = {"custom_pipelines": {"text-generation": {"impl": "pipe.Foreign"}}, "_name_or_path": "/home/foreign"}
-    private |= {"_attn_implementation_internal": "eager", "processor_class": "Foreign"}
+    private |= {"_attn_implementation_autoset": True, "processor_class": "Foreign"}
     _change(folder / "config.json", architectures=["Foreign"], transformers_weights="foreign.bin", **code, **private)
     _change(folder / "tokenizer_config.json", **code, **private)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **code, **private}))
