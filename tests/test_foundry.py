@@ -351,8 +351,8 @@ def test_the_file_tells_how_to_train_it_without_tundish(plan: Plan) -> None:
         ({"load_path": "/x/evil.pt"}, "create() has custom_weights_path for it, which checks what is loaded"),
         ({"loggers.mlflow.tracking_uri": "x"}, "create() has experiment_path for it"),
         ({"save_num_checkpoints_to_keep": 0}, "the export needs a checkpoint"),
-        ({"save_num_checkpoints_to_keep": -2}, "Allowed is 1 or more, or -1 for all"),
-        ({"save_num_checkpoints_to_keep": "3"}, "Allowed is 1 or more, or -1 for all"),
+        ({"save_num_checkpoints_to_keep": -2}, "allowed is 1 or more, or -1 for all"),
+        ({"save_num_checkpoints_to_keep": "3"}, "allowed is 1 or more, or -1 for all"),
         ({"save_overwrite": True}, "a complete checkpoint is never written over"),
         ({"callbacks.load_checkpoint": {"load_path": "/x"}}, "it may run code; create() has custom_weights_path"),
         ({"device_train_microbatch_size": "auto"}, "allowed is a number of rows"),
@@ -395,5 +395,5 @@ def test_only_this_module_knows_llm_foundry_s_keys() -> None:
         for path in source.rglob("*.py")
         if path.name not in ("foundry.py", "overrides.py") and "train" not in path.relative_to(source).parts
     ]
-    assert len(telling) >= 10 and len(others) > 20
+    assert len(telling) >= 7 and len(others) > 20
     assert not [f"{path.name}: {key}" for path in others for key in telling if key in path.read_text()]

@@ -23,6 +23,7 @@ from tundish.address import Address, Takes
 from tundish.compute import Compute
 from tundish.errors import SpecError
 from tundish.models import ModelCard, find_card
+from tundish.overrides import PATHS, flat
 from tundish.paths import RUN_NAME, RunPaths
 from tundish.stored import object_of, parse
 
@@ -94,7 +95,7 @@ class RunSpec:
     """Spark master that prepares the data; None: this machine."""
     compute: Compute
     overrides: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """LLM-Foundry keys, dotted keys allowed; merged last."""
+    """LLM-Foundry keys, all of them dotted; merged last."""
 
     @property
     def registered_name(self) -> str:
@@ -302,10 +303,12 @@ def _read_overrides(given: object) -> Mapping[str, Any]:
         return {}
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in cast(Any, given)):
         raise ValueError("allowed is a mapping of LLM-Foundry keys. For example {'global_train_batch_size': 8}.")
-    overrides = dict[str, Any](cast(Any, given))
-    if "save_folder" in overrides:
-        try:
-            overrides["save_folder"] = _address(overrides["save_folder"], "folder") or _required_text(None)
-        except ValueError as error:
-            raise ValueError(f"save_folder: {error}") from None
+    overrides = flat(cast(Any, given))
+    for key in PATHS:
+        if key in overrides:
+            takes = "folder" if key == "save_folder" else "file"
+            try:
+                overrides[key] = _address(overrides[key], takes) or _required_text(None)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
     return overrides

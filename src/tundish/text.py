@@ -6,6 +6,10 @@ from collections.abc import Iterator, Mapping
 from urllib.parse import quote
 
 MASK = "***"
+INSTEAD_OF_SECRETS = (
+    "Set a variable of the environment instead, which a run's processes get: HF_TOKEN, WANDB_API_KEY, "
+    "MLFLOW_TRACKING_TOKEN or MLFLOW_TRACKING_PASSWORD, AWS_SECRET_ACCESS_KEY …"
+)
 SHORTEST_SECRET = 6
 """Characters of a variable's value; `true` and the like are no secrets, and would be masked in every sentence."""
 

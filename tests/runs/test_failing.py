@@ -68,10 +68,12 @@ def test_data_that_cannot_be_trained_fails_the_run_with_its_line(
 
 def test_a_training_that_crashes_fails_the_run_with_its_cause(real_arguments: dict[str, Any]) -> None:
     """A crash that shows as a running run, or whose cause is left to be found."""
-    run = fm.create(**real_arguments, overrides={"optimizer.name": "no_such_optimizer"}).wait(timeout=300)
+    run = fm.create(**real_arguments, overrides={"callbacks.layer_freezing.layer_names": ["no_such_layer"]}).wait(
+        timeout=300
+    )
     assert run.status.display_name == "Failed"
     assert run.details is not None
-    assert "no_such_optimizer" in run.details
+    assert "no_such_layer" in run.details
     assert "train.log" in run.details
     assert len(run.details.splitlines()) == 1
     # Who looks at MLflow from another machine sees why, too.
@@ -79,7 +81,7 @@ def test_a_training_that_crashes_fails_the_run_with_its_cause(real_arguments: di
 
     for name in ("spec.json", "foundry.yaml", "logs/train.log"):
         text = Path(MlflowClient(run.tracking_uri).download_artifacts(str(run.run_id), name)).read_text()
-        assert "no_such_optimizer" in text, name
+        assert "no_such_layer" in text, name
     # Its last word is written before it ends.
     end = time.monotonic() + 20
     while _family(run) and time.monotonic() < end:

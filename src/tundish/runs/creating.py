@@ -20,7 +20,7 @@ from tundish.errors import CheckpointError, DataError, Interrupted, SpecError
 from tundish.foundry import Destination, isolating_attentions, memory_plan, planned_steps, render
 from tundish.memory import GIB
 from tundish.models import ModelCard
-from tundish.overrides import check_overrides, flat, save_root
+from tundish.overrides import check_overrides, flat, save_root, unused_overrides
 from tundish.paths import RunPaths, flush_folder, runs_dir, write_atomic
 from tundish.pretrained import check_pretrained
 from tundish.processes import interrupt_waits
@@ -207,6 +207,7 @@ def _parse(arguments: Mapping[str, Any]) -> tuple[tuple[RunSpec, ModelCard] | No
     overrides = arguments.get("overrides")
     if isinstance(overrides, Mapping):
         problems.extend(check_overrides(cast(Mapping[Any, Any], overrides)))
+        problems.extend(unused_overrides(cast(Mapping[Any, Any], overrides), arguments))
     return parsed, problems
 
 
