@@ -13,6 +13,7 @@ from typing import Any, cast
 import yaml
 
 from tundish import __version__
+from tundish.errors import SpecError
 from tundish.foundry_text import comments_of, dump
 from tundish.memory import GIB, Choice, MemoryPlan, Setting, plan
 from tundish.models import ModelCard, foundry_layers
@@ -115,6 +116,7 @@ def render(spec: RunSpec, card: ModelCard, paths: RunPaths, destination: Destina
     for layer in layers:
         merged = _merge(merged, layer)
     merged["scheduler"] = _schedule(merged["scheduler"], layers[0]["scheduler"], spec, steps)
+    _refuse_interpolations(merged)
     comments: dict[tuple[str, ...], list[str]] = {}
     for text in texts:
         comments |= comments_of(text)
@@ -259,6 +261,17 @@ def _optional(spec: RunSpec, paths: RunPaths, loader: Mapping[str, Any], load_pa
         # Weights only: optimizer, schedule and data start anew.
         sections |= {"load_path": load_path, "load_weights_only": True}
     return sections
+
+
+def _refuse_interpolations(merged: Mapping[str, Any]) -> None:
+    """The last look before LLM Foundry's: it would resolve `${…}`, environment variables included, wherever it is from.
+
+    Raises:
+        SpecError: there is one; names of folders may hold it, of the home, or behind a link.
+    """
+    found = [f"{path} is {value!r}" for path, value in flat(merged).items() if "${" in repr(value)]
+    if found:
+        raise SpecError(f"{'; '.join(found)}: '${{' is not allowed there. Rename the folder, or use another one.")
 
 
 def _has(layer: Mapping[str, Any], path: tuple[str, ...]) -> bool:

@@ -208,7 +208,18 @@ def _parse(arguments: Mapping[str, Any]) -> tuple[tuple[RunSpec, ModelCard] | No
     if isinstance(overrides, Mapping):
         problems.extend(check_overrides(cast(Mapping[Any, Any], overrides)))
         problems.extend(unused_overrides(cast(Mapping[Any, Any], overrides), arguments))
+    if parsed is not None and not problems:
+        problems.extend(_render_problems(*parsed))
     return parsed, problems
+
+
+def _render_problems(spec: RunSpec, card: ModelCard) -> Sequence[str]:
+    """What could not be trained of what the arguments come to, such as the name of a folder."""
+    try:
+        render(spec, card, RunPaths.of(spec.run_name), destination_of(spec), rows=None)
+    except SpecError as error:
+        return error.problems
+    return ()
 
 
 def _with_weights(spec: RunSpec) -> RunSpec:
