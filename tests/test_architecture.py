@@ -53,7 +53,9 @@ def test_the_second_call_needs_no_torch_until_the_config_changes(config_folder: 
     assert len(architecture_of(str(config_folder)).shapes) == 30
 
 
-@pytest.mark.parametrize("changes", [{"hidden_act": "nothing"}, {"rope_scaling": {"rope_type": "x"}}, {"head_dim": []}])
+@pytest.mark.parametrize(
+    "changes", [{"hidden_act": "nothing"}, {"rope_scaling": {"rope_type": "x"}}, {"torch_dtype": "float12"}]
+)
 def test_a_config_of_which_no_model_can_be_made_is_told(config_folder: Path, changes: dict[str, Any]) -> None:
     """A traceback of transformers, after the data was prepared."""
     _write_config(config_folder, **changes)

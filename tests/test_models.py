@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tundish.errors import SpecError
-from tundish.models import find_card, foundry_layers, license_of, model_cards
+from tundish.models import check_config, find_card, foundry_layers, license_of, model_cards
 
 PUBLISHED_PARAMETERS = {
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
@@ -212,6 +212,16 @@ def test_a_config_that_is_no_mapping_is_an_error_of_the_model(config_folder: Pat
     (config_folder / "config.json").write_text(content)
     with pytest.raises(SpecError, match=r"model: .*config\.json"):
         find_card(str(config_folder))
+
+
+def test_a_number_is_wrong_in_any_architecture(config_folder: Path) -> None:
+    """An export would build a billion layers before it says anything."""
+    for family in ("llama", "gpt_neox"):
+        _change_config(config_folder, model_type=family, num_hidden_layers=10**9)
+        with pytest.raises(SpecError, match="num_hidden_layers: found 1000000000; allowed is"):
+            check_config(str(config_folder))
+    _change_config(config_folder, num_hidden_layers=2, num_key_value_heads=[2, 4])
+    check_config(str(config_folder))
 
 
 def test_another_architecture_is_refused_with_those_that_work(config_folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tundish.errors import SpecError
 from tundish.model_files import check_files, is_model_folder, read_bytes
+from tundish.models import check_config
 from tundish.paths import architectures_dir, make_folder, write_atomic
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -73,6 +74,7 @@ def model_config(model: str) -> Any:
     from transformers import AutoConfig
 
     check_files(model)
+    check_config(model)
     try:
         with _quiet():
             return AutoConfig.from_pretrained(model, trust_remote_code=False)

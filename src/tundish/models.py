@@ -96,6 +96,11 @@ def _families() -> dict[str, dict[str, Any]]:
     return {path.stem: yaml.safe_load(path.read_text()) for path in sorted((yamls_dir() / "model").glob("*.yaml"))}
 
 
+def _by_type() -> dict[str, str]:
+    """The family of each architecture that transformers knows by a name."""
+    return {model_type: family for family, content in _families().items() for model_type in content["model_types"]}
+
+
 @cache
 def model_cards() -> Mapping[str, ModelCard]:
     """All supported models by name, in the order of the YAML files."""
@@ -143,21 +148,20 @@ def find_card(model: str) -> ModelCard:
 def _folder_card(folder: Path) -> ModelCard:
     check_files(str(folder))
     config_path, config = folder / "config.json", read_json(folder, "config.json")
-    by_type = {model_type: family for family, content in _families().items() for model_type in content["model_types"]}
-    family = by_type.get(str(config.get("model_type")))
+    family = _by_type().get(str(config.get("model_type")))
     if family is None:
         raise SpecError(
             f"model: {config_path} says model_type {config.get('model_type')!r}; "
-            f"tundish trains {', '.join(sorted(by_type))}. Use a model of these architectures."
+            f"tundish trains {', '.join(sorted(_by_type()))}. Use a model of these architectures."
         )
     content = _families()[family]
     keys = cast(dict[str, str], content["config_keys"])
     numbers = {name: value for name, key in keys.items() if (value := _lookup(config, key)) is not None}
-    numbers.setdefault("key_value_heads", numbers.get("heads"))
     if missing := [key for name, key in keys.items() if name not in numbers and name not in OPTIONAL_NUMBERS]:
         raise SpecError(f"model: {config_path} lacks {', '.join(missing)}. Complete the model's config.")
     if problems := [*_number_problems(numbers, keys), *_setting_problems(config)]:
         raise SpecError([f"model: {config_path}: {problem} Correct the model's config." for problem in problems])
+    numbers.setdefault("key_value_heads", numbers["heads"])
     return ModelCard(
         name=str(folder.resolve()), display_name=folder.resolve().name, family=family, gated=False,
         license=_folder_license(folder), **_common(content), **numbers,
@@ -166,21 +170,12 @@ def _folder_card(folder: Path) -> ModelCard:
 
 def _number_problems(numbers: Mapping[str, Any], keys: Mapping[str, str]) -> Iterator[str]:
     """Numbers of which no model can be made."""
-    wrong = set[str]()
-    for name, value in numbers.items():
-        if name == "tied_embeddings":
-            allowed, fits = "true or false", type(value) is bool
-        else:
-            allowed = f"a whole number from 1 to {LARGEST[name]:,}"
-            fits = type(value) is int and 1 <= value <= LARGEST[name]
-        if not fits:
-            wrong.add(name)
-            yield f"{keys[name]}: found {repr(value)[:80]}; allowed is {allowed}."
-    if wrong:
+    if problems := list(_range_problems(numbers, keys)):
+        yield from problems
         return
     head_size = numbers.get("head_size")
     for name, divisor in [("heads", "key_value_heads"), *([] if head_size else [("hidden_size", "heads")])]:
-        if numbers[name] % numbers[divisor]:
+        if numbers[name] % numbers.get(divisor, 1):
             text = f"found {numbers[name]:,}; allowed is a multiple of {keys[divisor]}, {numbers[divisor]:,}."
             yield f"{keys[name]}: {text}"
     if (head_size or numbers["hidden_size"] // numbers["heads"]) % 2:
@@ -195,12 +190,43 @@ def _number_problems(numbers: Mapping[str, Any], keys: Mapping[str, str]) -> Ite
         yield f"{keys['experts']}: {text}"
 
 
+def _range_problems(numbers: Mapping[str, Any], keys: Mapping[str, str]) -> Iterator[str]:
+    for name, value in numbers.items():
+        if name == "tied_embeddings":
+            allowed, fits = "true or false", type(value) is bool
+        else:
+            allowed = f"a whole number from 1 to {LARGEST[name]:,}"
+            fits = type(value) is int and 1 <= value <= LARGEST[name]
+        if not fits:
+            yield f"{keys[name]}: found {repr(value)[:80]}; allowed is {allowed}."
+
+
 def _setting_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """Settings with which the first step would fail."""
     for key in FRACTIONS:
         value = config.get(key)
         if value is not None and not (type(value) in (int, float) and 0 <= value < math.inf):
             yield f"{key}: found {repr(value)[:80]}; allowed is a number from 0."
+
+
+def check_config(model: str) -> None:
+    """Make sure that a model can be made of a folder's config, be it of an architecture that is only exported.
+
+    Raises:
+        SpecError: of none, or of none in any time.
+    """
+    if not is_model_folder(model):
+        return
+    config = read_json(Path(model), "config.json")
+    if str(config.get("model_type")) in _by_type():
+        find_card(model)
+        return
+    for content in _families().values():
+        for name, key in cast(dict[str, str], content["config_keys"]).items():
+            value = _lookup(config, key)
+            if type(value) is int and value > LARGEST.get(name, value):
+                text = f"{key}: found {repr(value)[:80]}; allowed is at most {LARGEST[name]:,}."
+                raise SpecError(f"model: {Path(model) / 'config.json'}: {text} Correct the model's config.")
 
 
 def license_of(model: str) -> str:
