@@ -102,14 +102,16 @@ def test_checkpoints_that_another_run_begins_with_stay(make_run: MakeRun) -> Non
     assert removing.plan(["chat-1"], local=True)
 
 
+@pytest.mark.parametrize("local", [True, False])
 @pytest.mark.parametrize("broken", ["spec", "tracking", "events"])
-def test_a_damaged_run_can_be_removed(make_run: MakeRun, broken: str) -> None:
+def test_a_damaged_run_can_be_removed(make_run: MakeRun, broken: str, local: bool) -> None:
     """It would be listed for ever."""
     paths = make_run("chat-1", *ENDED)
+    _tracked(paths)
     file = {"spec": paths.spec, "tracking": paths.result("tracking"), "events": paths.events}[broken]
     file.write_text('{"cut": ')
-    (plan,) = removing.plan(["chat-1"], local=True)
-    assert plan.status == "DAMAGED"
+    (plan,) = removing.plan(["chat-1"], local=local)
+    assert plan.status == "DAMAGED" and plan.mlflow is None
     assert ("cannot be read: they stay" in " ".join(plan.notes)) == (broken == "tracking")
     with locked(paths.lock), pytest.raises(RequestError, match="goes on"):
         removing.remove(plan)

@@ -125,13 +125,17 @@ def _plan_one(paths: RunFolder, local: bool) -> Removal:
     elif place.is_remote:
         elsewhere = place.address
         notes.append(f"Its checkpoints in {place.address} are removed too: {len(place.list())} complete ones.")
-    if local:
-        notes.append(f"Its MLflow run {tracking.run_id} stays.")
+    if local or run.submitted_config is None:
+        why = "" if local else " What it was registered as cannot be read."
+        notes.append(f"Its MLflow run {tracking.run_id} stays.{why}")
         return _removal(run, folders, notes, elsewhere)
+    from tundish.export.registry import version_of
+
     with _asking(tracking) as client:
-        version, there = _version(paths, client, tracking), _is_active(client, tracking.run_id)
+        name = run.submitted_config.registered_name
+        version, there = version_of(client, name, tracking.run_id), _is_active(client, tracking.run_id)
     if version:
-        notes.append(f"{version} stays, and with it the MLflow run that it was logged in.")
+        notes.append(f"{name} version {version} stays, and with it the MLflow run that it was logged in.")
         return _removal(run, folders, notes, elsewhere)
     if there:
         notes.append("Its MLflow run is deleted too: MLflow keeps it in its trash until `mlflow gc`.")
@@ -201,15 +205,6 @@ def _all_runs() -> Iterator[TrainingRun]:
     for name in list(run_names()):
         with contextlib.suppress(RunDamagedError, LookupError):
             yield read_run(name)
-
-
-def _version(paths: RunFolder, client: Any, tracking: Tracking) -> str | None:
-    """The registered version that the run has made, as `name version 3`."""
-    from tundish.export.registry import version_of
-
-    name = paths.read_spec().registered_name
-    number = version_of(client, name, tracking.run_id)
-    return f"{name} version {number}" if number else None
 
 
 def _is_active(client: Any, run_id: str) -> bool:
