@@ -21,8 +21,7 @@ def _loaded_by(code: str) -> set[str]:
         "import tundish",
         "import tundish.cli",
         "import tundish.foundation_model",
-        "import runpy, sys, contextlib\nsys.argv = ['tundish', '--help']\n"
-        "with contextlib.suppress(SystemExit): runpy.run_module('tundish', run_name='__main__')",
+        "from tundish.cli import main\nmain(['--help'])",
         "from tundish.cli import main\nmain(['models'])",
     ],
     ids=["package", "cli", "foundation_model", "help", "models"],

@@ -1,7 +1,5 @@
 """`python -m tundish` works like the `tundish` command."""
 
-import sys
+from tundish.cli import entry
 
-from tundish.cli import main
-
-sys.exit(main())
+entry()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tundish import __version__
 from tundish.cli import main, streams
 
 Capture = pytest.CaptureFixture[str]
@@ -60,3 +61,12 @@ def test_arguments_that_are_no_text_are_refused(capsys: Capture) -> None:
     """A name that no file of a run can hold would end in a traceback hours later."""
     assert main(["get", os.fsdecode(b"caf\xe9")]) == 2
     assert capsys.readouterr().err == r"tundish: b'caf\xe9' is not UTF-8, as all names in a run are. Rename it." + "\n"
+
+
+def test_the_command_ends_at_once_and_whole() -> None:
+    """Output would be lost, or what a library does at the end be left out, as Python's own end is."""
+    code = "import atexit, sys, threading; from tundish.cli import entry\nsys.argv = ['tundish', '--version']\n"
+    code += "atexit.register(print, 'at exit')\nstart = threading.Event()\n"
+    code += "threading.Thread(target=lambda: start.wait() and print('thread')).start()\nstart.set()\nentry()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.splitlines()) == {f"tundish {__version__}", "thread", "at exit"} and done.stderr == ""

@@ -6,9 +6,12 @@ which is loaded when the command is chosen: `tundish --help` answers at once.
 """
 
 import argparse
+import atexit
 import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 from tundish import __version__
 from tundish.cli import failures, streams
@@ -64,6 +67,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return failures.report(error, words)
     # A full disk shows here, not when Python ends.
     return failures.report(lost, words) if (lost := streams.flush()) else code
+
+
+def entry() -> NoReturn:
+    """The `tundish` of a shell: `main` without Python's own end, which takes seconds once torch has been loaded."""
+    code = main()
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run(words: Sequence[str]) -> int:
