@@ -154,11 +154,12 @@ def test_every_model_has_its_licence() -> None:
         ("---\nlicense: other\nlicense_name: our-own\n---\n", None, "our-own"),
         ("---\nlicense: other\n---\n", None, "other"),
         ("# A model\n\n---\nlicense: mit\n---\n", "\n  LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\nText", "LLAMA 3.1"),
+        (None, "\x1b[31mMIT\x07\n", "[31mMIT"),
         ("---\nlicense: [a\n---\n", None, "unknown"),
         ("---\n- license\n---\n", None, "unknown"),
         (None, None, "unknown"),
     ],
-    ids=["declared", "named", "other", "only a file", "damaged", "a list", "nothing"],
+    ids=["declared", "named", "other", "only a file", "control characters", "damaged", "a list", "nothing"],
 )
 def test_a_folder_s_licence_is_what_it_says_of_itself(
     readme: str | None, license: str | None, found: str, config_folder: Path

@@ -244,7 +244,7 @@ def _folder_license(folder: Path) -> str:
     for name in license_files(folder):
         lines = map(str.strip, _text(folder, name).splitlines())
         if name.upper().startswith(("LICENSE", "LICENCE")) and (title := next(filter(None, lines), None)):
-            return title[:100]
+            return "".join(letter for letter in title[:100] if letter.isprintable())
     return UNKNOWN_LICENSE
 
 
