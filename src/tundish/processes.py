@@ -1,5 +1,6 @@
 """Processes of this machine: start with a log, tell apart, stop with everything that they have started."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -143,6 +144,13 @@ def processes_with(variable: str, value: str) -> list[psutil.Process]:
         except (psutil.Error, OSError):
             continue  # ended meanwhile, or somebody else's
     return found
+
+
+def command_lines() -> Iterator[list[str]]:
+    """Of all processes that this user may look at."""
+    for process in cast(Iterator[psutil.Process], cast(Any, psutil).process_iter()):
+        with contextlib.suppress(psutil.Error, OSError):  # ended meanwhile, or somebody else's
+            yield process.cmdline()
 
 
 def stop_tree(root: psutil.Process, *, grace_s: float = GRACE_SECONDS) -> None:

@@ -7,13 +7,14 @@ remembered.
 from typing import Any
 
 from tundish.compute import Compute
+from tundish.errors import RunDamagedError
 from tundish.launch import local, slurm
 from tundish.launch.life import Life
 from tundish.paths import RunPaths
 from tundish.processes import ProcessId
 from tundish.run_folder import RunFolder, SlurmJob
 
-__all__ = ["Life", "cancel", "state", "submit"]
+__all__ = ["Life", "cancel", "is_submitted", "state", "submit"]
 LAUNCHERS: dict[str, Any] = {"local": local, "slurm": slurm}
 
 
@@ -46,6 +47,15 @@ def cancel(paths: RunPaths, seconds: float) -> None:
     record = _record(paths)
     if record is not None:
         LAUNCHERS[record[0]].cancel(paths, record[1], seconds)
+
+
+def is_submitted(paths: RunFolder) -> bool:
+    """Whether a launcher has the run, or may have: who has submitted it may have been killed before it was noted."""
+    try:
+        gone_on = paths.read_events()[-1].type != "CREATED"
+        return gone_on or _record(paths) is not None or local.is_starting(paths) or slurm.may_have(paths)
+    except RunDamagedError:
+        return True  # somebody else has been there
 
 
 def _record(paths: RunPaths) -> tuple[str, ProcessId | SlurmJob] | None:

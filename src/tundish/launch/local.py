@@ -1,5 +1,6 @@
 """Runs of this machine: each has a supervisor process of its own, detached from whoever has called `create()`."""
 
+import contextlib
 import json
 import os
 import signal
@@ -14,15 +15,27 @@ from tundish.launch import queue
 from tundish.launch.life import Life
 from tundish.locks import is_held
 from tundish.paths import RunPaths, write_atomic
-from tundish.processes import ProcessId, start, stop_all, stop_tree
+from tundish.processes import ProcessId, command_lines, start, stop_all, stop_tree
+
+SUPERVISOR = ("-m", "tundish.runs.supervisor")
 
 
 def submit(paths: RunPaths, compute: Compute) -> None:
     """Take a place in the line for the devices, and start the supervisor, which waits in it."""
     queue.enter(paths.folder.name, compute, ProcessId.of(os.getpid()))
-    command = [sys.executable, "-m", "tundish.runs.supervisor", str(paths.folder)]
+    command = [sys.executable, *SUPERVISOR, str(paths.folder)]
     process = start(command, paths.log("supervisor"), {}, paths.folder, detached=True)
-    note(paths, compute, ProcessId.of(process.pid))
+    try:
+        note(paths, compute, ProcessId.of(process.pid))
+    except BaseException:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            stop_tree(psutil.Process(process.pid), grace_s=0)
+        raise
+
+
+def is_starting(paths: RunPaths) -> bool:
+    """Whether the run's supervisor is there, though it may not have noted itself yet."""
+    return any(command[1:] == [*SUPERVISOR, str(paths.folder)] for command in command_lines())
 
 
 def note(paths: RunPaths, compute: Compute, owner: ProcessId) -> None:

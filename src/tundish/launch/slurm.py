@@ -111,7 +111,12 @@ def submit(paths: RunPaths, compute: Compute) -> None:
         if not adopt(paths):
             raise SpecError(f"compute: {error.message} Correct compute, or try again.") from error
         return
-    note(paths, answer.strip().partition(";")[0])
+    job = answer.strip().partition(";")[0]
+    try:
+        note(paths, job)
+    except BaseException:
+        _ask("scancel", "--quiet", job)
+        raise
 
 
 def note(paths: RunPaths, job: str) -> None:
@@ -124,12 +129,25 @@ def adopt(paths: RunPaths) -> bool:
     if not paths.job.exists() or paths.supervisor.exists():
         return False
     try:
-        text = _ask("squeue", "--me", "--noheader", f"--name={paths.folder.name}", "--format=%i")
+        job = _job_of(paths)
     except RequestError:
         return False
-    for job in text.split()[:1]:
+    if job is not None:
         note(paths, job)
-    return bool(text.split())
+    return job is not None
+
+
+def may_have(paths: RunPaths) -> bool:
+    """Whether there is, or may be, a job of the run that nobody has noted."""
+    try:
+        return paths.job.exists() and _job_of(paths) is not None
+    except RequestError:
+        return True
+
+
+def _job_of(paths: RunPaths) -> str | None:
+    text = _ask("squeue", "--me", "--noheader", f"--name={paths.folder.name}", "--format=%i")
+    return next(iter(text.split()), None)
 
 
 def state(paths: RunPaths, supervisor: SlurmJob) -> Life:

@@ -1,8 +1,6 @@
 """`create()`: check everything, make the run's folder and its MLflow run, start its supervisor."""
 
 import math
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -21,18 +19,18 @@ from tundish.foundry import Destination, isolating_attentions, memory_plan, plan
 from tundish.memory import GIB
 from tundish.models import ModelCard
 from tundish.overrides import check_overrides, flat, save_root, unused_overrides
-from tundish.paths import RunPaths, flush_folder, runs_dir, write_atomic
+from tundish.paths import RunPaths, write_atomic
 from tundish.pretrained import check_pretrained
 from tundish.processes import interrupt_waits
-from tundish.run_folder import RunFolder
+from tundish.runs import drafts
 from tundish.runs.addresses import checkpoint_address
 from tundish.runs.checking import BarOf, CheckedData, check_data, collected, job_of, machine_problems, no_bar
 from tundish.runs.notes import tell_arguments
 from tundish.runs.reading import read_run
 from tundish.runs.records import TrainingRun
 from tundish.runs.tracking import (
+    MARK,
     check_registry,
-    end_tracking,
     open_tracking,
     planned_save_folder,
     tracking_uri,
@@ -57,50 +55,30 @@ def create(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> TrainingRu
         SpecError, DataError: with all problems of the call; nothing is left behind.
     """
     spec = check(arguments, progress)
-    paths = RunFolder.of(spec.run_name)
     check_registry(spec.registered_name)
     _check_save_folder(spec)
-    runs_dir().mkdir(parents=True, exist_ok=True)
-    # Made beside and moved as a whole: whoever is killed here leaves no half a run, and its name free.
-    draft = RunFolder(Path(tempfile.mkdtemp(prefix=".", dir=runs_dir())))
-    try:
+    drafts.undo_left()
+    with drafts.reserved(spec.run_name) as draft:
+        draft.make(tracking_uri(), spec.experiment_path)
         _write_run(spec, draft)
         with interrupt_waits(Interrupted(spec.run_name)):
-            try:
-                draft.folder.rename(paths.folder)
-            except OSError:
-                raise SpecError(f"run_name: there is a run {spec.run_name!r} already. Choose another name.") from None
-            flush_folder(runs_dir())
-            _submit(spec, paths)
-    except BaseException:
-        if draft.result("tracking").exists():
-            end_tracking(draft.read_tracking(), "FAILED")
-        raise
-    finally:
-        shutil.rmtree(draft.folder, ignore_errors=True)
+            draft.publish()
+            launch.submit(draft.published, spec.compute)
+            draft.started = True
     return read_run(spec.run_name)
 
 
-def _write_run(spec: RunSpec, paths: RunFolder) -> None:
-    paths.folder.chmod(0o755)
+def _write_run(spec: RunSpec, draft: drafts.Draft) -> None:
+    paths = draft.run
     paths.result("tracking").parent.mkdir()
     paths.logs.mkdir()
     tags = {"tundish.version": __version__, "tundish.run": spec.run_name, "mlflow.user": spec.created_by}
+    tags |= {MARK: draft.mark}
     tracking = open_tracking(spec.run_name, spec.experiment_path, tags, save_root(spec.overrides))
     tracking.write(paths)
     tell_arguments(tracking, spec)
     events.append(paths.events, "CREATED", "Run created. It waits to be scheduled.")
     write_atomic(paths.spec, spec.to_json())
-
-
-def _submit(spec: RunSpec, paths: RunFolder) -> None:
-    """Start the run; one that its launcher refuses is none."""
-    try:
-        launch.submit(paths, spec.compute)
-    except SpecError:
-        end_tracking(paths.read_tracking(), "FAILED")
-        shutil.rmtree(paths.folder, ignore_errors=True)
-        raise
 
 
 def _check_save_folder(spec: RunSpec) -> None:

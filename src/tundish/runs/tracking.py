@@ -15,6 +15,10 @@ from tundish.paths import default_tracking_uri, home, make_folder, mlflow_artifa
 from tundish.run_folder import Tracking
 from tundish.text import holds_secret
 
+SQLITE = "sqlite:///"
+MARK = "tundish.draft"
+"""Tag by which a run is found that was made in MLflow by somebody who was killed before it could be noted."""
+
 
 def tracking_uri() -> str:
     """What the user has chosen for MLflow, in this process or by the environment; else the file in `$TUNDISH_HOME`."""
@@ -100,6 +104,24 @@ def open_tracking(run_name: str, experiment_name: str, tags: dict[str, str], roo
         save_folder=_below(root or artifact_address(run.info.artifact_uri, uri), run_name),
         registry_uri=registry,
     )
+
+
+def delete_runs(uri: str, experiment_name: str, mark: str) -> None:
+    """Delete the MLflow runs that a `create()` has made and that came to nothing.
+
+    Raises:
+        MlflowException: MLflow does not answer.
+    """
+    from mlflow import MlflowClient
+
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+        return  # killed before there was a store; asking would make one
+    with quiet(), impatient():
+        client: Any = MlflowClient(uri)
+        if (experiment := client.get_experiment_by_name(experiment_name)) is None:
+            return
+        for run in client.search_runs([experiment.experiment_id], f"tags.`{MARK}` = '{mark}'"):
+            client.delete_run(run.info.run_id)
 
 
 def check_registry(name: str) -> None:
