@@ -7,7 +7,7 @@ import pytest
 
 from tundish.errors import SpecError
 from tundish.overrides import COMPONENTS, VALUES, check_overrides, unused_overrides
-from tundish.paths import RunPaths
+from tundish.run_folder import RunFolder
 from tundish.runs import creating
 
 EVIL = "os.system"
@@ -238,4 +238,4 @@ def test_nothing_that_is_resolved_reaches_the_yaml(
     monkeypatch.setenv(variable, str(tmp_path / "${oc.env:SECRET}"))
     with pytest.raises(SpecError, match=r"'\$\{' is not allowed there"):
         creating.parsed_spec(arguments)
-    assert not RunPaths.of("x").folder.exists()
+    assert not RunFolder.of("x").folder.exists()

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tundish import launch
-from tundish.errors import LockHeldError, SpecError
+from tundish.errors import LockHeldError, SpecError, StoreError
 from tundish.launch import queue
 from tundish.locks import locked
 from tundish.paths import flush_folder, make_folder, runs_dir, write_atomic
@@ -130,7 +130,7 @@ def _undo_left(name: str) -> None:
 def _try_to_undo(draft: Draft) -> None:
     try:
         draft.undo()
-    except Exception as error:  # each store's client has errors of its own
+    except (StoreError, OSError) as error:
         name = draft.published.folder.name
         text = "What create() has left of the run %s in %s cannot be removed now; the next create() tries again: %s"
         log.warning(text, name, draft.folder, " ".join(str(error).split()))

@@ -110,14 +110,12 @@ def delete_runs(uri: str, experiment_name: str, mark: str) -> None:
     """Delete the MLflow runs that a `create()` has made and that came to nothing.
 
     Raises:
-        MlflowException: MLflow does not answer.
+        StoreError: MLflow does not answer.
     """
-    from mlflow import MlflowClient
-
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
         return  # killed before there was a store; asking would make one
-    with quiet(), impatient():
-        client: Any = MlflowClient(uri)
+    client = open_client(uri)
+    with told(uri), quiet(), impatient():
         if (experiment := client.get_experiment_by_name(experiment_name)) is None:
             return
         for run in client.search_runs([experiment.experiment_id], f"tags.`{MARK}` = '{mark}'"):
