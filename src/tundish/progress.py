@@ -1,6 +1,7 @@
 """A run's events as they come: lines and a bar on a terminal, lines in a log, a table in a notebook."""
 
 import html
+import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -191,3 +192,16 @@ def _update(bar: Progress, found: list[events.Event], waiting: str, stage: str) 
 
 def _line(event: events.Event) -> str:
     return f"{event.time.astimezone():%H:%M:%S}  {event.type:<17}  {event.message}"
+
+
+def _import_tqdm() -> None:
+    """Import what Hugging Face's libraries draw bars with: in a notebook without ipywidgets, that would warn."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("tqdm.auto")
+
+
+if in_notebook():
+    _import_tqdm()
