@@ -170,4 +170,4 @@ def test_errors_are_caught_as_the_original_s_were(tree: Callable[[str], ast.Modu
     assert issubclass(errors.DatabricksGenAIError, Exception)
     for name, base in found.items():
         assert issubclass(getattr(errors, name), getattr(errors, base)), name
-        assert "message" in vars(getattr(errors, name)(["x"]))
+        assert "message" in vars(getattr(errors, name)("x"))
