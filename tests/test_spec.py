@@ -1,5 +1,6 @@
 """spec.py: arguments become values once, and all problems are told together."""
 
+import itertools
 import json
 import math
 import re
@@ -156,6 +157,8 @@ def test_learning_rates_come_as_numbers_or_text(arguments: dict[str, Any], given
         ("eval_prompts", [1], "eval_prompts: allowed is a list of texts"),
         ("eval_prompts", ["${oc.env:HOME}"], "'${' and '???' are not allowed"),
         ("eval_prompts", ["???"], "'${' and '???' are not allowed"),
+        ("eval_prompts", itertools.repeat("What?"), "found more than 1,000 prompts; allowed are 1,000"),
+        ("eval_prompts", ["x" * 5_000_000], "found 5,000,000 characters of prompts; allowed"),
         ("eval_prompts", 5, "eval_prompts: allowed is a list of texts"),
         ("learning_rate", True, "learning_rate: found True; allowed is a number above 0"),
         ("data_prep_cluster_id", "0123-456", "data_prep_cluster_id: found '0123-456'; allowed is spark://"),

@@ -15,6 +15,7 @@ import string
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -36,6 +37,9 @@ TASK_PREFIXES: Mapping[TaskType, str] = {
 DEFAULT_CONTEXT_LENGTH = 8192
 SPEC_VERSION = 1
 """Of `spec.json`'s format; raised when an older tundish would read a newer one's file wrongly."""
+MOST_PROMPTS = 1_000
+PROMPT_CHARACTERS = 4_000_000
+"""Of all eval prompts together."""
 ANSWER_TOKENS = 100
 """At most, of an answer to an eval prompt: the managed service's setting."""
 
@@ -259,9 +263,16 @@ def _read_prompts(given: object) -> tuple[str, ...]:
     if given is None:
         return ()
     listed = isinstance(given, Iterable) and not isinstance(given, str)
-    prompts = tuple(cast(Iterable[Any], given)) if listed else ()
+    prompts = tuple(islice(cast(Iterable[Any], given), MOST_PROMPTS + 1)) if listed else ()
     if not listed or not all(isinstance(prompt, str) and prompt for prompt in prompts):
         raise ValueError("allowed is a list of texts that are not empty. For example ['What is MLflow?'].")
+    length = sum(map(len, prompts))
+    if len(prompts) > MOST_PROMPTS or length > PROMPT_CHARACTERS:
+        found = f"more than {MOST_PROMPTS:,}" if len(prompts) > MOST_PROMPTS else f"{length:,} characters of"
+        raise ValueError(
+            f"found {found} prompts; allowed are {MOST_PROMPTS:,} of {PROMPT_CHARACTERS:,} characters in all: each is "
+            "answered at every checkpoint. Give fewer; as data, eval_data_path takes any number."
+        )
     if any("${" in prompt or prompt == "???" for prompt in prompts):
         raise ValueError("'${' and '???' are not allowed: LLM Foundry would resolve them. Write it in another way.")
     return prompts

@@ -331,6 +331,14 @@ def test_paths_in_an_experiment_file_start_from_its_folder(
         (b"", "found no mapping"),
         (b"a: [1\n", "cannot be read"),
         (b"\xff\xfe\x00", "cannot be read"),
+        (
+            b"a: &a [x, x]\n"
+            + b"".join(b"%c: &%c [%s]\n" % (n, n, b", ".join([b"*%c" % (n - 1)] * 9)) for n in b"bcdefgh"),
+            "cannot be read \\(its aliases stand for more than 100,000 values\\)",
+        ),
+        (b"a: &a {b: *a}\n", "cannot be read \\(its aliases"),
+        (b"a: " + b"[" * 5000, "cannot be read \\(it is nested too deeply"),
+        (b"context_length: " + b"1" * 5000, "cannot be read"),
         (b"modle: x\nepochs: 3\n", "create\\(\\) has no argument epochs, modle; it has model, train_data_path"),
         (b"model: !!python/object/apply:os.system ['touch ran']\n", "cannot be read"),
     ],

@@ -49,6 +49,15 @@ def test_a_long_list_of_lines_is_cut_in_the_message_alone() -> None:
     assert finding.count == 30 and finding.where == [1000 * line for line in range(1, 31)]
 
 
+def test_names_of_files_do_not_fill_the_screen() -> None:
+    """Twenty names of four thousand characters each would."""
+    found = Findings()
+    for number in range(1, 6):
+        found.add(number, LAST)
+    (finding,) = found.findings(Place("texts", "file", lambda number: f"{number}" * 300), 9)
+    assert finding.message.count("222") == 100 and "33" not in finding.message and finding.message.endswith(", …).")
+
+
 @pytest.mark.parametrize("count", [19, 20, 21])
 def test_nothing_is_left_out_before_twenty(count: int) -> None:
     """The message would end in dots where there is no more to say, or hide the last line."""

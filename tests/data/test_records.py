@@ -72,7 +72,7 @@ CHAT_LINE = json.dumps(_chat(U, A)).encode()
         (b'{"messages": [', "not JSON: Expecting value at column 15. Each line must be one JSON object"),
         (b"\xff{}", "the byte at offset 0 of the line is not UTF-8. Save the file as UTF-8"),
         pytest.param(b"[" * 100_000, "nested too deeply to be a sample", id="deep"),
-        pytest.param(b'{"messages": ' + b"1" * 5_000 + b"}", "", id="huge number"),
+        pytest.param(b'{"messages": ' + b"1" * 5_000 + b"}", "holds a number of thousands of digits", id="huge number"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "holds \\ud800, half of a character"),
         (b'{"\\ud800": 1}', "found the keys \\ud800; allowed is messages alone"),
         (_chat(U | {"role": "\ud800"}, A), "message 1 has the role '\\ud800'"),

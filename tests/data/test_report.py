@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from tundish import foundation_model as fm
+from tundish.data.findings import Finding
+from tundish.data.report import Report, Validation
 from tundish.errors import DataError, SpecError
 
 WriteLines = Callable[[Path, Any], Path]
@@ -53,6 +55,21 @@ def test_all_line_numbers_are_in_the_file(mixed: dict[str, Any], tmp_path: Path)
     found.save(tmp_path / "report.json")
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved["ok"] is False and saved["reports"][0]["problems"][0]["where"] == list(range(2, 61, 2))
+
+
+def test_a_million_bad_lines_are_a_file_of_two_megabytes(tmp_path: Path) -> None:
+    """The report would be fifteen megabytes of numbers, one a line."""
+    every_second, in_one = list(range(1, 2_000_001, 2)), list(range(5, 1_000_005))
+    findings = [Finding("a", "bad.", 1_000_000, every_second), Finding("b", "worse.", 1_000_000, in_one)]
+    source = Report(
+        argument="train_data_path", source="train.jsonl", unit="line", total=3_000_000, samples=1, problems=findings,
+        warnings=[], prepared=None, preview=[],
+    )  # fmt: skip
+    Validation([source]).save(tmp_path / "report.json")
+    assert 500_000 < (tmp_path / "report.json").stat().st_size <= 2_000_000
+    first, second = json.loads((tmp_path / "report.json").read_text())["reports"][0]["problems"]
+    assert first["count"] == 1_000_000 and first["where"] == every_second[: first["shown"]] and first["shown"] > 50_000
+    assert (second["where"], second["shown"]) == ([[5, 1_000_004]], 1_000_000)
 
 
 def test_a_sample_is_shown_with_its_trained_tokens_marked(arguments: dict[str, Any]) -> None:

@@ -206,6 +206,47 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path: Path) -> Non
             check_structure(_pairs(path))
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_line_without_end_ends_the_reading(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk of zeros, or a few megabytes of them compressed, would be read for hours."""
+    for module in ("chunks", "records"):
+        monkeypatch.setattr(f"tundish.data.{module}.MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("tundish.data.chunks.CHUNK_BYTES", 100)
+    monkeypatch.setattr("tundish.data.chunks.MAX_PASSED_BYTES", 5000)
+    compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    path = tmp_path / f"train.jsonl{suffix}"
+    path.write_bytes(compress(_line(1) * 40 + b" " * 4000 + b"\n" + _line(2) + b"\0" * 6000))
+    with pytest.raises(
+        DataError, match=r"train\.jsonl\S*, line 43: the line is longer than 0 MiB, so the file is no JSONL"
+    ):
+        list(_pairs(path).chunks())
+
+
+def test_a_gibibyte_is_no_line(tmp_path: Path) -> None:
+    """The limit would be one of the tests alone."""
+    path = tmp_path / "train.jsonl.zst"
+    with open(path, "wb") as file, zstandard.ZstdCompressor().stream_writer(file) as writer:
+        for _ in range(1100):
+            writer.write(bytes(1 << 20))
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(DataError, match=r"train\.jsonl\.zst, line 1: the line is longer than 1,024 MiB"):
+        list(_pairs(path).chunks())
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_data_that_expands_without_measure_is_refused(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten megabytes would be read for days."""
+    compress = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    path = tmp_path / f"train.jsonl{suffix}"
+    path.write_bytes(compress(_line(1) * 100_000))
+    assert list(_pairs(path).chunks()), "a few megabytes are no matter"
+    monkeypatch.setattr("tundish.data.sources.MAX_EXPANDED_BYTES", 1 << 20)
+    with pytest.raises(DataError, match=r"train\.jsonl\S*, its [\d,]+ bytes expand to more than 200 times as many"):
+        list(_pairs(path).chunks())
+
+
 @settings(max_examples=100)
 @given(
     st.lists(st.integers(0, 120), max_size=30),

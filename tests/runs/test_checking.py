@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from deltalake import write_deltalake
 
 from tundish import foundation_model as fm
 from tundish.data import encoding, tokenize, tokenizer, workers
@@ -119,6 +123,24 @@ def test_a_pattern_that_is_none_is_a_problem_of_the_model(foreign: Any, capfd: p
     with pytest.raises(SpecError, match=r"model: the tokenizer of .* cannot be loaded \(.*parenthesis"):
         fm.validate(**foreign(pre_tokenizer=split))
     assert capfd.readouterr().err == ""
+
+
+def test_a_table_of_few_bytes_that_expands_is_told_by_row(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """A text that a dictionary holds once, and every row again: 24 KB took 7.8 GB of the caller's memory."""
+    table = tmp_path / "table"
+    rows = pa.table({"prompt": ["a"] * 512, "response": ["b"] * 512})
+    write_deltalake(str(table), rows)
+    (file,) = table.glob("*.parquet")
+    long = pa.DictionaryArray.from_arrays(pa.array([0] * 256 + [1] * 256, pa.int32()), ["a", "a" * (1 << 23)])
+    expanding = pa.table({"prompt": long, "response": rows["response"]})
+    pq.write_table(expanding, file, compression="zstd", store_schema=False)
+    (log,) = (table / "_delta_log").glob("*.json")
+    log.write_text(re.sub(r'"size":\d+', f'"size":{file.stat().st_size}', log.read_text()))
+    assert file.stat().st_size < 1 << 16
+    given = arguments | {"train_data_path": str(table), "task_type": "INSTRUCTION_FINETUNE"}
+    with pytest.raises(SpecError) as error:
+        fm.validate(**given, learning_rate=-1)  # so that no tokenizer is loaded, which takes the test most of its time
+    assert "table (version 0), row 257: this row and those after it take more than 1,024 MiB." in str(error.value)
 
 
 @pytest.mark.parametrize("verb", [fm.validate, fm.estimate])

@@ -21,6 +21,8 @@ from tundish.errors import SpecError, did_you_mean
 
 PATH_ARGUMENTS = ("model", "train_data_path", "eval_data_path", "custom_weights_path")
 LARGEST_FILE = 1 << 20
+MOST_VALUES = 100_000
+"""In a YAML file, those that aliases stand for counted each time."""
 SECTIONS = ("compute", "overrides")
 """Arguments of `create()` that are mappings: `SECTION.KEY` names one of their keys."""
 GROUPS: Mapping[str, Mapping[str, str]] = {
@@ -222,7 +224,7 @@ def _read_yaml(file: Path) -> Any:
             data = stream.read(LARGEST_FILE + 1)
         if len(data) > LARGEST_FILE:
             raise ValueError(f"it has more than {LARGEST_FILE:,} bytes")
-        return yaml.load(data.decode(), Loader)
+        return _load(data.decode())
     except OSError as error:
         reason = error.strerror
     except UnicodeDecodeError:
@@ -235,6 +237,35 @@ def _read_yaml(file: Path) -> Any:
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
     raise SpecError(f"{file}: cannot be read ({reason}). Give a YAML file with the arguments of create().")
+
+
+def _load(text: str) -> Any:
+    """What YAML says.
+
+    Raises:
+        yaml.YAMLError, RecursionError, ValueError: it is none, or would not end.
+    """
+    loader = Loader(text)
+    try:
+        node = loader.get_single_node()
+        # Ten aliases of ten of ten … are a line each, and a billion values for whoever walks over them.
+        if node is not None and _values(node, {}) > MOST_VALUES:
+            raise ValueError(f"its aliases stand for more than {MOST_VALUES:,} values")
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _values(node: yaml.Node, counted: dict[int, int]) -> int:
+    """How many values a node comes to, those of aliases each time; `counted`: those of nodes seen before."""
+    if id(node) not in counted:
+        counted[id(node)] = MOST_VALUES + 1  # of one that holds itself
+        value: Any = node.value
+        below = [one for pair in value for one in pair] if isinstance(node, yaml.MappingNode) else value
+        counted[id(node)] = 1 + (
+            0 if isinstance(node, yaml.ScalarNode) else sum(_values(one, counted) for one in below)
+        )
+    return counted[id(node)]
 
 
 def check_names(where: str, arguments: Iterable[Any]) -> None:
@@ -255,6 +286,6 @@ def assignment(text: str) -> tuple[str, Any]:
     if not sign or not key:
         raise SpecError(f"found {text!r}; needed is key=value.")
     try:
-        return key, yaml.load(value, Loader) if value else None
+        return key, _load(value) if value else None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise SpecError(f"found {text!r}; the value is not YAML. Quote it.") from error

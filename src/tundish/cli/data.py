@@ -29,7 +29,9 @@ REQUIRED = ("model", "train_data_path")
 def validate_options(command: argparse.ArgumentParser) -> None:
     """What `tundish validate` takes."""
     add_json(command)
-    command.add_argument("--report", metavar="FILE", help="write the report with all line numbers as JSON")
+    command.add_argument(
+        "--report", metavar="FILE", help="write the report with the line numbers as JSON (2 MB at most)"
+    )
     add_create_options(command, REQUIRED)
 
 
@@ -128,9 +130,9 @@ def _show(found: "Validation", report_file: Path | None) -> None:
             _show_report(console, report)
     print("\nThe data is good." if found.ok else "\nThe data has problems; create() would refuse it.")
     if report_file:
-        print(f"All of it: {report_file}")
+        print(f"Report: {report_file}")
     elif not found.ok:
-        print("All line numbers: --report FILE")
+        print("The line numbers: --report FILE")
 
 
 def _show_report(console: Console, report: "Report") -> None:

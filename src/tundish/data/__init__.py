@@ -21,7 +21,7 @@ from tundish.data.encoding import EncodedChunk, Job
 from tundish.data.findings import Finding, Findings
 from tundish.data.records import Problem, Rules, Sample
 from tundish.data.share import Progress, Share, prepare_share
-from tundish.data.sources import Source
+from tundish.data.sources import Source, may_be_table, open_source
 from tundish.data.templates import TEMPLATE_DATE
 from tundish.data.tokenizer import CHATML_ADDED
 from tundish.data.workers import Bars, Workers, guarded, no_collection
@@ -98,25 +98,43 @@ def prepare(
 
     Raises:
         DataError: with all problems of the data; nothing is left behind.
-        WorkerError: the model's tokenizer takes too much, or ends its process.
     """
-    if cluster is None:
-        return guarded(_prepare_here, source, job, progress=lambda _: nullcontext(progress))
-    # Its session is this process's. Tasks are processes of their own; here, too, the tokenizer is loaded after all.
-    guarded(_load, job)
-    return _prepare(source, job, cluster, progress)
-
-
-def _prepare(source: Source, job: Job, cluster: str | None, progress: Progress) -> Prepared:
     outcome = examine(source, job, cluster, progress)
     if outcome.prepared is None:
         raise DataError([finding.message for finding in outcome.problems])
     return outcome.prepared
 
 
-def _prepare_here(source: Source, job: Job, progress: Bars) -> Prepared:
+def prepare_guarded(
+    given: str,
+    job: Job,
+    cluster: str | None = None,
+    progress: Progress = lambda done, total: None,
+    *,
+    system_message: bool,
+) -> Prepared:
+    """`prepare`, for data at an address, with what others wrote in a process of its own.
+
+    Raises:
+        DataError, SpecError: as of `prepare` and `open_source`.
+        WorkerError: the data or the model's tokenizer takes too much, or ends its process.
+    """
+    if cluster is None:
+        tables = may_be_table(given)
+        return guarded(
+            _open_and_prepare, given, job, system_message, progress=lambda _: nullcontext(progress), tables=tables
+        )
+    # Its session is this process's. Tasks are processes of their own; here, too, the tokenizer is loaded after all.
+    guarded(_load, job)
+    return _open_and_prepare(given, job, system_message, cluster, progress=lambda _: nullcontext(progress))
+
+
+def _open_and_prepare(
+    given: str, job: Job, system_message: bool, cluster: str | None = None, *, progress: Bars
+) -> Prepared:
+    source = open_source(given, job.task_type, system_message=system_message)
     with progress("") as tell:
-        return _prepare(source, job, None, tell)
+        return prepare(source, job, cluster, tell)
 
 
 def _load(job: Job) -> None:

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, cast
 
 from tundish.data.records import MAX_LINE_BYTES, Problem, Rules, Sample
+from tundish.errors import DataError
 
 CHUNK_BYTES = 1 << 20
+MAX_PASSED_BYTES = 1 << 30
+"""A line that is longer still ends the reading: the file is none of lines."""
 MAX_TEXT_BYTES = 1 << 28
 """A larger .txt file is refused: it is held in memory."""
 Compression = Literal["", ".gz", ".zst"]
@@ -59,8 +62,12 @@ class LineBlock:
 
 
 def line_blocks(file: BinaryIO, limit: int | None = None) -> Iterator[LineBlock]:
-    """The next `limit` bytes of a file as blocks of whole lines; a line over the limit of a sample comes cut."""
-    left = limit
+    """The next `limit` bytes of a file as blocks of whole lines; a line over the limit of a sample comes cut.
+
+    Raises:
+        DataError: a line does not end.
+    """
+    left, lines = limit, 0
     while left is None or left > 0:
         block = file.read(CHUNK_BYTES if left is None else min(CHUNK_BYTES, left))
         if not block:
@@ -72,6 +79,11 @@ def line_blocks(file: BinaryIO, limit: int | None = None) -> Iterator[LineBlock]
             while rest and not rest.endswith(b"\n"):
                 rest = file.readline(CHUNK_BYTES)
                 size += len(rest)
+                if size > MAX_PASSED_BYTES:
+                    found = f"the line is longer than {MAX_PASSED_BYTES >> 20:,} MiB, so the file is no JSONL"
+                    number = lines + 1 + block.count(b"\n")
+                    raise DataError(f"line {number:,}: {found}. Write one sample a line.")
+        lines += block.count(b"\n")
         left = None if left is None else left - size
         yield LineBlock(block, size)
 

@@ -1,14 +1,18 @@
 """What was found in the samples: problems and warnings by rule, with the places that have them."""
 
+import json
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import groupby
+from typing import Any, cast
 
 from tundish.data.records import Problem
 from tundish.text import printable
 
 SHOWN = 20
+SHOWN_CHARACTERS = 400
+"""Of the names of files."""
 
 
 @dataclass(slots=True)
@@ -64,10 +68,20 @@ class Findings:
         text = f"{place.of(kind.numbers[0])}: {kind.text}"
         count = len(kind.numbers)
         if count > 1:
-            shown = ", ".join(str(name) for name in place.names(kind.numbers[:SHOWN]))
-            more = ", …" if count > SHOWN else ""
+            names = list(_fitting(map(str, place.names(kind.numbers[:SHOWN]))))
+            shown, more = ", ".join(names), ", …" if count > len(names) else ""
             text += f" {count:,} of {total:,} {place.unit}s are like this ({shown}{more})."
         return printable(text)
+
+
+def _fitting(names: Iterable[str]) -> Iterator[str]:
+    """The first of the names, as many as make a line or several; at least one."""
+    length = 0
+    for name in names:
+        if length > SHOWN_CHARACTERS:
+            return
+        length += len(name)
+        yield name
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +94,24 @@ class Finding:
     count: int
     where: list[int] | list[str]
     """All samples: numbers of lines or rows from 1, or names of files."""
+
+    def to_dict(self, most: int) -> dict[str, Any]:
+        """The finding for JSON, its places in about `most` bytes: as many of the first as that takes."""
+        where = list[Any]()
+        for place in _ranges(self.where):
+            most -= len(json.dumps(place, ensure_ascii=False).encode()) + 2
+            if most < 0:
+                break
+            where.append(place)
+        shown = sum(1 if not isinstance(place, list) else place[1] - place[0] + 1 for place in where)
+        return {"rule": self.rule, "message": self.message, "count": self.count, "shown": shown, "where": where}
+
+
+def _ranges(where: list[int] | list[str]) -> Iterator[int | str | list[int]]:
+    """Names, numbers, and `[first, last]` of several numbers that follow each other."""
+    for _, group in groupby(enumerate(where), lambda pair: pair[1] - pair[0] if isinstance(pair[1], int) else pair):
+        places = [place for _, place in group]
+        yield places[0] if len(places) == 1 else [cast(int, places[0]), cast(int, places[-1])]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from tundish.data.chunks import Chunk, TableRows
 from tundish.data.findings import Place
 from tundish.data.records import Rules
 from tundish.data.sources import Source
-from tundish.data.tables import BATCH_ROWS, sample_columns
+from tundish.data.tables import BATCH_ROWS, bounded, sample_columns
 from tundish.errors import DataError, SpecError
 
 
@@ -50,7 +50,7 @@ class DatasetRows:
     def chunks(self) -> Iterator[Chunk]:
         """See Source."""
         batches = self.dataset.with_format("arrow").iter(BATCH_ROWS)
-        return (TableRows.of(batch.combine_chunks()) for batch in batches)
+        return bounded(self.place, (batch.combine_chunks() for batch in batches))
 
     def parts(self, size: int) -> list[Source]:
         """See Source; Spark reads Delta tables, JSONL and .txt files."""

@@ -75,8 +75,10 @@ class Rules:
         except json.JSONDecodeError as error:
             found = f"not JSON: {error.msg} at column {error.colno}. Each line must be one JSON object."
             return Problem("not JSON", found)
-        except ValueError as error:
-            return Problem("not JSON", f"not JSON that can be read: {error}. Each line must be one JSON object.")
+        except ValueError:  # Python reads no longer ones
+            return Problem(
+                "not JSON", "holds a number of thousands of digits. Each line must be one JSON object of text."
+            )
         except RecursionError:
             return Problem("not JSON", "nested too deeply to be a sample. Each line must be one flat JSON object.")
         if not isinstance(record, dict):
@@ -155,14 +157,16 @@ def _quick_pair(line: bytes, record: dict[str, Any]) -> PromptResponse | None:
 
 
 def _json_type(value: object) -> str:
-    names: list[tuple[type, str]] = [
+    names: list[tuple[Any, str]] = [
         (bool, "boolean"),
         (dict, "object"),
         (list, "array"),
         (str, "text"),
-        (int, "number"),
+        (int | float, "number"),
+        (type(None), "null"),
     ]
-    return next((name for kind, name in names if isinstance(value, kind)), "null" if value is None else "number")
+    # A table holds bytes and dates, too.
+    return next((name for kind, name in names if isinstance(value, kind)), type(value).__name__)
 
 
 def _names(keys: Iterable[str]) -> str:

@@ -2,8 +2,9 @@
 
 import html
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from tundish.errors import DataError
 from tundish.paths import write_atomic
 from tundish.text import printable
 
+PLACES_BYTES = 1_500_000
+"""Of all places in a report that is written; messages and preview come to it."""
 PREVIEW_TOKENS = 400
 PREVIEW_CHARACTERS = 1 << 14
 
@@ -47,6 +50,15 @@ class Report:
     def messages(self) -> list[str]:
         """The problems, for an error."""
         return [f"{self.argument}: {finding.message}" for finding in self.problems]
+
+    def to_dict(self, most: int) -> dict[str, Any]:
+        """The report for JSON, with `most` bytes for the places of each finding."""
+        content = {one.name: getattr(self, one.name) for one in fields(self)}
+        content["problems"] = [finding.to_dict(most) for finding in self.problems]
+        content["warnings"] = [finding.to_dict(most) for finding in self.warnings]
+        # What it keeps of the warnings is those of above.
+        content["prepared"] = None if self.prepared is None else asdict(replace(self.prepared, warnings=[]))
+        return content
 
     def lines(self) -> Iterator[str]:
         """The report as text, without the preview."""
@@ -86,12 +98,22 @@ class Validation:
         return not any(report.problems for report in self.reports)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, with all line numbers, for JSON."""
-        return {"ok": self.ok, "reports": [asdict(report) for report in self.reports]}
+        """Everything, for JSON; of the places of many samples as many as keep a file of it below two megabytes."""
+        count = sum(len(report.problems) + len(report.warnings) for report in self.reports)
+        most = PLACES_BYTES // max(1, count)
+        return {"ok": self.ok, "reports": [report.to_dict(most) for report in self.reports]}
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict()` as JSON."""
-        write_atomic(local_path(path, "path"), json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        content = self.to_dict()
+        findings = [one for report in content["reports"] for one in (*report["problems"], *report["warnings"])]
+        # With a line for each place, a file would have a million lines.
+        places = [json.dumps(one["where"], ensure_ascii=False) for one in findings]
+        for number, one in enumerate(findings):
+            one["where"] = f"\0{number}"
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        text = re.sub(r'"\\u0000(\d+)"', lambda found: places[int(found[1])], text)
+        write_atomic(local_path(path, "path"), text + "\n")
 
     def __str__(self) -> str:
         parts: list[str] = []
@@ -124,7 +146,8 @@ def report_on(argument: str, source: Source, job: Job, cluster: str | None, prog
     if cluster is None:
         outcome = examine(source, job, cluster, progress)
         return report_of(argument, source, outcome, _preview(source, job))
-    preview = guarded(_preview, source, job)  # before the tokenizer is loaded here
+    # Before the tokenizer is loaded here. What the source is, the reader of tables has told.
+    preview = guarded(_preview, source, job, tables=True)
     return report_of(argument, source, examine(source, job, cluster, progress), preview)
 
 

@@ -21,6 +21,9 @@ from tundish.errors import DataError, SpecError
 from tundish.spec import TaskType
 from tundish.text import printable
 
+MAX_EXPANDED_BYTES = 1 << 30
+MAX_RATIO = 200
+"""Of compressed data that expands to more than MAX_EXPANDED_BYTES; text is compressed to a third, or to a twentieth."""
 TEXT_TASK: TaskType = "CONTINUED_PRETRAIN"
 
 
@@ -95,6 +98,7 @@ class Lines:
     def chunks(self) -> Iterator[Chunk]:
         """See Source."""
         limit = None if self.end is None else self.end - self.start
+        expanded = 0
         try:
             with open_lines(self.path, self.compression) as file:
                 if self.start:
@@ -102,11 +106,24 @@ class Lines:
                 for number, block in enumerate(line_blocks(file, limit)):
                     bare = block.data.removeprefix(b"\xef\xbb\xbf") if number == self.start == 0 else block.data
                     yield replace(block, data=bare)
+                    expanded += block.size
+                    if self.compression and expanded > MAX_EXPANDED_BYTES:
+                        self._check_ratio(expanded)
+        except DataError as error:
+            raise DataError(f"{self.path.name}, {error.message}") from error
         except (OSError, ValueError) as error:
             if not self.compression:
                 raise
             found = f"the compressed data is damaged or cut off ({error}). Compress or copy it again."
             raise DataError(f"{self.path.name}: {found}") from error
+
+    def _check_ratio(self, expanded: int) -> None:
+        size = self.path.stat().st_size
+        if expanded > MAX_RATIO * size:
+            raise DataError(
+                f"its {size:,} bytes expand to more than {MAX_RATIO} times as many, which no text does. If it is meant "
+                "so, give it uncompressed."
+            )
 
     def parts(self, size: int) -> list[Source]:
         """See Source; compressed data is one part."""
@@ -241,6 +258,14 @@ def open_source(given: Address | str, task_type: TaskType, *, system_message: bo
     if address.kind == "table":
         return _open_named_table(address, rules)
     return _open_path(address, rules)
+
+
+def may_be_table(given: Address | str) -> bool:
+    """Whether the data at an address may be a Delta table."""
+    address = given if isinstance(given, Address) else Address.of(given)
+    if address.kind == "path":
+        return (address.path / "_delta_log").is_dir()
+    return address.kind == "table" or (address.kind == "object" and not address.text.endswith(LINE_SUFFIXES))
 
 
 _KINDS = (

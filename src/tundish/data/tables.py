@@ -17,10 +17,13 @@ from tundish.data.chunks import Chunk, TableRows
 from tundish.data.findings import Place
 from tundish.data.records import Rules
 from tundish.data.sources import Source, groups
+from tundish.data.workers import limited
 from tundish.errors import DataError, SpecError
 from tundish.text import printable
 
 BATCH_ROWS = 256
+BATCH_BYTES = 1 << 30
+"""Of memory, for a batch of rows; those of the usual size take a thousandth."""
 READABLE = {"deletionVectors", "timestampNtz", "v2Checkpoint", "vacuumProtocolCheck", "domainMetadata"}
 """Delta reader features that change nothing of what is read here, and deletion vectors, which are applied."""
 
@@ -42,6 +45,36 @@ def sample_columns(columns: Sequence[str], rules: Rules, given: str) -> list[str
         text = f"found the columns {', '.join(columns) or 'none'}; {rules.task_type} needs {needed}."
         raise SpecError(f"{given}: {text} Rename the columns, or choose another task_type.")
     return found
+
+
+def bounded(place: Place, batches: Iterator[Any]) -> Iterator[TableRows]:
+    """Arrow batches or tables as chunks, each in bounded memory: a file of few bytes can hold texts of any length.
+
+    Raises:
+        DataError: one takes more.
+    """
+    before = 0
+    while True:
+        try:
+            with limited(f"{place.of(before + 1)}: the reader of tables", memory=BATCH_BYTES):
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                rows = TableRows.of(batch)
+        except MemoryError as error:
+            raise DataError(
+                f"{place.of(before + 1)}: this row and those after it take more than {BATCH_BYTES >> 20:,} MiB. "
+                "Shorten their texts, or write the table anew without dictionaries."
+            ) from error
+        before += rows.units
+        if rows.units:
+            yield rows
+
+
+def _batch_rows(metadata: Any) -> int:
+    """How many rows of a Parquet file to read at a time: fewer of long ones."""
+    size = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    return max(1, min(BATCH_ROWS, (BATCH_BYTES >> 4) * metadata.num_rows // max(1, size)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +139,14 @@ class DeltaRows:
     def chunks(self) -> Iterator[Chunk]:
         """See Source."""
         try:
-            yield from self._rows()
+            yield from bounded(self.place, self._batches())
+        except DataError:
+            raise
         except (OSError, ValueError) as error:
             found = f"a file of the table cannot be read ({' '.join(str(error).split())[:300]})"
             raise DataError(f"{self.name}: {printable(found)}. Restore the table, or copy it again.") from error
 
-    def _rows(self) -> Iterator[Chunk]:
+    def _batches(self) -> Iterator[Any]:
         import pyarrow.parquet as pq
 
         table = _delta_table(self.uri, self.version)
@@ -122,11 +157,10 @@ class DeltaRows:
         for name, _ in self.files:
             with files.open_input_file(name) as file:
                 kept, first = deleted.get(name), 0
-                for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=list(self.columns)):
-                    wanted = batch if kept is None else batch.filter(_part(kept, first, batch.num_rows))
+                opened = pq.ParquetFile(file)
+                for batch in opened.iter_batches(_batch_rows(opened.metadata), columns=list(self.columns)):
+                    yield batch if kept is None else batch.filter(_part(kept, first, batch.num_rows))
                     first += batch.num_rows
-                    if wanted.num_rows:
-                        yield TableRows.of(wanted)
 
     def parts(self, size: int) -> list[Source]:
         """See Source; whole files."""

@@ -12,12 +12,13 @@ import os
 import pickle
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
@@ -92,13 +93,19 @@ def _data_bytes() -> int:
     return int(status.partition("VmData:")[2].split()[0]) << 10
 
 
-def guarded(function: Callable[..., Result], *arguments: Any, progress: Bars | None = None) -> Result:
-    """What a function gives in a process of its own, which is forked from this one and ends with the call.
+def guarded(
+    function: Callable[..., Result], *arguments: Any, progress: Bars | None = None, tables: bool = False
+) -> Result:
+    """What a function gives in a process of its own, which ends with the call.
+
+    It is forked from this one, unless it reads Delta tables and this one has loaded their reader: that works in no
+    process that is forked from one that has used it. Then it is started anew.
 
     Args:
-        function: its result, or its error, must be picklable.
+        function: its result, or its error, must be picklable; where it reads Delta tables, function and arguments too.
         arguments: of it.
         progress: where given, the function is called with `progress=…`, whose bars are drawn by this process.
+        tables: whether it may read Delta tables.
 
     Raises:
         WorkerError: the process has ended without result, or taken more than it may.
@@ -106,7 +113,9 @@ def guarded(function: Callable[..., Result], *arguments: Any, progress: Bars | N
     # What libraries say before they end their process is for the error, not for the terminal.
     with tempfile.TemporaryFile() as words:
         named = {} if progress is None else {"progress": _remote_bar}
-        worker = _Worker((function, arguments, named), words.fileno())
+        worker = _Worker(
+            (function, arguments, named), words.fileno(), forked=not (tables and "deltalake" in sys.modules)
+        )
         try:
             with ExitStack() as bars:
                 tell: Callable[..., None] | None = None
@@ -221,23 +230,63 @@ _LOST = ("ended", "memory")
 _ANSWERS = ("result", "error", *_LOST)
 
 
+class _NewProcess:
+    """A process that is started anew, with what the others have that is used of them.
+
+    Not multiprocessing's own: it would run the caller's script once more.
+    """
+
+    def __init__(self, pipe: Connection, errors: int) -> None:
+        script = "import sys; from tundish.data.workers import serve_anew; serve_anew(*map(int, sys.argv[1:]))"
+        command = [sys.executable, "-P", "-W", "ignore", "-c", script, str(pipe.fileno()), str(os.getpid())]
+        with one_thread_each():
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stderr=errors, pass_fds=[pipe.fileno()], env=dict(os.environ)
+            )
+        self.terminate, self.kill = self._process.terminate, self._process.kill
+
+    @property
+    def exitcode(self) -> int | None:
+        """As of multiprocessing's."""
+        return self._process.poll()
+
+    def join(self, seconds: float | None = None) -> None:
+        """As of multiprocessing's."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+
+
+def serve_anew(pipe: int, parent: int) -> None:
+    """What a process that was started anew does: one task."""
+    _serve(Connection(pipe), parent, None, 2, once=True)
+
+
 class _Worker:
-    """A forked process, and the pipe to it."""
+    """Another process, and the pipe to it."""
 
     def __init__(
-        self, task: "tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None" = None, errors: int = 2
-    ):
+        self,
+        task: "tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None" = None,
+        errors: int = 2,
+        *,
+        forked: bool = True,
+    ) -> None:
         context = multiprocessing.get_context("fork")
         here, there = context.Pipe()
         self.pipe = cast(Connection, here)
         """Readable when there is something to receive."""
         self.doing = _NOTHING
-        self._process = context.Process(target=_serve, args=(there, os.getpid(), task, errors))
-        with warnings.catch_warnings(), one_thread_each():
-            # Python 3.12 warns of any thread of the parent, those of numpy's BLAS too. The workers use no lock of
-            # such a thread: they run tiktoken, tokenizers and numpy's copying.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self._process.start()
+        self._process: Any
+        if forked:
+            self._process = context.Process(target=_serve, args=(there, os.getpid(), task, errors))
+            with warnings.catch_warnings(), one_thread_each():
+                # Python 3.12 warns of any thread of the parent, those of numpy's BLAS too. The workers use no lock of
+                # such a thread: they run tiktoken, tokenizers and numpy's copying.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._process.start()
+        else:
+            self._process = _NewProcess(cast(Connection, there), errors)
+            self.pipe.send(task)
         there.close()
 
     def submit(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -311,14 +360,15 @@ def _last_words(errors: int) -> str:
     return said[-1].strip()[:200] if said else ""
 
 
-def _serve(pipe: Connection, parent: int, task: Any, errors: int) -> None:
-    """What a worker does: tasks, until its starter ends it."""
+def _serve(pipe: Connection, parent: int, task: Any, errors: int, *, once: bool = False) -> None:
+    """What a worker does: a task, or tasks until its starter ends it."""
     global _starter
     die_with(parent)
     # The parent is interrupted, and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, _quit if task else signal.SIG_DFL)
+    once = once or task is not None
+    signal.signal(signal.SIGTERM, _quit if once else signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
     faulthandler.disable()  # it would write a trace of a process that is meant to end to the terminal
     if errors != 2:
@@ -330,7 +380,7 @@ def _serve(pipe: Connection, parent: int, task: Any, errors: int) -> None:
         except EOFError:
             return
         pipe.send(_answer(function, arguments, named))
-        if task:
+        if once:
             return
 
 

@@ -15,8 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tundish import __version__
-from tundish.data import prepare
-from tundish.data.sources import open_source
+from tundish.data import prepare_guarded
 from tundish.errors import SpecError
 from tundish.foundry import Destination, render
 from tundish.launch import slurm
@@ -111,8 +110,7 @@ def _prepare(spec: RunSpec, card: ModelCard, paths: RunPaths) -> int:
     for split, given in (("train", spec.train_data_path), ("eval", spec.eval_data_path)):
         if given is None:
             continue
-        source = open_source(given, spec.task_type, system_message=card.system_message)
-        prepared = prepare(source, job_of(spec), spec.data_prep_cluster_id)
+        prepared = prepare_guarded(given, job_of(spec), spec.data_prep_cluster_id, system_message=card.system_message)
         shutil.rmtree(paths.data(split), ignore_errors=True)
         shutil.copytree(prepared.folder, paths.data(split))
         if split == "train":

@@ -1,7 +1,7 @@
 """What a call names: what is wrong with the paths and rows of its data, and with the devices it asks for."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -74,12 +74,14 @@ def check_data(
     They are prepared, too, unless one has more than `most` bytes: then, and where other arguments are wrong (`parsed`
     is None), a source cannot be opened or the tokenizer not be loaded, only the structure of the rows is checked.
     """
+    from tundish.data.sources import may_be_table
     from tundish.data.workers import guarded
 
+    named, task_type = list(_named(arguments)), arguments.get("task_type") or "CHAT_COMPLETION"
     if parsed is not None and parsed[0].data_prep_cluster_id and rows:
         # A Spark session is this process's.
-        return _check_data(arguments, parsed, rows, most, progress)
-    if parsed is not None and rows and _is_small(arguments, most):
+        return _check_data(named, task_type, parsed, rows, most, progress)
+    if parsed is not None and rows and _is_small(named, most):
         # Here, so that the next process has them too.
         import streaming
         from transformers import AutoTokenizer
@@ -87,22 +89,24 @@ def check_data(
         assert streaming
         assert AutoTokenizer
     try:
-        return guarded(_check_data, arguments, parsed, rows, most, progress=progress)
+        tables = any(may_be_table(address) for _, address in named)
+        return guarded(_check_data, named, task_type, parsed, rows, most, progress=progress, tables=tables)
     except WorkerError as error:
         return CheckedData(problems=[error.message])
 
 
-def _is_small(arguments: Mapping[str, Any], most: float) -> bool:
+def _is_small(named: Iterable[tuple[str, Address]], most: float) -> bool:
     """Whether all of the data is files of this machine of at most `most` bytes."""
     try:
-        files = [address.path for _, address in _named(arguments)]
+        files = [address.path for _, address in named]
         return bool(files) and all(file.is_file() and file.stat().st_size <= most for file in files)
     except (SpecError, OSError):
         return False  # told when it is opened
 
 
 def _check_data(
-    arguments: Mapping[str, Any],
+    named: Iterable[tuple[str, Address]],
+    task_type: str,
     parsed: tuple[RunSpec, ModelCard] | None,
     rows: bool,
     most: float,
@@ -110,9 +114,9 @@ def _check_data(
 ) -> CheckedData:
     found = CheckedData()
     sources = dict[str, "Source"]()
-    for name, address in _named(arguments):
+    for name, address in named:
         with collected(found, name):
-            if (source := _open(address, arguments.get("task_type") or "CHAT_COMPLETION", parsed)) is not None:
+            if (source := _open(address, task_type, parsed)) is not None:
                 sources[name] = source
     if not rows:
         return found

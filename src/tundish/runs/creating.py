@@ -12,7 +12,7 @@ from tundish import __version__, events, launch
 from tundish.address import Address
 from tundish.checkpoints import list_checkpoints
 from tundish.checkpoints.places import Place
-from tundish.data.sources import open_source
+from tundish.data.sources import may_be_table, open_source
 from tundish.data.workers import guarded
 from tundish.errors import CheckpointError, DataError, Interrupted, SpecError
 from tundish.foundry import Destination, isolating_attentions, memory_plan, planned_steps, render
@@ -160,7 +160,7 @@ def estimate(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> "Estimat
         raise SpecError(problems)
     found = CheckedData()
     with collected(found, "train_data_path"):
-        return guarded(_estimate, *parsed, progress=progress)
+        return guarded(_estimate, *parsed, progress=progress, tables=may_be_table(parsed[0].train_data_path))
     raise DataError(found.unreadable) if found.unreadable else SpecError(found.problems)
 
 

@@ -16,9 +16,8 @@ from typing import Any
 
 from tundish import events
 from tundish.checkpoints.places import Place, remove
-from tundish.data import Prepared, prepare
+from tundish.data import Prepared, prepare_guarded
 from tundish.data.report import facts
-from tundish.data.sources import open_source
 from tundish.errors import StageError, TundishError
 from tundish.foundry import Destination, planned_steps, render
 from tundish.locks import locked
@@ -73,9 +72,9 @@ def prepare_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[s
     found: dict[str, Prepared] = {}
     for split, given in (("train", spec.train_data_path), ("eval", spec.eval_data_path)):
         if given is not None:
-            source = open_source(given, spec.task_type, system_message=card.system_message)
             tell = _teller(paths, f"Preparing the {split} data: {{share:.0%}}.")
-            found[split] = prepare(source, job_of(spec), spec.data_prep_cluster_id, tell)
+            cluster, system_message = spec.data_prep_cluster_id, card.system_message
+            found[split] = prepare_guarded(given, job_of(spec), cluster, tell, system_message=system_message)
             link = paths.data(split)
             link.parent.mkdir(exist_ok=True)
             link.unlink(missing_ok=True)
