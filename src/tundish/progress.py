@@ -40,17 +40,22 @@ def bar(title: str) -> Iterator[Callable[[int, int | None], None]]:
         with _notebook_bar(title) as tell:
             yield tell
         return
+    console = Console(stderr=True)
     columns = (
-        SpinnerColumn(),
+        SpinnerColumn(_spinner(console)),
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
     )
-    console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
         task = shown.add_task(title, total=None)
         yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+def _spinner(console: Console) -> str:
+    """One of the spinners of rich, which draws bars for the terminal's encoding, but not these."""
+    return "dots" if console.encoding.startswith("utf") else "line"
 
 
 @contextmanager
@@ -151,7 +156,7 @@ def _unsaid(run: TrainingRun, found: list[events.Event]) -> str:
 def _watch_live(name: str) -> TrainingRun:
     console = Console(highlight=False)
     bar = Progress(
-        SpinnerColumn(),
+        SpinnerColumn(_spinner(console)),
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
         TaskProgressColumn(),

@@ -87,7 +87,10 @@ def _run(words: Sequence[str]) -> int:
     parser = build_parser()
     if COMPLETING in os.environ:
         complete(parser, os.environ.get("COMP_LINE", ""))
-    arguments = parser.parse_args(words)
+    try:
+        arguments = parser.parse_args(words)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("Nothing was done.") from None
     if arguments.command is None:
         parser.print_help()
         return 0

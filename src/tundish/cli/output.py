@@ -91,9 +91,9 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None
     lines = [list(titles), *([printable(str("-" if cell in (None, "") else cell)) for cell in row] for row in rows)]
     widths = [max(cell_len(line[i]) for line in lines) for i in range(len(titles))]
     room = shutil.get_terminal_size().columns - 2 * (len(titles) - 1) if sys.stdout.isatty() else sum(widths)
-    while sum(widths) > room and max(widths[1:], default=0) > LEAST_COLUMN:
-        widest = max(range(1, len(widths)), key=widths.__getitem__)
-        widths[widest] = max(LEAST_COLUMN, widths[widest] - (sum(widths) - room))
+    # The last column is the least important one.
+    for column in reversed(range(1, len(widths))):
+        widths[column] = max(min(widths[column], LEAST_COLUMN), widths[column] - max(0, sum(widths) - room))
     for line in lines:
         print("  ".join(_fitted(cell, width) for cell, width in zip(line, widths, strict=True)).rstrip())
 

@@ -13,6 +13,7 @@ from tundish.paths import runs_dir
 from tundish.progress import watch
 from tundish.runs import control, selecting
 from tundish.runs.reading import run_names
+from tundish.text import printable
 
 
 def get_options(command: argparse.ArgumentParser) -> None:
@@ -26,11 +27,21 @@ def get(arguments: argparse.Namespace) -> int:
     run = fm.get(selecting.named(arguments.run))
     if arguments.json:
         return print_json(record(run))
-    shown = {name: value for name, value in record(run).items() if value not in (None, [], "") and name != "events"}
-    width = max(len(name) for name in shown)
-    for name, value in shown.items():
-        print(f"{name.replace('_', ' '):<{width}}  {value}")
+    told = {name: _told(getattr(run, name)) for name in record(run) if name != "events"}
+    width = max(len(name) for name, text in told.items() if text)
+    for name, text in told.items():
+        if text:
+            print(f"{name.replace('_', ' '):<{width}}  {text}")
     return 0
+
+
+def _told(value: object) -> str:
+    """A value of a record, for people: times are local."""
+    if isinstance(value, datetime):
+        return f"{value.astimezone():%Y-%m-%d %H:%M:%S}"
+    if isinstance(value, list):
+        return " | ".join(map(str, value))
+    return "" if value is None else printable(str(value))
 
 
 def list_options(command: argparse.ArgumentParser) -> None:
@@ -114,17 +125,18 @@ def events_options(command: argparse.ArgumentParser) -> None:
 def events(arguments: argparse.Namespace) -> int:
     """`tundish events [--follow]`."""
     name = selecting.named(arguments.run)
-    if arguments.follow and not arguments.json:
+    run = fm.get(name)
+    if arguments.follow:
         try:
-            return 1 if watch(name).status.value == "FAILED" else 0
+            run = run.wait() if arguments.json else watch(name)
         except KeyboardInterrupt:
             raise Interrupted(name) from None
-    found = fm.get_events(name)
     if arguments.json:
-        return print_json([dataclasses.asdict(event) for event in found])
-    for event in found:
-        print(event)
-    return 0
+        print_json([dataclasses.asdict(event) for event in fm.get_events(name)])
+    elif not arguments.follow:
+        for event in fm.get_events(name):
+            print(event)
+    return 1 if arguments.follow and run.status.value == "FAILED" else 0
 
 
 COMMANDS = {

@@ -42,6 +42,8 @@ def logs(arguments: argparse.Namespace) -> int:
     """`tundish logs [--follow]`."""
     if arguments.lines < 1:
         raise SpecError(f"--lines: found {arguments.lines}; allowed is a number from 1.")
+    if arguments.json and arguments.follow:
+        raise SpecError("--follow shows lines as they come, and --json prints one document. Choose one of them.")
     name = selecting.named(arguments.run)
     paths = find_run(name)
     log = _log(paths, arguments.stage, arguments.rank)
