@@ -6,7 +6,7 @@ import pytest
 
 from tundish import paths
 from tundish.errors import SpecError
-from tundish.paths import RunPaths, absolute_environment, inside, write_atomic
+from tundish.paths import RunPaths, absolute_environment, content_root, inside, write_atomic
 
 
 def test_home_is_the_environment_s_or_a_folder_of_the_user(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +48,22 @@ def test_inside_refuses_what_leaves_by_name(tmp_path: Path, parts: tuple[str, ..
     """A name from data or a checkpoint would reach any file."""
     with pytest.raises(SpecError, match=r"leaves .*Give a path without '\.\.'"):
         inside(tmp_path / "root", *parts)
+
+
+@pytest.mark.parametrize(
+    ("folder", "root"),
+    [
+        ("models/tiny", "models/tiny"),
+        ("hub/models--lab--tiny/snapshots/0123abcd", "hub/models--lab--tiny"),
+        ("hub/datasets--lab--chats/snapshots/0123abcd", "hub/datasets--lab--chats"),
+        ("mine/snapshots/monday", "mine/snapshots/monday"),
+    ],
+)
+def test_only_a_snapshot_of_the_hub_s_cache_may_link_to_what_lies_beside_it(
+    folder: str, root: str, tmp_path: Path
+) -> None:
+    """A folder that happens to lie in one called `snapshots` would reach all that its neighbors have."""
+    assert content_root(tmp_path / folder) == tmp_path / root
 
 
 def test_inside_refuses_links_that_lead_out(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from tundish.errors import SpecError
+from tundish.paths import content_root
 
 TEXT_BYTES = 16 << 20
 """Settings, templates, licenses: the largest that are known have three million."""
@@ -56,7 +57,7 @@ def open_file(folder: Path, name: str, most: int | None = None) -> BinaryIO:
     """
     where = f"model: {folder / name}"
     try:
-        real, root = (folder / name).resolve(strict=True), _root(folder)
+        real, root = (folder / name).resolve(strict=True), content_root(folder)
         # Without O_NONBLOCK, opening a named pipe waits for ever.
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(real, flags) if real.is_relative_to(root) else None
@@ -87,13 +88,6 @@ def _check_kind(where: str, found: os.stat_result, most: int | None) -> None:
         raise SpecError(
             f"{where}: has {found.st_size:,} bytes; a file of this kind may have {most:,}. Replace it, or take it out."
         )
-
-
-def _root(folder: Path) -> Path:
-    """What files of the folder may be links to."""
-    real = folder.resolve()
-    is_snapshot = real.parent.name == "snapshots" and real.parents[1].name.startswith("models--")
-    return real.parents[1] if is_snapshot else real
 
 
 def _user() -> str:

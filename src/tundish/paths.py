@@ -68,6 +68,16 @@ def inside(root: Path, *parts: str) -> Path:
     return path
 
 
+def content_root(folder: Path) -> Path:
+    """What the files of a model's or dataset's folder may be links to: the folder.
+
+    In the hub's cache a snapshot is made of links to files beside it, in the folder of its model or dataset.
+    """
+    real = folder.resolve()
+    is_snapshot = real.parent.name == "snapshots" and real.parents[1].name.startswith(("models--", "datasets--"))
+    return real.parents[1] if is_snapshot else real
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write beside `path`, flush to disk, rename: a reader sees the old content or the new, never a part."""
     # On a disk that is shared, a process of another machine may have the same number.

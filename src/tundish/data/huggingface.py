@@ -14,6 +14,7 @@ from tundish.data.records import Rules
 from tundish.data.sources import Source
 from tundish.data.tables import BATCH_ROWS, bounded, sample_columns
 from tundish.errors import DataError, SpecError
+from tundish.paths import content_root
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +115,7 @@ def _check_split(builder: Any, given: str, split: str) -> None:
 
 def _check_inside(folder: Path, names: Iterable[str], given: str) -> None:
     """Refuse a dataset whose description names other files of this machine: it would have them trained."""
-    # In the hub's cache, a snapshot is made of links to the files beside it.
-    root = (folder.parents[1] if folder.parent.name == "snapshots" else folder).resolve()
+    root = content_root(folder)
     for name in names:
         if "://" in name or not (folder / name).resolve().is_relative_to(root):
             raise SpecError(f"{given}: the dataset names {name!r}, outside its folder. Put the file inside.")
