@@ -183,6 +183,11 @@ class RunPaths:
         return self.work / "stopped"
 
     @property
+    def beats(self) -> Path:
+        """Signs of life of the ranks, a file each."""
+        return self.work / "beats"
+
+    @property
     def scratch(self) -> Path:
         """Temporary files of a stage, there while it runs."""
         return self.work / "scratch"

@@ -7,7 +7,7 @@ it; what a run's own processes have written is never doubted silently.
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from tundish.paths import RunPaths, write_atomic
 from tundish.processes import ProcessId
 from tundish.spec import NewerSpecError, RunSpec
 from tundish.stored import RECORD_BYTES, parse, read_object, read_regular
+
+BEAT_BYTES = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +50,46 @@ class Tracking:
     def write(self, paths: RunPaths) -> None:
         """Keep it in the run folder."""
         write_atomic(paths.result("tracking"), json.dumps(asdict(self), indent=2) + "\n")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beat:
+    """A rank's sign of life."""
+
+    host: str
+    count: int
+    """Of beats: another one each time."""
+    moves: int
+    """Another one each time the rank comes forward."""
+    batch: int
+    """The one that it is at, from 0."""
+    doing: str
+    """With the batch: starting, reading, training, or finishing."""
+    usual_s: float
+    """Of a step, the median of the last ones."""
+
+    @staticmethod
+    def file(folder: Path, rank: int) -> Path:
+        """Where the rank writes it."""
+        return folder / f"rank{rank}"
+
+    @classmethod
+    def read_all(cls, folder: Path) -> "dict[int, Beat]":
+        """The latest of each rank that is at work."""
+        found: dict[int, Beat] = {}
+        for path in folder.glob("rank*"):
+            with suppress(OSError, ValueError, TypeError):  # its rank has just ended, or writes the first one
+                found[int(path.name.removeprefix("rank"))] = parse(cls, read_object(path))
+        return found
+
+    def write(self, path: Path) -> None:
+        """Over the one before, of the same length, at once: disks that are shared by many ranks have little to do."""
+        text = json.dumps(asdict(self)).ljust(BEAT_BYTES - 1) + "\n"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            os.pwrite(descriptor, text.encode(), 0)
+        finally:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)

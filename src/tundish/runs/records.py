@@ -222,6 +222,8 @@ class TrainingRun:
     registered_name: str | None = field(default=None, compare=False)
     """Of the registered model, once there is a version."""
     registered_version: str | None = field(default=None, compare=False)
+    last_seen: datetime | None = field(default=None, compare=False)
+    """The last sign of life: while it trains, of the rank that has been silent longest; else the latest event."""
     COLUMNS: ClassVar[dict[str, str]] = {
         "name": "Name",
         "run_progress": "Status",
@@ -381,6 +383,7 @@ class TrainingRun:
             "Started": self.started_at,
             "Estimated End": self.estimated_end_time,
             "Completed": self.completed_at,
+            "Last sign of life": None if self.completed_at else self.last_seen,
             "Took": self.took,
             "Model": self.model,
             "Task Type": self.task_type,

@@ -14,17 +14,21 @@ from types import FrameType
 
 import psutil
 
+from tundish import events
 from tundish.errors import StageError
 from tundish.launch.command import STOPPED, train_command, train_environment
 from tundish.paths import RUN_VARIABLE
 from tundish.processes import start, stop_tree
 from tundish.run_folder import RunFolder
 from tundish.runs.causes import explain
+from tundish.runs.watching import Watch
 
 REGISTER_SECONDS = 1800.0
 """A registration may take so long, whatever the size: MLflow itself gives a dead server up after 4 to 20 minutes."""
 REGISTER_BYTES_PER_SECOND = 10e6
 """A slow network's; the time for the export's bytes comes on top."""
+WATCH_SECONDS = 2.0
+"""Between two looks at the ranks' signs of life."""
 LOG_BYTES = 1 << 20
 """Of each log's end, read for the cause."""
 
@@ -96,12 +100,13 @@ def run_stage(paths: RunFolder, stage: str, place: Place) -> None:
     paths.result(stage).unlink(missing_ok=True)
     paths.stop_request.unlink(missing_ok=True)
     paths.stopped.unlink(missing_ok=True)
+    shutil.rmtree(paths.beats, ignore_errors=True)
     limit = _register_seconds(paths.export) if stage == "register" else None
     _mark(paths, stage)
     with _scratch(paths):
         process = start(command, log, environment, paths.work, deaf=stage == "train")
         try:
-            returncode = _wait(process, limit)
+            returncode = _watch(process, paths) if stage == "train" else _wait(process, limit)
         except Stopped:
             if stage == "train" and training_starts(paths) > starts:
                 paths.stop_request.touch()
@@ -122,6 +127,20 @@ def _register_seconds(export: Path) -> float:
     """How long a registration may take: the upload of a large model lasts hours, a server that hangs for ever."""
     size = sum(path.stat().st_size for path in export.rglob("*") if path.is_file())
     return REGISTER_SECONDS + size / REGISTER_BYTES_PER_SECOND
+
+
+def _watch(process: subprocess.Popen[bytes], paths: RunFolder) -> int:
+    """The exit code of the ranks' launcher; an event names a rank for which the others wait."""
+    watch = Watch(paths.beats)
+    while True:
+        try:
+            return process.wait(WATCH_SECONDS)
+        except subprocess.TimeoutExpired:
+            text = watch.news()
+        if text is not None:
+            found = [event.facts for event in events.read(paths.events) if event.type == "TRAIN_UPDATED"]
+            kept = {name: value for facts in found for name, value in facts.items() if name != "eta_s"}
+            events.append(paths.events, "TRAIN_UPDATED", text, **kept)
 
 
 def _wait(process: subprocess.Popen[bytes], limit: float | None) -> int | None:

@@ -53,6 +53,7 @@ from tundish.checkpoints.places import Place
 from tundish.errors import TundishError
 from tundish.run_folder import RunFolder
 from tundish.runs.notes import tell_plan
+from tundish.train.beats import Beats
 from tundish.train.gloo import GlooMean, name_interface
 from tundish.train.guard import has_learned, nothing_learned
 from tundish.train.loader import RowOrder
@@ -102,7 +103,14 @@ def build_trainer(cfg: DictConfig) -> Trainer:
         optimizers=optimizer,
         schedulers=scheduler,
         loggers=[build_logger(str(name), kwargs) for name, kwargs in (config.loggers or {}).items()],
-        callbacks=[*callbacks, *GlooMean.where_needed(), *Peers.where_needed(config.dist_timeout), *savers, _stop()],
+        callbacks=[
+            *callbacks,
+            *GlooMean.where_needed(),
+            *Peers.where_needed(config.dist_timeout),
+            *_beats(),
+            *savers,
+            _stop(),
+        ],
         algorithms=[build_algorithm(str(name), kwargs) for name, kwargs in (config.algorithms or {}).items()],
         parallelism_config={"fsdp": fsdp},
         **{key: getattr(config, key) for key in TRAINER_KEYS},
@@ -111,6 +119,12 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     order = cast(RowOrder, cast(Any, train_loader.dataloader).sampler)
     order.done = int(trainer.state.timestamp.epoch), int(trainer.state.timestamp.batch_in_epoch)
     return trainer
+
+
+def _beats() -> list[Beats]:
+    """Where a supervisor has started this process, and looks at them."""
+    run = os.environ.get(RUN_VARIABLE)
+    return [Beats(RunPaths(Path(run).parent).beats)] if run else []
 
 
 def _stop() -> StopWhenAsked:

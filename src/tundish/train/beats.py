@@ -1,0 +1,71 @@
+"""Each rank tells that it lives, and where it is, in a file of its own: the supervisor sees which one stands still."""
+
+import platform
+import statistics
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+from composer import Callback, Logger, State
+from composer.utils import dist
+
+from tundish.run_folder import Beat
+
+BEAT_SECONDS = 2.0
+
+
+class Beats(Callback):
+    """Writes a beat every few seconds, from a thread of its own; a rank that hangs in a step still beats.
+
+    Args:
+        folder: of the beats of all ranks.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = Beat.file(folder, dist.get_global_rank())
+        self._closed = threading.Event()
+        self._batch, self._doing, self._moves = 0, "starting", 0
+        self._began = 0.0
+        self._seconds: deque[float] = deque(maxlen=16)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """All ranks have met."""
+        self._batch = int(state.timestamp.batch)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        """A step begins with its batch being read."""
+        self._batch, self._began = int(state.timestamp.batch), time.monotonic()
+        self._move("reading")
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """The batch is there; from here on, ranks wait for each other."""
+        self._move("training")
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """The step is taken; evaluation, checkpoint and prompts may come."""
+        self._seconds.append(time.monotonic() - self._began)
+        self._move("finishing")
+
+    def eval_batch_end(self, state: State, logger: Logger) -> None:
+        """Evaluation comes forward."""
+        self._move("finishing")
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Whoever ends first does not stand still."""
+        self._closed.set()
+        self.file.unlink(missing_ok=True)
+
+    def _move(self, doing: str) -> None:
+        self._doing, self._moves = doing, self._moves + 1
+
+    def _beat(self) -> None:
+        count, host = 0, platform.node() or "?"
+        while not self._closed.is_set():
+            usual = statistics.median(self._seconds) if self._seconds else 0.0
+            beat = Beat(host=host, count=count, moves=self._moves, batch=self._batch, doing=self._doing, usual_s=usual)
+            beat.write(self.file)
+            count += 1
+            self._closed.wait(BEAT_SECONDS)
