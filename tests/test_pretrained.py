@@ -349,6 +349,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         _header(lambda header: header["model.norm.weight"].update(dtype="F8_E4M3", shape=[256])),
         "its weights are quantized, which cannot be trained: model.norm.weight in F8_E4M3.",
     ),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "base: there is no tokenizer."),
     "an adapter": (_write("adapter_config.json", b"{}"), "holds an adapter"),
     "too few rows": (
         lambda folder: (

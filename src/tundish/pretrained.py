@@ -18,7 +18,7 @@ from tundish.checkpoints.archive import Archive
 from tundish.checkpoints.contents import describe_all
 from tundish.checkpoints.metadata import LARGEST_NUMBER, Part
 from tundish.errors import CheckpointError, SpecError
-from tundish.model_files import VOCABULARY_BYTES, is_model_folder, open_file, read_json
+from tundish.model_files import VOCABULARIES, VOCABULARY_BYTES, is_model_folder, open_file, read_json
 from tundish.models import find_card
 
 FORMS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -255,7 +255,9 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _tokens_problems(folder: Path) -> Iterator[str]:
-    """Ids that have no row in the embedding."""
+    """A tokenizer that is not there, or ids that have no row in the embedding."""
+    if not any(Path(path.name).match(pattern) for path in folder.iterdir() for pattern in VOCABULARIES):
+        yield f"model: {folder}: there is no tokenizer. Allowed is tokenizer.json. Complete the folder."
     rows = find_card(str(folder)).vocabulary_size
     tokens = _tokens(folder)
     if tokens > rows:
