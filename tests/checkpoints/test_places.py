@@ -208,6 +208,8 @@ def test_the_oldest_complete_ones_are_removed(store: Store) -> None:
     place.keep_newest(0)
     assert place.list() == [f"{place.address}/ep1-ba10"]
     assert place.read_link(CHECKPOINT_LINK).endswith("/ep1-ba10")
+    place.clear()
+    assert list(store.keys()) == []
 
 
 @pytest.mark.parametrize("after", range(4))

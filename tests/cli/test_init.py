@@ -76,6 +76,9 @@ def test_options_not_given_mean_the_defaults(arguments: dict[str, Any]) -> None:
         ["create", "--no-such", "1"],
         ["create", "--context-length", "many"],
         ["list", "--limit", "x"],
+        ["list", "--limit", "0"],
+        ["list", "--limit=-1"],
+        ["logs", "@last", "-n", "0"],
         ["run"],
     ],
 )

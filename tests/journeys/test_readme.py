@@ -30,12 +30,12 @@ SAID = {
     "tundish validate": r"2,000 samples",
     "tundish estimate": r"steps",
     "tundish create": r"COMPLETED.*Registered as version 1 of main\.lab\.dates",
-    "tundish list": r"Completed",
+    "tundish list": r"COMPLETED",
     "tundish get": r"main\.lab\.dates",
     "tundish events": r"COMPLETED",
     "tundish checkpoints": r"ep1-ba\d+",
     "tundish models": r"meta-llama/",
-    "tundish doctor": r"\bok\b",
+    "tundish doctor": r"\bOK\b",
 }
 """What a reader looks for in what a command says; a command whose words begin so must say it at least once."""
 

@@ -49,7 +49,7 @@ def test_a_run_goes_with_its_checkpoints_and_its_mlflow_run(make_run: MakeRun) -
     assert paths.folder.exists(), "a plan removes nothing"
     removing.remove(plan)
     assert [run.name for run in fm.list()] == ["chat-2"]
-    assert not Path(tracking.save_folder).exists() and Path(other.read_tracking().save_folder).exists()
+    assert not Path(tracking.save_folder).parent.exists() and Path(other.read_tracking().save_folder).exists()
     assert client.get_run(tracking.run_id).info.lifecycle_stage == "deleted"
     assert client.get_run(other.read_tracking().run_id).info.lifecycle_stage == "active"
     with pytest.raises(RunNotFoundError):

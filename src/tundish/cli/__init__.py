@@ -83,7 +83,10 @@ def entry() -> NoReturn:
 
 def _run(words: Sequence[str]) -> int:
     if wrong := next((word for word in words if word != word.encode(errors="replace").decode()), None):
-        raise UsageError(f"{os.fsencode(wrong)!r} is not UTF-8, as all names in a run are. Rename it.")
+        way = (
+            "Rename it." if sys.getfilesystemencoding() == "utf-8" else "Set PYTHONUTF8=1: this locale is another one."
+        )
+        raise UsageError(f"{os.fsencode(wrong)!r} is not UTF-8 here, as all names in a run are. {way}")
     parser = build_parser()
     if COMPLETING in os.environ:
         complete(parser, os.environ.get("COMP_LINE", ""))

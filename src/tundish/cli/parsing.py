@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,6 +107,17 @@ class CommandParser(Parser):
             return f"found {' '.join(words)!r}, which `{self.prog}` does not take."
         near = did_you_mean(option, self._option_string_actions)
         return f"`{self.prog}` has no option {option}.{near} `{self.prog} --help` lists its options."
+
+
+def positive(text: str) -> int:
+    """The type of an option that counts something.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no whole number from 1.
+    """
+    if not re.fullmatch(r"0*[1-9]\d{0,8}", text):
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed is a whole number from 1.")
+    return int(text)
 
 
 def _example(line: str) -> str:

@@ -86,7 +86,7 @@ def clean(arguments: argparse.Namespace) -> int:
         print_table(
             ["WHAT", "SIZE", "WHERE"], [(one.kind, _size(one.bytes), one.path.relative_to(home())) for one in found]
         )
-        print(f"In {home()}; {_size(used)} more are in use by runs or by somebody who works with it.")
+        print(f"In {home()}. Kept, as runs need it or somebody works with it: {_size(used)}.")
     removed = list[cleaning.Leftover]()
     if _agreed(arguments, f"Remove {_count(len(found), 'folder')}, {_size(size)}?"):
         removed = [one for one in found if cleaning.remove(one)]
@@ -111,6 +111,8 @@ def _add_asking(command: argparse.ArgumentParser) -> None:
 def _agreed(arguments: argparse.Namespace, question: str) -> bool:
     """Whether to do it; asked for where somebody can answer."""
     if arguments.dry_run:
+        if not arguments.json:
+            print(f"{question} Not now: this was a dry run.")
         return False
     if arguments.yes:
         return True

@@ -7,7 +7,7 @@ from datetime import datetime
 
 from tundish import foundation_model as fm
 from tundish.cli.output import RUN_HELP, add_json, add_run, complete_runs, print_json, print_table, record
-from tundish.cli.parsing import Command
+from tundish.cli.parsing import Command, positive
 from tundish.errors import Interrupted
 from tundish.paths import runs_dir
 from tundish.progress import watch
@@ -53,7 +53,7 @@ def list_options(command: argparse.ArgumentParser) -> None:
         metavar="STATUS",
         help="only runs with this status, such as RUNNING or FAILED (repeatable)",
     )
-    command.add_argument("--limit", type=int, default=100, metavar="N", help="at most N runs (default 100)")
+    command.add_argument("--limit", type=positive, default=100, metavar="N", help="at most N runs (default 100)")
 
 
 def list_runs(arguments: argparse.Namespace) -> int:

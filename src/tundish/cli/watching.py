@@ -9,7 +9,7 @@ from typing import Any
 
 from tundish import foundation_model as fm
 from tundish.cli.output import PICTURES, add_json, add_run, new_file, print_json, print_table
-from tundish.cli.parsing import Command
+from tundish.cli.parsing import Command, positive
 from tundish.errors import Interrupted, RequestError, SpecError, did_you_mean
 from tundish.run_folder import RunFolder
 from tundish.runs import selecting
@@ -34,14 +34,14 @@ def logs_options(command: argparse.ArgumentParser) -> None:
         help="prepare, train, export, register or supervisor (default: the stage that wrote last)",
     )
     command.add_argument("--rank", type=int, metavar="N", help="what rank N printed while training (default 0)")
-    command.add_argument("-n", "--lines", type=int, default=LINES, metavar="N", help=f"last lines (default {LINES})")
+    command.add_argument(
+        "-n", "--lines", type=positive, default=LINES, metavar="N", help=f"last lines (default {LINES})"
+    )
     command.add_argument("-f", "--follow", action="store_true", help="go on until the run has ended")
 
 
 def logs(arguments: argparse.Namespace) -> int:
     """`tundish logs [--follow]`."""
-    if arguments.lines < 1:
-        raise SpecError(f"--lines: found {arguments.lines}; allowed is a number from 1.")
     if arguments.json and arguments.follow:
         raise SpecError("--follow shows lines as they come, and --json prints one document. Choose one of them.")
     name = selecting.named(arguments.run)

@@ -90,6 +90,9 @@ def remove(removal: Removal) -> None:
             Place(removal.elsewhere).clear()
         for folder in removal.folders[:-1]:
             remove_folder(folder)
+            if folder.parent.name == removal.name:  # made for the checkpoints alone
+                with contextlib.suppress(OSError):
+                    folder.parent.rmdir()
         if removal.mlflow is not None:
             with _asking(removal.mlflow) as client:
                 client.delete_run(removal.mlflow.run_id)
