@@ -45,14 +45,14 @@ def test_what_no_run_needs_goes_with_its_size_told_before(home: Path, make_run: 
     _link(make_run("chat-1", *ENDED), needed)
     download = _folder(downloads_dir() / ("c" * 24))
     half = _folder(prepared_dir() / f".{'d' * 24}.tmp")
-    draft = _folder(runs_dir() / ".abc")
-    for path in (draft, draft / "shard.mds"):
+    removed, draft = _folder(runs_dir() / ".chat-0.tmp"), _folder(runs_dir() / ".chat-9.draft")
+    for path in (removed, removed / "shard.mds"):
         os.utime(path, (time.time() - 7200,) * 2)
     found, used = cleaning.leftovers()
     assert used == cleaning.tree_bytes(needed) >= 50_000
-    assert sum(one.bytes for one in found) == 4 * used
-    assert _clean() == ["download", "draft", "half written", "prepared data"]
-    assert needed.exists() and not any(path.exists() for path in (unused, download, half, draft))
+    assert sum(one.bytes for one in found) == 5 * used
+    assert _clean() == ["download", "draft", cleaning.HALF, cleaning.HALF, "prepared data"]
+    assert needed.exists() and not any(path.exists() for path in (unused, download, half, removed, draft))
     assert cleaning.leftovers()[0] == []
 
 
@@ -67,15 +67,17 @@ def test_what_somebody_works_with_stays(home: Path) -> None:
     """A `create()` that prepares its data, or a `tundish export` that reads a copy, would lose it."""
     prepared, download = _folder(prepared_dir() / ("a" * 24)), _folder(downloads_dir() / ("b" * 24))
     copy = _folder(copies_dir() / ("c" * 24) / "read").parent
-    _folder(runs_dir() / ".abc")  # a draft of this moment
+    _folder(runs_dir() / ".chat-0.tmp")  # of a removal of this moment
+    draft = _folder(runs_dir() / ".chat-9.draft")
     locks = [prepared.with_name(f".{prepared.name}.lock"), Path(f"{download}.lock"), copy / "read" / ".ep1-ba2.lock"]
+    locks.append(draft.with_suffix(".lock"))
     found, _ = cleaning.leftovers()
-    assert len(found) == 3
-    with locked(locks[0]), locked(locks[1]), locked(locks[2]):
+    assert len(found) == 4
+    with locked(locks[0]), locked(locks[1]), locked(locks[2]), locked(locks[3]):
         assert cleaning.leftovers()[0] == []
         (late,) = (one for one in found if one.path == prepared)
         assert not cleaning.remove(late), "it came into use between the question and the answer"
-    assert _clean() == ["checkpoints", "download", "prepared data"]
+    assert _clean() == ["checkpoints", "download", "draft", "prepared data"]
 
 
 def test_while_a_run_prepares_its_data_all_data_stays(home: Path, make_run: MakeRun) -> None:

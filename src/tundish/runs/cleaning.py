@@ -13,16 +13,17 @@ from tundish.errors import LockHeldError, RunDamagedError, RunNotFoundError
 from tundish.locks import is_held, locked
 from tundish.paths import copies_dir, downloads_dir, prepared_dir, runs_dir
 from tundish.run_folder import RunFolder
+from tundish.runs import drafts
 from tundish.runs.reading import read_run, run_names
 from tundish.runs.removing import remove_folder, tree_bytes
 
 NAME = re.compile(r"(?P<half>\.)?(?P<name>[0-9a-f]{24})(?(half)\.tmp)")
 """Of a folder of prepared data, of downloads, or of copies: the beginning of a hash; hidden while half written."""
-HALF = "half written"
+HALF, DRAFT = "half written or removed", "draft"
 NEEDED = ("prepared data", "download", "checkpoints")
 """Kinds of which a run may need some."""
-DRAFT_SECONDS = 3600.0
-"""A draft that nobody has touched for so long is of a `create()` that was killed."""
+IDLE_SECONDS = 3600.0
+"""What has no lock and was not touched for so long is of a process that was killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,9 @@ def leftovers() -> tuple[list[Leftover], int]:
 
 def remove(one: Leftover) -> bool:
     """Remove it, unless somebody has come to use it."""
+    if one.kind == DRAFT:
+        drafts.undo_left()  # what was made in MLflow, too
+        return not one.path.exists()
     with ExitStack() as held:
         for lock in one.locks:
             try:
@@ -106,10 +110,10 @@ def _all() -> Iterator[Leftover]:
     for folder, _, whole in _folders(copies_dir()):
         locks = [*folder.glob(".*.lock"), *(folder / READ).glob(".*.lock")]
         yield _leftover("checkpoints" if whole else HALF, folder, locks)
-    if runs_dir().is_dir():
-        for folder in runs_dir().iterdir():
-            if folder.name.startswith(".") and folder.is_dir() and not folder.is_symlink():
-                yield _leftover("draft", folder, [])
+    for folder in runs_dir().glob(".*"):
+        if folder.is_dir() and not folder.is_symlink():
+            draft = folder.suffix == ".draft"
+            yield _leftover(DRAFT if draft else HALF, folder, [folder.with_suffix(".lock")] if draft else [])
 
 
 def _folders(parent: Path) -> Iterator[tuple[Path, str, bool]]:
@@ -125,7 +129,7 @@ def _leftover(kind: str, folder: Path, locks: Sequence[Path]) -> Leftover:
 
 def _is_used(one: Leftover) -> bool:
     """Whether somebody holds a lock on it or, where there is none, has touched it lately."""
-    if one.kind == "draft":
-        newest = max(path.lstat().st_mtime for path in (one.path, *one.path.rglob("*")))
-        return time.time() - newest < DRAFT_SECONDS
-    return any(map(is_held, one.locks))
+    if one.locks or one.kind in NEEDED:
+        return any(map(is_held, one.locks))
+    newest = max(path.lstat().st_mtime for path in (one.path, *one.path.rglob("*")))
+    return time.time() - newest < IDLE_SECONDS
