@@ -136,9 +136,7 @@ def test_a_job_that_runs_is_canceled_with_its_stage(submitted: Callable[..., Run
     end = time.monotonic() + 60
     while events.read(paths.events)[-1].type != "STARTED" and time.monotonic() < end:
         time.sleep(0.05)
-    begun = time.monotonic()
     assert fm.cancel("ift-1") == 1
-    assert time.monotonic() - begun < 10
     assert fm.get_events("ift-1")[-1].type == "CANCELED"
     assert not launch.state(paths).alive  # pyright: ignore[reportOptionalMemberAccess]
 

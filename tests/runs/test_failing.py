@@ -57,7 +57,7 @@ def test_data_that_cannot_be_trained_fails_the_run_with_its_line(
         for length in (5, 5, 500)
     ]
     data = write_lines(Path(real_arguments["train_data_path"]), chats)
-    run = fm.create(**real_arguments, validate_inputs=False).wait(timeout=120)
+    run = fm.create(**real_arguments, validate_inputs=False).wait(timeout=900)
     assert run.status.display_name == "Failed"
     assert run.details is not None
     assert f"{data.name}, line 3" in run.details
@@ -69,7 +69,7 @@ def test_data_that_cannot_be_trained_fails_the_run_with_its_line(
 def test_a_training_that_crashes_fails_the_run_with_its_cause(real_arguments: dict[str, Any]) -> None:
     """A crash that shows as a running run, or whose cause is left to be found."""
     run = fm.create(**real_arguments, overrides={"callbacks.layer_freezing.layer_names": ["no_such_layer"]}).wait(
-        timeout=300
+        timeout=900
     )
     assert run.status.display_name == "Failed"
     assert run.details is not None
@@ -83,7 +83,7 @@ def test_a_training_that_crashes_fails_the_run_with_its_cause(real_arguments: di
         text = Path(MlflowClient(run.tracking_uri).download_artifacts(str(run.run_id), name)).read_text()
         assert "no_such_layer" in text, name
     # Its last word is written before it ends.
-    end = time.monotonic() + 20
+    end = time.monotonic() + 300
     while _family(run) and time.monotonic() < end:
         time.sleep(0.1)
     assert not _family(run)
@@ -92,12 +92,12 @@ def test_a_training_that_crashes_fails_the_run_with_its_cause(real_arguments: di
 def test_cancel_ends_the_whole_family_at_once(real_arguments: dict[str, Any]) -> None:
     """A process that outlives its run, or a run that cannot be told from a failed one."""
     run = fm.create(**real_arguments)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while len(family := _family(run)) < 2 and time.monotonic() < deadline:
         time.sleep(0.2)
     assert len(family) >= 2
     assert fm.cancel(run.name) == 1
-    psutil.wait_procs(family, timeout=1)
+    psutil.wait_procs(family, timeout=60)
     assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     run = run.refresh()
     assert run.status.display_name == "Stopped"

@@ -52,7 +52,7 @@ def test_a_registration_that_fails_keeps_the_export_and_resume_makes_up_for_it(
     # Another shell, which does not know of the server.
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with _no_room(artifacts):
-        failed = fm.resume("chat-1").wait(timeout=120)
+        failed = fm.resume("chat-1").wait(timeout=900)
     assert failed.status.display_name == "Failed"
     for part in (
         f"the registry has not taken main.lab.chat-1: {server}: it fails on its own side (500). Look into the log",
@@ -64,7 +64,7 @@ def test_a_registration_that_fails_keeps_the_export_and_resume_makes_up_for_it(
     run_id = paths.read_tracking().run_id
     assert client.get_run(run_id).info.status == "FAILED"
 
-    done = fm.resume("chat-1").wait(timeout=120)
+    done = fm.resume("chat-1").wait(timeout=900)
     assert done.status.display_name == "Completed", done.details
     assert done.details == "Run completed. Registered as version 1 of main.lab.chat-1."
     (version,) = client.search_model_versions("name='main.lab.chat-1'")
@@ -95,7 +95,7 @@ def test_a_run_that_was_killed_when_all_was_done_is_finished_in_mlflow_too(
     paths = exported_run("chat-1")
     write_atomic(paths.result("register"), json.dumps({"name": "main.lab.chat-1", "version": "1"}))
     paths.scratch.mkdir(parents=True)
-    assert fm.resume("chat-1").wait(timeout=120).status.display_name == "Completed"
+    assert fm.resume("chat-1").wait(timeout=900).status.display_name == "Completed"
     tracking = paths.read_tracking()
     assert MlflowClient(tracking.tracking_uri).get_run(tracking.run_id).info.status == "FINISHED"
     assert not paths.scratch.exists(), "MLflow's copy of a large model"
