@@ -124,3 +124,12 @@ def test_a_run_name_cannot_leave_the_runs_folder() -> None:
     """`get('../../x')` would read any folder."""
     with pytest.raises(SpecError, match="leaves"):
         RunPaths.of("../elsewhere")
+
+
+def test_a_home_that_is_made_is_its_user_s_alone(home: Path) -> None:
+    """Training data, specs and logs would be readable by every user of the machine."""
+    assert paths.make_folder(home / "runs" / "x").is_dir()
+    assert home.stat().st_mode & 0o777 == 0o700
+    home.chmod(0o755)  # as its owner wants it
+    paths.make_folder(home / "prepared")
+    assert home.stat().st_mode & 0o777 == 0o755

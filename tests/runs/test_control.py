@@ -13,7 +13,7 @@ from tests.runs.processes import wait_until
 
 from tundish import events
 from tundish import foundation_model as fm
-from tundish.errors import RequestError, SpecError
+from tundish.errors import RequestError, RunDamagedError, SpecError
 from tundish.locks import locked
 from tundish.paths import RUN_VARIABLE
 from tundish.processes import ProcessId, start
@@ -101,3 +101,32 @@ def test_a_run_of_a_machine_that_is_gone_can_be_canceled_and_resumed(make_run: M
         assert fm.get("ift-1").status.display_name == "Running"
         with pytest.raises(RequestError, match=r"runs on another; .* Cancel it there"):
             fm.cancel("ift-1")
+
+
+def test_cancel_answers_whoever_holds_the_run(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cancel` would wait without a word for a `resume` whose MLflow is away, or that somebody has stopped."""
+    monkeypatch.setattr(control, "LOCK_SECONDS", 0.05)
+    paths = make_run("ift-1", ("CREATED", "waits to be scheduled"))
+    ended = make_run("ift-2", ("FAILED", "over"))
+    with locked(paths.folder), locked(ended.folder):
+        with pytest.raises(RequestError, match=rf"ift-1 was not canceled.*lock: is held by process {os.getpid()} on "):
+            fm.cancel(["ift-1", "ift-2"])
+        assert fm.cancel("ift-2") == 0
+    assert [event.type for event in paths.read_events()] == ["CREATED"]
+
+
+def test_one_damaged_run_does_not_keep_the_others_from_being_canceled(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ten runs would train on because of a file of the eleventh; and what runs of that one could not be stopped."""
+    monkeypatch.setattr(control, "_close", lambda _: start(["true"], tmp_path / "log", {}, tmp_path, detached=True))
+    bad, good = make_run("bad", ("TRAIN_STARTED", "go")), make_run("good", ("CREATED", "waits"))
+    bad.spec.write_text("{")
+    environment = {**os.environ, RUN_VARIABLE: str(bad.events)}
+    with subprocess.Popen(["sleep", "60"], env=environment) as rank:
+        with pytest.raises(
+            RunDamagedError, match=r"spec\.json: is not JSON.* processes have been ended.* Canceled good"
+        ):
+            fm.cancel(["bad", "good"])
+        assert not psutil.pid_exists(rank.pid)
+    assert good.read_events()[-1].type == "CANCELED"

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -198,3 +199,30 @@ def test_what_cannot_be_undone_now_is_undone_later(
             fm.create(**checked, run_name="mine")
     drafts.undo_left()
     assert _left(home) == NOTHING
+
+
+@pytest.mark.parametrize(("shared", "umask", "mode"), [(False, 0o022, 0o700), (True, 0o007, 0o770)])
+def test_who_may_read_what_is_made(arguments: dict[str, Any], home: Path, shared: bool, umask: int, mode: int) -> None:
+    """Any user of the machine would read training data; or, in a home that was made for a group, not even the group."""
+    if shared:
+        home.mkdir()
+        home.chmod(0o770)
+    before = os.umask(umask)
+    try:
+        from tundish.compute import Compute
+        from tundish.launch import queue
+        from tundish.processes import ProcessId
+
+        queue.enter("somebody", Compute(device="cpu", devices_per_node=1), ProcessId.of(os.getpid()))
+        assert queue.wait_for_devices("somebody")
+        run = fm.create(**arguments)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(home.stat().st_mode) == mode
+    wrong = {
+        str(path.relative_to(home)): oct(stat.S_IMODE(path.stat().st_mode))
+        for path in home.rglob("*")
+        if stat.S_IMODE(path.stat().st_mode) & ~0o100 != (0o677 if path.is_dir() else 0o666) & ~umask
+    }
+    _end(run)
+    assert wrong == {}
