@@ -20,6 +20,7 @@ from benchmarks.corpus import write_chats
 from benchmarks.table import Row, machine, options, promised, show_chosen
 
 FOLDERS = 10_000
+DAMAGED = 100
 BYTES = 100_000_000
 CLOCK = "import os, sys, time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
 # What create() does after MLflow and its database were imported: by a run before it, in the same process.
@@ -93,11 +94,16 @@ def start(bench: Bench) -> Iterator[Row]:
 
 
 def listing(bench: Bench) -> Iterator[Row]:
-    """Run folders as runs leave them, copies of one."""
+    """Run folders as runs leave them, copies of one; the newest are damaged, each in one of four ways."""
     _folders(bench.scratch / "many")
     ready = "from tundish import foundation_model as fm; fm.get_models(); start = time.perf_counter(); "
     for what, call, limit in (
-        ("list() of 10,000 runs", "fm.list()", 1.0),
+        (
+            "list() of 10,000 runs: the 100 damaged ones",
+            "assert sum(r.damaged_file is not None for r in fm.list()) == 100",
+            1.0,
+        ),
+        ("list(limit=200) of them: 100 damaged, 100 others", "fm.list(limit=200)", 1.0),
         ("list(statuses=['QUEUED']), which looks at all of them", "fm.list(statuses=['QUEUED'])", None),
         ("get() of one of them", "fm.get('ift-tiny-000017')", None),
     ):
@@ -161,6 +167,11 @@ def _folders(home: Path) -> None:
         paths.spec.write_text(spec.to_json())
         paths.result("tracking").write_text(json.dumps(asdict(tracking)))
         shutil.copyfile(model.events, paths.events)
+        if number >= FOLDERS - DAMAGED:
+            file = (paths.spec, paths.events, paths.result("tracking"), paths.supervisor)[number % 4]
+            file.write_text('{"launcher": "lo')
+            if file == paths.supervisor:  # which is read of runs that have not ended
+                events.append(paths.events, "REQUEUED", "It goes on.")
 
 
 def _arguments(scratch: Path, chats: int) -> dict[str, Any]:

@@ -87,13 +87,15 @@ def tell_files(paths: RunFolder, files: Iterable[Path] | None = None) -> None:
     """Log files of the run's folder as artifacts, without secrets; all logs too where no files are named."""
     tracking = paths.read_tracking()
     chosen = files or (paths.spec, paths.foundry_yaml, *paths.logs.glob("*.log"))
-    with _unimportant("the run's files"), tempfile.TemporaryDirectory() as folder:
+    with _unimportant("the run's files"), tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "artifacts"
+        folder.mkdir()  # MLflow gives its folder the rights of this one, and a temporary one has its owner's only
         for file in chosen:
             if file.is_file() and file.stat().st_size:
-                copy = Path(folder) / file.relative_to(paths.folder)
+                copy = folder / file.relative_to(paths.folder)
                 copy.parent.mkdir(exist_ok=True)
                 copy.write_text(redacted(_end(file)), encoding="utf-8")
-        client(tracking).log_artifacts(tracking.run_id, folder)
+        client(tracking).log_artifacts(tracking.run_id, str(folder))
 
 
 def _end(file: Path) -> str:

@@ -48,9 +48,11 @@ def uri_problems() -> list[str]:
 
 
 def _made(uri: str) -> str:
-    """The same URI; the folder of the default store is made for it."""
+    """The same URI; the default store's folder and file are made for it."""
     if uri == default_tracking_uri():
         make_folder(home() / "mlflow")
+        # SQLite itself would let nobody else write into it, in a home that a group shares.
+        os.close(os.open(uri.removeprefix(SQLITE), os.O_WRONLY | os.O_CREAT, 0o666))
     return uri
 
 
