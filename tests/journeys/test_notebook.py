@@ -3,6 +3,7 @@
 import ast
 import base64
 import html
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,12 @@ def test_the_tutorial_s_notebook_shows_its_reader_what_came_out(executed: list[l
     for type in ("TRAIN_UPDATED", "TRAIN_FINISHED"):
         assert re.search(r" Train loss: [\d.]+, Eval loss: [\d.]+, [\d,]+ tokens/s$", events[type]), events[type]
     assert events["COMPLETED"] == "Run completed. Registered as version 1 of main.lab.dates."
+
+    (file,) = home.glob("runs/*/events.jsonl")
+    updates = [one for line in file.read_text().splitlines() if (one := json.loads(line))["type"] == "TRAIN_UPDATED"]
+    assert sum("eval_loss" in one for one in updates) >= 4 and updates[-1]["share"] == 1
+    for one in updates:
+        assert f"[batch={one['batch']}/80]" in one["message"] and one["share"] == one["batch"] / 80
 
     # The run and the list of runs tell what came out.
     record = dict(_rows(_shown(run, "text/html")))

@@ -119,9 +119,14 @@ def _teller(paths: RunFolder, text: str) -> Callable[[int, int | None], None]:
         nonlocal told
         if total and time.monotonic() - told > TOLD_SECONDS:
             told = time.monotonic()
-            write_atomic(paths.doing, text.format(share=done / total, total=total / 1e9))
+            _say(paths, text.format(share=done / total, total=total / 1e9))
 
     return tell
+
+
+def _say(paths: RunFolder, text: str) -> None:
+    if paths.scratch.is_dir():  # a supervisor runs the stage
+        write_atomic(paths.doing, text)
 
 
 def export_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:
@@ -151,7 +156,7 @@ def register_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[
 
     size = sum(file.stat().st_size for file in paths.export.rglob("*") if file.is_file())
     begun = f"{datetime.now(UTC):%H:%M} UTC"
-    write_atomic(paths.doing, f"Registering {spec.registered_name}: {size / 1e9:,.1f} GB are copied since {begun}.")
+    _say(paths, f"Registering {spec.registered_name}: {size / 1e9:,.1f} GB are copied since {begun}.")
     name, version = register(
         paths.export,
         spec,

@@ -30,6 +30,8 @@ class RunEvents(Callback):
     def __init__(self, events_path: str) -> None:
         self.path = Path(events_path)
         self._started_s = self._started_done = 0.0
+        self._progress, self._place = (0.0, 1.0), ""
+        """After the latest batch. While it is evaluated, the state has the evaluation's data."""
         self._last_word = 0.0
         self._tokens_before, self._evaluated_s, self._evaluation_began_s = 0, 0.0, 0.0
         self._facts: dict[str, float] = {}
@@ -58,7 +60,8 @@ class RunEvents(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """At most one line in PROGRESS_SECONDS, less often the longer it lasts, and one for the last batch."""
-        done, total = _progress(state)
+        self._progress, self._place = _progress(state), _place(state)
+        done, total = self._progress
         least, most = PROGRESS_SECONDS
         elapsed = time.monotonic() - self._started_s
         if time.monotonic() - self._last_word < min(most, max(least, elapsed * PROGRESS_SHARE)) and done < total:
@@ -79,14 +82,14 @@ class RunEvents(Callback):
     def _tell(self, state: State) -> None:
         """How far training is, with the latest losses and its speed."""
         self._last_word = now = time.monotonic()
-        done, total = _progress(state)
+        done, total = self._progress
         elapsed = now - self._started_s
         eta_s = elapsed / max(done - self._started_done, 1e-9) * max(0.0, total - done)
         if hasattr(state, "total_loss_dict"):
             self._note("loss", state.total_loss_dict.get("loss/train/total", math.nan))
         tokens = int(state.timestamp.token) - self._tokens_before
         self._note("tokens_per_s", tokens / max(elapsed - self._evaluated_s, 1e-9))
-        text = f"{_place(state)}[ETA={events.short_duration(eta_s)}] {_shown(self._facts)}"
+        text = f"{self._place}[ETA={events.short_duration(eta_s)}] {_shown(self._facts)}"
         facts = {"eta_s": round(eta_s, 1), "batch": int(state.timestamp.batch), **self._facts}
         self._write("TRAIN_UPDATED", text, share=round(min(1.0, done / total), 4), **facts)
 
