@@ -98,7 +98,7 @@ def executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]
     write_chats(folder / "eval.jsonl", KNOWN)
     cells = [text.strip() for text in CELLS.split("---\n")]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in cells])
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", allow_errors=True)
+    client = NotebookClient(notebook, timeout=3600, kernel_name="python3", allow_errors=True)
     client.execute(cwd=str(folder))
     nbformat.write(notebook, tmp_path / "notebook.ipynb")
     return [cell.outputs for cell in notebook.cells]
