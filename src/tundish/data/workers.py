@@ -15,12 +15,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 from tundish.errors import InputError, StageError, WorkerError
@@ -32,6 +35,8 @@ Bars = Callable[[str], AbstractContextManager[Callable[[int, int | None], None]]
 
 MEMORY_BYTES = 4 << 30
 """What a piece of work may take. A text file of the largest size takes three quarters of it."""
+AHEAD = 2
+"""Tasks that a process has been given at a time."""
 QUIT_SECONDS = 3.0
 """For a process that is asked to end, to remove what it has half written."""
 
@@ -183,8 +188,8 @@ class Workers:
         Raises:
             WorkerError: a worker has ended so; all results before that task's have been given.
         """
-        waiting = enumerate(tasks)
-        busy = dict[_Worker, tuple[int, tuple[Any, ...], bool]]()
+        waiting = ((number, task, again is None) for number, task in enumerate(tasks))
+        busy = dict[_Worker, deque[_Task]]()
         done = dict[int, Callable[[], Result]]()
         given = 0
         try:
@@ -192,21 +197,25 @@ class Workers:
             while task is not None or busy or done:
                 while task is not None and task[0] < given + 3 * self.count and (worker := self._free(busy)):
                     worker.submit(function, task[1])
-                    busy[worker] = (*task, again is None)
+                    busy.setdefault(worker, deque()).append(task)
                     task = next(waiting, None)
                 for worker in _ready(busy):
                     kind, *content = worker.receive()
                     if kind not in _ANSWERS:
                         continue
-                    number, arguments, last = busy.pop(worker)
+                    number, arguments, last = busy[worker].popleft()
+                    left = list(busy[worker])
+                    if kind in _LOST or not left:
+                        del busy[worker]
                     if kind in _LOST:
                         self._workers.remove(worker)
                         worker.stop(0)
-                    if kind in _LOST and not last:
-                        other = self._start()
-                        other.submit(cast(Callable[..., Result], again), arguments)
-                        busy[other] = number, arguments, True
-                    else:
+                        repeated = [] if again is None or last else [(again, (number, arguments, True))]
+                        for what, one in [*repeated, *((function, one) for one in left)]:
+                            other = self._start()
+                            other.submit(what, one[1])
+                            busy[other] = deque([one])
+                    if kind not in _LOST or last:
                         done[number] = lambda worker=worker, kind=kind, content=content: worker.result(kind, content)
                 while given in done:
                     yield done.pop(given)()
@@ -216,9 +225,12 @@ class Workers:
                 self._workers.remove(worker)
                 worker.stop(0)
 
-    def _free(self, busy: "dict[_Worker, Any]") -> "_Worker | None":
-        idle = next((worker for worker in self._workers if worker not in busy), None)
-        return idle or (self._start() if len(self._workers) < self.count else None)
+    def _free(self, busy: "dict[_Worker, deque[_Task]]") -> "_Worker | None":
+        """A worker that has nothing to do, or soon will: while it waits for its next task, it does nothing."""
+        least = min(self._workers, key=lambda worker: len(busy.get(worker, ())), default=None)
+        if least is None or (least in busy and len(self._workers) < self.count):
+            return self._start()
+        return least if len(busy.get(least, ())) < AHEAD else None
 
     def _start(self) -> "_Worker":
         worker = _Worker()
@@ -226,6 +238,8 @@ class Workers:
         return worker
 
 
+_Task = tuple[int, tuple[Any, ...], bool]
+"""Number, arguments, and whether it is lost with its process."""
 _LOST = ("ended", "memory")
 _ANSWERS = ("result", "error", *_LOST)
 
@@ -290,8 +304,7 @@ class _Worker:
         there.close()
 
     def submit(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        """Have it call a function; its last answer has been received."""
-        self.doing = _NOTHING
+        """Have it call a function, after those that it has been given."""
         try:
             self.pipe.send((function, arguments, {}))
         except OSError:  # it has been killed, which is seen when its answer is read
@@ -306,6 +319,7 @@ class _Worker:
                 self._process.join()
                 return ("ended",)
             if kind != "doing":
+                self.doing = _NOTHING if kind in ("result", "error") else self.doing
                 return kind, *content
             self.doing = content[0]
             if not self.pipe.poll():
@@ -374,14 +388,22 @@ def _serve(pipe: Connection, parent: int, task: Any, errors: int, *, once: bool 
     if errors != 2:
         os.dup2(errors, 2)
     _starter = pipe
+    if once:
+        pipe.send(_answer(*(task or pipe.recv())))
+        return
+    # Tasks are read while others are done, lest both ends of the pipe wait for each other.
+    tasks = SimpleQueue[Any]()
+    threading.Thread(target=_read, args=(pipe, tasks), daemon=True).start()
     while True:
-        try:
-            function, arguments, named = task or pipe.recv()
-        except EOFError:
-            return
-        pipe.send(_answer(function, arguments, named))
-        if once:
-            return
+        pipe.send(_answer(*tasks.get()))
+
+
+def _read(pipe: Connection, tasks: "SimpleQueue[Any]") -> None:
+    try:
+        while True:
+            tasks.put(pipe.recv())
+    except BaseException:  # its starter has closed the pipe, or there is no memory for the task
+        os._exit(1)
 
 
 def _quit(*_: object) -> NoReturn:
