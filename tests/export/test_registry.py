@@ -137,7 +137,8 @@ def test_a_server_that_is_away_is_named(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     spec, tracking = _spec(arguments)
     with pytest.raises(
-        StageError, match=r"^the registry http://127\.0\.0\.1:1 has not taken main\.lab\..*refused.*Check that it runs"
+        StageError,
+        match=r"^the registry has not taken main\.lab\..*: http://127\.0\.0\.1:1: nothing listens there\. Check",
     ):
         register(
             unreadable_export,
