@@ -71,6 +71,7 @@ CHAT_LINE = json.dumps(_chat(U, A)).encode()
         (None, "found a JSON null; each line must be one object"),
         (b'{"messages": [', "not JSON: Expecting value at column 15. Each line must be one JSON object"),
         (b"\xff{}", "the byte at offset 0 of the line is not UTF-8. Save the file as UTF-8"),
+        ('{"a": "ö"}'.encode("utf-16-le"), "holds zero bytes, as UTF-16 and binary files do. Save the file as UTF-8"),
         pytest.param(b"[" * 100_000, "nested too deeply to be a sample", id="deep"),
         pytest.param(b'{"messages": ' + b"1" * 5_000 + b"}", "holds a number of thousands of digits", id="huge number"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "holds \\ud800, half of a character"),

@@ -83,7 +83,7 @@ def line_blocks(file: BinaryIO, limit: int | None = None) -> Iterator[LineBlock]
                     found = f"the line is longer than {MAX_PASSED_BYTES >> 20:,} MiB, so the file is no JSONL"
                     number = lines + 1 + block.count(b"\n")
                     raise DataError(f"line {number:,}: {found}. Write one sample a line.")
-        lines += block.count(b"\n")
+        lines += block.count(b"\n") + (not block.endswith(b"\n"))  # of a line that is cut, the end is not there
         left = None if left is None else left - size
         yield LineBlock(block, size)
 

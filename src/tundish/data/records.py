@@ -64,6 +64,9 @@ class Rules:
         return _parse_chat(record, self.system_message) if self.task_type == "CHAT_COMPLETION" else _parse_pair(record)
 
     def _explain(self, line: bytes) -> Sample | Problem:
+        if b"\0" in line:
+            found = "holds zero bytes, as UTF-16 and binary files do. Save the file as UTF-8."
+            return Problem("zero bytes", found)
         try:
             text = line.decode().rstrip()
             record = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
@@ -77,10 +80,10 @@ class Rules:
             return Problem("not JSON", found)
         except ValueError:  # Python reads no longer ones
             return Problem(
-                "not JSON", "holds a number of thousands of digits. Each line must be one JSON object of text."
+                "long number", "holds a number of thousands of digits. Each line must be one JSON object of text."
             )
         except RecursionError:
-            return Problem("not JSON", "nested too deeply to be a sample. Each line must be one flat JSON object.")
+            return Problem("nesting", "nested too deeply to be a sample. Each line must be one flat JSON object.")
         if not isinstance(record, dict):
             hint = CHAT_HINT if self.task_type == "CHAT_COMPLETION" else PAIR_HINT
             found = f"found a JSON {_json_type(cast(object, record))}; each line must be one object. {hint}"
