@@ -9,7 +9,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,41 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[st
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(artifacts)]
     with _serving(command, port, folder / "log"):
         yield f"http://127.0.0.1:{port}", artifacts
+
+
+class MLflowServer:
+    """An MLflow server that is stopped and started again at the same address."""
+
+    def __init__(self, folder: Path, serving: Callable[..., AbstractContextManager[None]]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.folder, self._serving, self._running = folder, serving, ExitStack()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        self._running.enter_context(self._serving(command, self.port, self.folder / "log"))
+
+    def stop(self) -> None:
+        self._running.close()
+
+
+@pytest.fixture
+def mlflow_that_goes(
+    tmp_path: Path, serving: Callable[..., AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[MLflowServer]:
+    """A server that the test stops and starts; MLflow's settings name it."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    found = MLflowServer(folder, serving)
+    found.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", found.uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    yield found
+    found.stop()
 
 
 @pytest.fixture(scope="session")

@@ -198,6 +198,21 @@ class RunPaths:
         return self.scratch / "doing"
 
     @property
+    def metrics(self) -> Path:
+        """Every point of every metric, one JSON object a line; MLflow has them from here."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def artifacts_journal(self) -> Path:
+        """What else MLflow is told while training, one JSON object a line: params, rows of tables, names of files."""
+        return self.folder / "artifacts.jsonl"
+
+    @property
+    def artifacts(self) -> Path:
+        """The files that are named there."""
+        return self.folder / "artifacts"
+
+    @property
     def export(self) -> Path:
         """The Hugging Face folder."""
         return self.folder / "export"

@@ -16,6 +16,7 @@ from tundish.checkpoints.manifest import FileFacts, problems, write_manifest
 from tundish.checkpoints.places import Place, place_of
 from tundish.errors import CheckpointError
 from tundish.paths import CHECKPOINT_LINK
+from tundish.publishing import Checkpoints
 from tundish.weights import compare_weights, fetch_weights, find_weights
 
 pytestmark = [
@@ -97,13 +98,29 @@ def test_what_was_published_is_listed_and_fetched(store: Store, monkeypatch: pyt
     assert place_of(f"{place.address}/ep1-ba9/") == (place, "ep1-ba9")
 
 
-def test_what_is_newer_here_is_put_there(store: Store) -> None:
-    """A run that was killed while it published would lose its last checkpoint, and train it once more."""
+def test_what_is_newer_here_is_used_and_put_there_by_who_publishes(store: Store) -> None:
+    """A run that was killed before it was published would lose its last checkpoint, and train it once more."""
     place = store.place
     place.publish(_make(place.local, 1))
-    newer = _make(place.local, 2)
-    assert place.newest() == newer
-    assert place.list()[-1].endswith("/ep1-ba2") and place.read_link(CHECKPOINT_LINK).endswith("/ep1-ba2")
+    waiting = [_make(place.local, number) for number in (2, 3)]
+    assert place.newest() == waiting[-1] and place.list() == [f"{place.address}/ep1-ba1"]
+    Checkpoints(place, -1).send()
+    assert [address.rpartition("/")[2] for address in place.list()] == ["ep1-ba1", "ep1-ba2", "ep1-ba3"]
+    assert place.read_link(CHECKPOINT_LINK).endswith("/ep1-ba3")
+    assert list_checkpoints(place.local) == waiting[-1:], "here is what a resume begins with"
+
+
+def test_a_store_that_is_away_costs_nothing_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is tried once more, or exported, would wait for a store that it does not need."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    place = Place("http://127.0.0.1:1/api/2.0/mlflow-artifacts/artifacts/1/ab/artifacts/ift-1/checkpoints")
+    with pytest.raises(CheckpointError, match="nothing listens there"):
+        place.newest()
+    kept = [_make(place.local, number) for number in (1, 2)]
+    assert place.newest() == kept[-1]
+    with pytest.raises(CheckpointError, match="nothing listens there"):
+        Checkpoints(place, -1).send()
+    assert list_checkpoints(place.local) == kept
 
 
 def test_what_is_newer_there_is_fetched(store: Store) -> None:

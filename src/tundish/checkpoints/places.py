@@ -5,6 +5,7 @@ MLflow's artifact clients do the copying (`s3://`, `gs://`, `abfss://`, `wasbs:/
 """
 
 import hashlib
+import logging
 import re
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ from tundish.locks import locked
 from tundish.mlflow_client import artifacts_at, told
 from tundish.paths import CHECKPOINT_LINK, copies_dir, make_folder, write_atomic
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 FILE_NAME = re.compile(r"\.metadata|manifest\.json|[\w-]+\.(distcp|pt)|[\w-]+\.symlink")
 LONGEST_LINK = 4096
@@ -61,21 +63,25 @@ class Place:
         return [f"{self.address}/{name}" for name in names]
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint on this machine, copied where it is not here; and put where it was not yet.
+        """The newest complete checkpoint on this machine, copied where it is not here.
 
         Raises:
-            CheckpointError: the store cannot be asked, or what it holds is damaged.
+            CheckpointError: the store cannot be asked and there is none here, or what it holds is damaged.
         """
         here = [path.name for path in list_checkpoints(self.local)]
         if not self.is_remote:
             return self.local / here[-1] if here else None
-        there = [address.rpartition("/")[2] for address in self.list()]
+        try:
+            there = [address.rpartition("/")[2] for address in self.list()]
+        except CheckpointError:
+            if not here:
+                raise
+            log.warning("The newest checkpoint of this machine is used, as the store is away.", exc_info=True)
+            return self.local / here[-1]
         if not here and not there:
             return None
         name = in_order({*here, *there})[-1]
-        if name not in there:
-            self.publish(self.local / name)
-        elif name not in here:
+        if name not in here:
             self.copy(name, self.local)
         return self.local / name
 
@@ -145,8 +151,9 @@ class Place:
             if METADATA not in self._names(folder.name):
                 for file in sorted(folder.iterdir(), key=lambda file: (file.name == METADATA, file.name)):
                     self._put(file, folder.name)
-            # Here, only what a resume begins with is kept.
-            remove(list_checkpoints(self.local)[:-1])
+            # Here, only what a resume begins with is kept, and what waits for its turn.
+            here = list_checkpoints(self.local)
+            remove(here[: here.index(folder)] if folder in here else [])
         write_atomic(link, f"{self.address}/{folder.name}")
         if self.is_remote:
             self._put(link, "")

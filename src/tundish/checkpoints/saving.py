@@ -182,7 +182,9 @@ class Staged(StorageWriter):
 
 
 def write_checkpoint(staged: Staged, place: Place, exchange: Exchange, is_first: bool) -> None:
-    """Write what is staged, on every rank; afterwards the checkpoint is there and `latest` names it.
+    """Write what is staged, on every rank; afterwards the checkpoint is on this machine and `latest` names it.
+
+    What belongs elsewhere is published by somebody else: training does not wait for a store.
 
     Raises:
         CheckpointError: a rank could not write; told on every rank.
@@ -192,7 +194,8 @@ def write_checkpoint(staged: Staged, place: Place, exchange: Exchange, is_first:
     if is_first:
         try:
             staged.complete(shares)
-            place.publish(staged.folder)
+            if not place.is_remote:
+                place.publish(staged.folder)
         except CheckpointError as found:
             error = found.message
         except OSError as found:  # `latest` could not be moved: the others wait for an answer, too

@@ -19,6 +19,7 @@ from tundish.errors import StageError
 from tundish.launch.command import STOPPED, train_command, train_environment
 from tundish.paths import RUN_VARIABLE
 from tundish.processes import start, stop_tree
+from tundish.publishing import wait_seconds
 from tundish.run_folder import RunFolder
 from tundish.runs.causes import explain
 from tundish.runs.watching import Watch
@@ -101,7 +102,7 @@ def run_stage(paths: RunFolder, stage: str, place: Place) -> None:
     paths.stop_request.unlink(missing_ok=True)
     paths.stopped.unlink(missing_ok=True)
     shutil.rmtree(paths.beats, ignore_errors=True)
-    limit = _register_seconds(paths.export) if stage == "register" else None
+    limit = _register_seconds(paths.export) + wait_seconds() if stage == "register" else None
     _mark(paths, stage)
     with _scratch(paths):
         process = start(command, log, environment, paths.work, deaf=stage == "train")

@@ -21,9 +21,11 @@ from tundish.data.report import facts
 from tundish.errors import StageError, TundishError
 from tundish.foundry import Destination, planned_steps, render
 from tundish.locks import locked
+from tundish.mlflow_client import impatient
 from tundish.models import find_card
 from tundish.paths import write_atomic
 from tundish.pretrained import check_pretrained
+from tundish.publishing import Checkpoints, Publisher, channels, publish_all, wait_seconds
 from tundish.run_folder import RunFolder, Tracking
 from tundish.runs.addresses import trained_from
 from tundish.runs.checking import job_of
@@ -41,11 +43,10 @@ def main(stage: str, folder: str) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     paths = RunFolder(Path(folder))
     if stage.startswith("close-"):
-        end_tracking(paths.read_tracking(), stage.removeprefix("close-"))
-        tell_files(paths)
+        _close(paths, stage.removeprefix("close-"))
         return 0
     if stage == "canceled":
-        return _canceled(paths, paths.read_tracking())
+        return _canceled(paths)
     stages = {"prepare": prepare_stage, "export": export_stage, "register": register_stage}
     try:
         result = stages[stage](paths, paths.read_spec(), paths.read_tracking())
@@ -56,13 +57,20 @@ def main(stage: str, folder: str) -> int:
     return 0
 
 
-def _canceled(paths: RunFolder, tracking: Tracking) -> int:
+def _canceled(paths: RunFolder) -> int:
     """Close the MLflow run of a canceled run, unless that goes on again by now."""
     with locked(paths.folder):
         if paths.read_events()[-1].type in events.TERMINAL_TYPES:
-            end_tracking(tracking, "KILLED")
-            tell_files(paths)
+            _close(paths, "KILLED")
     return 0
+
+
+def _close(paths: RunFolder, status: str) -> None:
+    """Send what points MLflow does not have yet, if it can be reached, and close its run; checkpoints may take long."""
+    with impatient(seconds=5, retries=0):
+        Publisher([way for way in channels(paths) if not isinstance(way, Checkpoints)], None).attempt()
+        end_tracking(paths.read_tracking(), status)
+    tell_files(paths)
 
 
 def prepare_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:
@@ -154,6 +162,8 @@ def register_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[
     """The model version in MLflow."""
     from tundish.export.registry import register
 
+    write_atomic(paths.doing, "Sending MLflow what it does not have yet.")
+    publish_all(paths, wait_seconds())
     size = sum(file.stat().st_size for file in paths.export.rglob("*") if file.is_file())
     begun = f"{datetime.now(UTC):%H:%M} UTC"
     _say(paths, f"Registering {spec.registered_name}: {size / 1e9:,.1f} GB are copied since {begun}.")

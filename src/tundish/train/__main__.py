@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 import torch
 from composer import State, Trainer
+from composer.loggers import LoggerDestination
 from composer.utils import dist, get_device, reproducibility
 from llmfoundry import registry
 from llmfoundry.command_utils.train import validate_config
@@ -51,6 +52,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tundish.checkpoints.places import Place
 from tundish.errors import TundishError
+from tundish.publishing import Checkpoints, Publisher, channels
 from tundish.run_folder import RunFolder
 from tundish.runs.notes import tell_plan
 from tundish.train.beats import Beats
@@ -58,7 +60,9 @@ from tundish.train.gloo import GlooMean, name_interface
 from tundish.train.guard import has_learned, nothing_learned
 from tundish.train.loader import RowOrder
 from tundish.train.peers import Peers
+from tundish.train.publish import PublishWhileTraining
 from tundish.train.resuming import load_all, load_weights, newest_checkpoint
+from tundish.train.run_logger import RunLogger
 from tundish.train.saving import Saver
 from tundish.train.schedule import StepRates
 from tundish.train.stopping import StopWhenAsked
@@ -91,6 +95,8 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     tokenizer = build_tokenizer(config.tokenizer["name"], config.tokenizer.get("kwargs", {}))
     callbacks = [build_callback(str(name), kwargs, logged) for name, kwargs in (config.callbacks or {}).items()]
     savers = [_saver(config, place)] if place else []
+    publisher = _publisher(config, place)
+    ends = [StopWhenAsked(_run(), publisher), *([PublishWhileTraining(publisher)] if publisher else [])]
     train_loader = build_dataloader(config.train_loader, tokenizer, config.device_train_batch_size)
     model_name = config.model.pop("name")
     model = build_composer_model(model_name, config.model, tokenizer, init_context)
@@ -102,14 +108,14 @@ def build_trainer(cfg: DictConfig) -> Trainer:
         eval_dataloader=_evaluators(config, tokenizer, model),
         optimizers=optimizer,
         schedulers=scheduler,
-        loggers=[build_logger(str(name), kwargs) for name, kwargs in (config.loggers or {}).items()],
+        loggers=[_logger(str(name), kwargs) for name, kwargs in (config.loggers or {}).items()],
         callbacks=[
             *callbacks,
             *GlooMean.where_needed(),
             *Peers.where_needed(config.dist_timeout),
             *_beats(),
             *savers,
-            _stop(),
+            *ends,
         ],
         algorithms=[build_algorithm(str(name), kwargs) for name, kwargs in (config.algorithms or {}).items()],
         parallelism_config={"fsdp": fsdp},
@@ -121,16 +127,35 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     return trainer
 
 
+def _run() -> RunFolder | None:
+    """The run, where a supervisor or a script of its folder has started this process."""
+    path = os.environ.get(RUN_VARIABLE)
+    return RunFolder(Path(path).parent) if path else None
+
+
 def _beats() -> list[Beats]:
     """Where a supervisor has started this process, and looks at them."""
-    run = os.environ.get(RUN_VARIABLE)
-    return [Beats(RunPaths(Path(run).parent).beats)] if run else []
+    run = _run()
+    return [Beats(run.beats)] if run else []
 
 
-def _stop() -> StopWhenAsked:
-    """By signals, and where a supervisor has started this process, by its request."""
-    run = os.environ.get(RUN_VARIABLE)
-    return StopWhenAsked(RunPaths(Path(run).parent) if run else None)
+def _logger(name: str, kwargs: dict[str, Any]) -> LoggerDestination:
+    """LLM Foundry's of that name; in a run that MLflow knows, its own for MLflow."""
+    run = _run()
+    if name == "mlflow" and run is not None and run.result("tracking").exists():
+        return RunLogger(run, bool(kwargs.get("log_system_metrics")))
+    return build_logger(name, kwargs)
+
+
+def _publisher(config: TrainConfig, place: Place | None) -> Publisher | None:
+    """Of the first rank: sends on what waits on the disk."""
+    if dist.get_global_rank():
+        return None
+    run = _run()
+    if run is not None and run.result("tracking").exists():
+        return Publisher(channels(run), run.events)
+    elsewhere = place is not None and place.is_remote
+    return Publisher([Checkpoints(place, config.save_num_checkpoints_to_keep)], None) if place and elsewhere else None
 
 
 def _saver(config: TrainConfig, place: Place) -> Saver:
@@ -170,6 +195,8 @@ def main() -> None:
     """Train the YAML named on the command line."""
     cfg = OmegaConf.load(sys.argv[1])
     assert isinstance(cfg, DictConfig)
+    # Publishing tries again by itself, and may not hold up the end of training for long.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     try:
         trainer = build_trainer(cfg)
         _tell_mlflow()

@@ -2,17 +2,18 @@
 
 import html
 import logging
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from composer import Callback, Logger, State
+from composer.loggers import MLFlowLogger
 from composer.utils import dist
 
 from tundish.data.preview import marked_html, segments
 from tundish.train.loader import IGNORE_INDEX
+from tundish.train.run_logger import RunLogger
 
 log = logging.getLogger(__name__)
 
@@ -27,19 +28,27 @@ class FirstBatch(Callback):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Only of a run's very first batch; the run's MLflow run is in the environment."""
-        run_id = os.environ.get("MLFLOW_RUN_ID")
-        if int(state.timestamp.batch) or dist.get_global_rank() or not run_id:
+        if int(state.timestamp.batch) or dist.get_global_rank():
             return
         model: Any = state.model.module if state.is_model_ddp else state.model
         text = page(state.batch, model.tokenizer.backend_tokenizer, state.run_name)
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / NAME).write_text(text, encoding="utf-8")
-                from mlflow import MlflowClient
+        for destination in logger.destinations:
+            if isinstance(destination, RunLogger):
+                destination.log_text(text, NAME)
+            elif isinstance(destination, MLFlowLogger):
+                _upload(text, destination._run_id)
 
-                MlflowClient().log_artifact(run_id, str(Path(folder) / NAME))
-        except Exception:  # a picture is no reason to lose a run
-            log.warning("The first batch could not be logged to MLflow.", exc_info=True)
+
+def _upload(text: str, run_id: Any) -> None:
+    """Where nobody sends on what was written to the disk: under the stock `llmfoundry train`."""
+    from mlflow import MlflowClient
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / NAME).write_text(text, encoding="utf-8")
+            MlflowClient().log_artifact(run_id, str(Path(folder) / NAME))
+    except Exception:  # a picture is no reason to lose a run
+        log.warning("The first batch could not be logged to MLflow.", exc_info=True)
 
 
 def page(batch: Mapping[str, Any], backend: Any, title: str) -> str:

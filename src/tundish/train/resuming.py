@@ -1,5 +1,6 @@
 """Loading: the newest complete checkpoint of a run that was killed, or the weights that a run starts from."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from composer import State
 from composer.utils import dist, reproducibility
 from composer.utils.checkpoint import glob_filter
 
+from tundish import events
 from tundish.checkpoints import read_checkpoint
 from tundish.checkpoints.loading import load
 from tundish.checkpoints.metadata import Layout
@@ -18,6 +20,7 @@ from tundish.checkpoints.pickles import reason, shown
 from tundish.checkpoints.places import Place
 from tundish.checkpoints.saving import clean
 from tundish.errors import CheckpointError
+from tundish.paths import RUN_VARIABLE
 from tundish.train.saving import patient_group
 
 ALGORITHMS = ("state", "algorithms")
@@ -36,11 +39,11 @@ def newest_checkpoint(place: Place) -> Path | None:
         try:
             clean(place.local)
             newest = place.newest()
-            if newest is not None:
+            if newest is not None and not place.is_remote:
                 place.publish(newest)
             found = [newest]
         except CheckpointError as error:
-            found = [error]
+            found = [error if _may_have_saved() else None]
         except OSError as error:
             found = [
                 CheckpointError(f"{place.local}: cannot be put in order ({reason(error)}). Check its permissions.")
@@ -50,6 +53,12 @@ def newest_checkpoint(place: Place) -> Path | None:
     if isinstance(found[0], CheckpointError):
         raise found[0]
     return found[0]
+
+
+def _may_have_saved() -> bool:
+    """Whether there may be a checkpoint, though its store does not answer."""
+    run = os.environ.get(RUN_VARIABLE)
+    return run is None or any(event.type == "CHECKPOINT_SAVED" for event in events.read(Path(run)))
 
 
 def load_all(state: State, logger: Any, checkpoint: Path, ignore_keys: list[str]) -> list[dict[str, Any]]:

@@ -131,7 +131,7 @@ class Saver(CheckpointSaver):
         try:
             for tell in self.completed:
                 tell(f"{self.place.address}/{staged.folder.name}")
-            if self.keep > 0:
+            if self.keep > 0 and not self.place.is_remote:
                 self.place.keep_newest(self.keep)
         except (CheckpointError, OSError):
             # It is complete; the next one tries to remove the old ones again.

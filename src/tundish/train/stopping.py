@@ -14,6 +14,7 @@ from composer.utils import dist
 
 from tundish.launch.command import STOPPED
 from tundish.paths import RunPaths
+from tundish.publishing import Publisher
 from tundish.train.saving import Saver, patient_group
 
 log = logging.getLogger(__name__)
@@ -27,10 +28,11 @@ class StopWhenAsked(Callback):
 
     Args:
         paths: of the run that the supervisor has; None = signals only.
+        publisher: sends on what was saved and logged; None = another rank's.
     """
 
-    def __init__(self, paths: RunPaths | None) -> None:
-        self.paths = paths
+    def __init__(self, paths: RunPaths | None, publisher: Publisher | None) -> None:
+        self.paths, self.publisher = paths, publisher
         self._asked = False
         self._group = patient_group()
 
@@ -51,8 +53,8 @@ class StopWhenAsked(Callback):
             if saver.last_checkpoint_batch != state.timestamp.batch:
                 saver._save_checkpoint(state, logger)
             saver.wait()
-        if mlflow := sys.modules.get("mlflow"):
-            mlflow.flush_async_logging()
+        if self.publisher is not None:
+            self.publisher.finish()
         log.warning("Stopped after batch %s, as asked; the checkpoint is complete.", int(state.timestamp.batch))
         if self.paths is not None and dist.get_global_rank() == 0:
             self.paths.work.mkdir(exist_ok=True)

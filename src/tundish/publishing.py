@@ -1,0 +1,229 @@
+"""What waits on a run's disk → MLflow and the store of its checkpoints, whenever they can be reached.
+
+Training writes to the disk alone and never waits for a server. One thread of the first rank sends on; what it has not
+got rid of when training ends is sent before the model is registered, or when the run is resumed.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from tundish import events
+from tundish.checkpoints import list_checkpoints
+from tundish.checkpoints.places import Place
+from tundish.errors import StageError, TundishError
+from tundish.journal import Journal
+from tundish.mlflow_client import quiet, told
+from tundish.run_folder import RunFolder, Tracking
+
+log = logging.getLogger(__name__)
+
+WAIT_VARIABLE = "TUNDISH_MLFLOW_WAIT"
+"""Environment variable: seconds that a trained run waits for MLflow before it is FAILED."""
+WAIT_SECONDS = 3600.0
+PAUSE_SECONDS = 2.0
+LONGEST_PAUSE_SECONDS = 30.0
+"""Between two attempts at a store that is away."""
+MOST_METRICS = 1000
+"""Of one request: MLflow's limit."""
+AWAY, BACK = "MLFLOW_AWAY", "MLFLOW_BACK"
+
+
+class Channel(Protocol):
+    """Something that waits, and its way."""
+
+    def send(self) -> None:
+        """Send what waits, in order.
+
+        Raises:
+            TundishError: some of it still waits.
+        """
+        ...
+
+
+class Metrics:
+    """Points of metrics. One that is sent twice, as its answer was lost, is one point in MLflow's databases."""
+
+    def __init__(self, paths: RunFolder, tracking: Tracking) -> None:
+        self.journal, self.tracking = Journal(paths.metrics), tracking
+
+    def send(self) -> None:
+        """See Channel."""
+        from mlflow.entities import Metric
+
+        points: list[Metric] = []
+        end = 0
+        for record, place in self.journal.unsent():
+            found = [Metric(key, value, record["time"], record["step"]) for key, value in record["metrics"].items()]
+            if points and len(points) + len(found) > MOST_METRICS:
+                self._send(points, end)
+                points = []
+            points, end = points + found, place
+        if points:
+            self._send(points, end)
+
+    def _send(self, points: Sequence[Any], end: int) -> None:
+        with told(self.tracking.tracking_uri), quiet():
+            for start in range(0, len(points), MOST_METRICS):
+                _client(self.tracking).log_batch(self.tracking.run_id, metrics=points[start : start + MOST_METRICS])
+        self.journal.note_sent(end)
+
+
+class Artifacts:
+    """Params, tables and files, in the order in which they were logged."""
+
+    def __init__(self, paths: RunFolder, tracking: Tracking) -> None:
+        self.journal, self.tracking, self.folder = Journal(paths.artifacts_journal), tracking, paths.artifacts
+
+    def send(self) -> None:
+        """See Channel."""
+        for record, place in self.journal.unsent():
+            with told(self.tracking.tracking_uri), quiet():
+                self._send(record)
+            self.journal.note_sent(place)
+
+    def _send(self, record: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        client, run_id = _client(self.tracking), self.tracking.run_id
+        if "params" in record:
+            known = client.get_run(run_id).data.params  # MLflow changes none; a run that goes on logs them again
+            new = [Param(name, value) for name, value in record["params"].items() if name not in known]
+            client.log_batch(run_id, params=new)
+        elif "table" in record:
+            import pandas as pd
+
+            client.log_table(run_id, pd.DataFrame(record["rows"], columns=record["columns"]), record["table"])
+        elif (self.folder / record["file"]).is_file():
+            client.log_artifact(run_id, str(self.folder / record["file"]))
+
+
+class Checkpoints:
+    """Complete checkpoints of this machine that belong elsewhere, oldest first.
+
+    Args:
+        place: where they belong.
+        keep: so many are left there; less than 1: all.
+    """
+
+    def __init__(self, place: Place, keep: int) -> None:
+        self.place, self.keep = place, keep
+        self._done: set[str] = set()
+
+    def send(self) -> None:
+        """See Channel."""
+        for folder in list_checkpoints(self.place.local)[-max(0, self.keep) :]:
+            if folder.name not in self._done:
+                with told(self.place.address):
+                    self.place.publish(folder)
+                    if self.keep > 0:
+                        self.place.keep_newest(self.keep)
+                self._done.add(folder.name)
+
+
+def channels(paths: RunFolder) -> list[Channel]:
+    """All ways of a run."""
+    tracking = paths.read_tracking()
+    found: list[Channel] = [Metrics(paths, tracking), Artifacts(paths, tracking)]
+    place = Place(tracking.save_folder)
+    if place.is_remote:
+        content = yaml.safe_load(paths.foundry_yaml.read_text())
+        found.append(Checkpoints(place, int(content["save_num_checkpoints_to_keep"])))
+    return found
+
+
+class Publisher:
+    """Sends what waits, from a thread of its own, and says once when that fails, and once when it works again.
+
+    Args:
+        ways: what is to be sent.
+        events_path: of the run; None: it has no supervisor, and the log is told.
+    """
+
+    def __init__(self, ways: Sequence[Channel], events_path: Path | None) -> None:
+        self.ways, self.events_path = ways, events_path
+        self._ends = threading.Event()
+        self._thread: threading.Thread | None = None
+        said = [event.type for event in events.read(events_path)] if events_path else []
+        self._away = next((type == AWAY for type in reversed(said) if type in (AWAY, BACK)), False)
+
+    def attempt(self) -> TundishError | None:
+        """Send what waits; why some of it still does."""
+        failure: TundishError | None = None
+        for way in self.ways:
+            try:
+                way.send()
+            except TundishError as error:  # the other ways may be open
+                failure = failure or error
+        if failure is not None and not self._away:
+            text = "The run goes on: metrics and checkpoints wait on its disk, and are published when that works again."
+            self._tell(AWAY, f"{failure.message} {text}")
+        elif failure is None and self._away:
+            self._tell(BACK, "MLflow takes what is sent again; all metrics and checkpoints that waited are published.")
+        self._away = failure is not None
+        return failure
+
+    def start(self) -> None:
+        """Go on with it until `finish`."""
+        self._thread = threading.Thread(target=self._go_on, daemon=True, name="publisher")
+        self._thread.start()
+
+    def finish(self) -> None:
+        """A last attempt; what is left is kept on the disk."""
+        if self._thread is not None:
+            self._ends.set()
+            self._thread.join()
+            self._thread = None
+            self.attempt()
+
+    def _go_on(self) -> None:
+        pause = PAUSE_SECONDS
+        while not self._ends.wait(pause):
+            pause = PAUSE_SECONDS if self.attempt() is None else min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _tell(self, type: str, message: str) -> None:
+        log.warning(message)
+        if self.events_path is not None:
+            events.append(self.events_path, type, message)
+
+
+def wait_seconds() -> float:
+    """How long a trained run waits for MLflow: `$TUNDISH_MLFLOW_WAIT`, else an hour."""
+    try:
+        return max(0.0, float(os.environ.get(WAIT_VARIABLE) or WAIT_SECONDS))
+    except ValueError:
+        return WAIT_SECONDS
+
+
+def publish_all(paths: RunFolder, seconds: float, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Send everything that waits.
+
+    Args:
+        paths: of the run.
+        seconds: to wait for a store that is away.
+        sleep: between attempts.
+
+    Raises:
+        StageError: it is still away.
+    """
+    publisher, pause, end = Publisher(channels(paths), paths.events), PAUSE_SECONDS, time.monotonic() + seconds
+    while (failure := publisher.attempt()) is not None:
+        if time.monotonic() + pause > end:
+            raise StageError(
+                f"{failure.message} It was waited for {events.short_duration(seconds)} ({WAIT_VARIABLE} says how "
+                "long). Metrics and checkpoints are kept, and published with the model."
+            )
+        sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
+def _client(tracking: Tracking) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking.tracking_uri)

@@ -1,0 +1,163 @@
+"""Sending on what waits on a run's disk, to a real MLflow server that goes away and comes back."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tundish import events
+from tundish.errors import StageError
+from tundish.journal import Journal
+from tundish.publishing import AWAY, BACK, Publisher, channels, publish_all, wait_seconds
+from tundish.run_folder import RunFolder
+from tundish.runs.tracking import open_tracking
+
+MakeRun = Callable[..., RunFolder]
+
+
+def _run(make_run: MakeRun, name: str) -> RunFolder:
+    paths = RunFolder(make_run(name, ("CREATED", "x"), ("TRAIN_STARTED", "x")).folder)
+    open_tracking(name, f"/Users/me/{name}", {}).write(paths)
+    paths.foundry_yaml.write_text("save_num_checkpoints_to_keep: 1\n")
+    return paths
+
+
+def _log(paths: RunFolder, *steps: int) -> None:
+    for step in steps:
+        Journal(paths.metrics).append({"time": step * 1000, "step": step, "metrics": {"loss": float(step), "lr": 0.5}})
+
+
+def _points(paths: RunFolder, key: str = "loss") -> list[tuple[int, float]]:
+    from mlflow import MlflowClient
+
+    tracking = paths.read_tracking()
+    return [
+        (one.step, one.value) for one in MlflowClient(tracking.tracking_uri).get_metric_history(tracking.run_id, key)
+    ]
+
+
+def _said(paths: RunFolder) -> list[str]:
+    return [event.type for event in events.read(paths.events) if event.type in (AWAY, BACK)]
+
+
+def test_a_server_that_goes_away_and_comes_back_has_everything_once(make_run: MakeRun, mlflow_that_goes: Any) -> None:
+    """A curve with a hole, a table that is lost, a checkpoint that is nowhere; or a warning every two seconds."""
+    from mlflow import MlflowClient
+
+    paths = _run(make_run, "chat-1")
+    artifacts = Journal(paths.artifacts_journal)
+    publisher = Publisher(channels(paths), paths.events)
+    artifacts.append({"params": {"world": "1"}})
+    _log(paths, 1, 2)
+    assert publisher.attempt() is None and _said(paths) == []
+    mlflow_that_goes.stop()
+    _log(paths, *range(3, 1200))
+    row = {"table": "answers.json", "columns": ["step", "output"], "rows": [[3, "x"]]}
+    paths.artifacts.mkdir()
+    (paths.artifacts / "page.html").write_text("<p>")
+    for record in (row, row, {"file": "page.html"}, {"params": {"world": "2", "more": "3"}}):
+        artifacts.append(record)
+    checkpoints = [_checkpoint(paths, number) for number in (1, 2)]
+    for _ in range(2):
+        failure = publisher.attempt()
+        assert failure is not None and "nothing listens there" in failure.message
+    assert _said(paths) == [AWAY] and all(folder.is_dir() for folder in checkpoints)
+    (away,) = [event.message for event in events.read(paths.events) if event.type == AWAY]
+    assert away.startswith(f"{mlflow_that_goes.uri}: nothing listens there. ") and "wait on its disk" in away
+
+    mlflow_that_goes.start()
+    # Another process, as after a resume: what was told stays told.
+    publisher = Publisher(channels(paths), paths.events)
+    assert publisher.attempt() is None and _said(paths) == [AWAY, BACK]
+    assert _points(paths) == [(step, float(step)) for step in range(1, 1200)]
+    client, run_id = MlflowClient(mlflow_that_goes.uri), paths.read_tracking().run_id
+    assert {info.path for info in client.list_artifacts(run_id)} == {"answers.json", "page.html", "chat-1"}
+    table = json.loads(Path(client.download_artifacts(run_id, "answers.json")).read_text())
+    assert table["data"] == [[3, "x"], [3, "x"]]
+    assert client.get_run(run_id).data.params == {"world": "1", "more": "3"}
+    left = [info.path for info in client.list_artifacts(run_id, "chat-1/checkpoints")]
+    assert [path.rpartition("/")[2] for path in left] == ["ep1-ba2", "latest-sharded-rank0.symlink"], "as many are kept"
+    assert not checkpoints[0].exists() and checkpoints[1].is_dir()
+
+
+def _checkpoint(paths: RunFolder, number: int) -> Path:
+    """A complete checkpoint that waits on this machine."""
+    from tundish.checkpoints.manifest import FileFacts, write_manifest
+    from tundish.checkpoints.places import Place
+
+    folder = Place(paths.read_tracking().save_folder).local / f"ep1-ba{number}"
+    folder.mkdir(parents=True)
+    for name in (".metadata", "__0_0.distcp"):
+        (folder / name).write_bytes(b"x" * number)
+    write_manifest(folder, {file.name: FileFacts.of(file) for file in folder.iterdir()})
+    return folder
+
+
+def test_what_is_sent_twice_is_there_once(make_run: MakeRun) -> None:
+    """An answer that was lost on the way would double the points."""
+    paths = _run(make_run, "chat-1")
+    _log(paths, 1, 2, 3)
+    publisher = Publisher(channels(paths), None)
+    assert publisher.attempt() is None and Journal(paths.metrics).is_sent
+    Journal(paths.metrics).note_sent(0)
+    assert publisher.attempt() is None
+    assert _points(paths) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_a_deleted_run_is_told_in_a_sentence_and_nothing_is_lost(make_run: MakeRun) -> None:
+    """Somebody tidies up experiments while a run trains."""
+    from mlflow import MlflowClient
+
+    paths = _run(make_run, "chat-1")
+    _log(paths, 1)
+    client, tracking = MlflowClient(paths.read_tracking().tracking_uri), paths.read_tracking()
+    client.delete_run(tracking.run_id)
+    waited: list[float] = []
+    with pytest.raises(StageError, match=r"has been deleted there\. Restore it .* are kept, and published with the"):
+        publish_all(paths, 5, waited.append)
+    assert waited and _said(paths) == [AWAY]
+    client.restore_run(tracking.run_id)
+    publish_all(paths, 5, waited.append)
+    assert _points(paths) == [(1, 1.0)] and _said(paths) == [AWAY, BACK]
+
+
+def test_a_journal_outlives_kills(tmp_path: Path) -> None:
+    """A line that was cut off would stop all that come after it."""
+    journal = Journal(tmp_path / "metrics.jsonl")
+    assert journal.is_sent and not list(journal.unsent())
+    journal.append({"step": 1})
+    with open(journal.path, "ab") as file:
+        file.write(b'{"step": 2, "met')
+    assert [record["step"] for record, _ in journal.unsent()] == [1], "it may still be in the middle of it"
+    journal.append({"step": 3})
+    assert [record["step"] for record, _ in journal.unsent()] == [1, 3]
+    journal.note_sent(next(place for _, place in journal.unsent()))
+    assert [record["step"] for record, _ in journal.unsent()] == [3] and not journal.is_sent
+    (tmp_path / "metrics.sent").write_text("")
+    assert len(list(journal.unsent())) == 2, "sent again rather than never"
+
+
+def test_how_long_a_run_waits_may_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour is too long for one, too short for another."""
+    assert wait_seconds() == 3600
+    monkeypatch.setenv("TUNDISH_MLFLOW_WAIT", "1.5")
+    assert wait_seconds() == 1.5
+    monkeypatch.setenv("TUNDISH_MLFLOW_WAIT", "long")
+    assert wait_seconds() == 3600
+
+
+def test_what_is_new_is_sent_by_itself(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would see a curve before the run's end."""
+    monkeypatch.setattr("tundish.publishing.PAUSE_SECONDS", 0.05)
+    paths = _run(make_run, "chat-1")
+    publisher = Publisher(channels(paths), paths.events)
+    publisher.start()
+    _log(paths, 1)
+    from tests.runs.processes import wait_until
+
+    wait_until(lambda: Journal(paths.metrics).is_sent, 60)
+    _log(paths, 2)
+    publisher.finish()
+    assert Journal(paths.metrics).is_sent and _points(paths) == [(1, 1.0), (2, 2.0)]
