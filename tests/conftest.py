@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from hypothesis import configuration, settings
 
 # The same examples in every run, and nothing kept in the checkout; the machine may be busy with other things.
@@ -133,6 +134,16 @@ class MLflowServer:
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         self._running.enter_context(self._serving(command, self.port, self.folder / "log"))
+        end = time.monotonic() + 120  # it listens before it answers
+        while not self._answers():
+            assert time.monotonic() < end, (self.folder / "log").read_text()
+            time.sleep(0.2)
+
+    def _answers(self) -> bool:
+        try:
+            return requests.get(f"{self.uri}/health", timeout=5).text == "OK"
+        except requests.RequestException:
+            return False
 
     def stop(self) -> None:
         self._running.close()

@@ -216,8 +216,8 @@ def publish_all(paths: RunFolder, seconds: float, sleep: Callable[[float], None]
     while (failure := publisher.attempt()) is not None:
         if time.monotonic() + pause > end:
             raise StageError(
-                f"{failure.message} It was waited for {events.short_duration(seconds)} ({WAIT_VARIABLE} says how "
-                "long). Metrics and checkpoints are kept, and published with the model."
+                f"{failure.message} The run has waited {events.short_duration(seconds)} for it "
+                f"({WAIT_VARIABLE} sets the seconds). Metrics and checkpoints are kept, and published with the model."
             )
         sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
