@@ -191,6 +191,11 @@ def decided(text: str) -> dict[str, Any]:
     return {key: value for key, value in flat(yaml.safe_load(text)).items() if key in DECIDED}
 
 
+def checkpoints_to_keep(text: str) -> int:
+    """How many checkpoints a run's YAML leaves; less than 1: all."""
+    return int(yaml.safe_load(text)["save_num_checkpoints_to_keep"])
+
+
 def _interval(spec: RunSpec) -> str:
     """How often to evaluate and to save: at most ten times in a run, and at its end."""
     duration = spec.training_duration

@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
 from tundish import events
 from tundish.checkpoints import list_checkpoints
 from tundish.checkpoints.places import Place
 from tundish.errors import StageError, TundishError
+from tundish.foundry import checkpoints_to_keep
 from tundish.journal import Journal
 from tundish.mlflow_client import quiet, told
 from tundish.run_folder import RunFolder, Tracking
@@ -133,8 +132,7 @@ def channels(paths: RunFolder) -> list[Channel]:
     found: list[Channel] = [Metrics(paths, tracking), Artifacts(paths, tracking)]
     place = Place(tracking.save_folder)
     if place.is_remote:
-        content = yaml.safe_load(paths.foundry_yaml.read_text())
-        found.append(Checkpoints(place, int(content["save_num_checkpoints_to_keep"])))
+        found.append(Checkpoints(place, checkpoints_to_keep(paths.foundry_yaml.read_text())))
     return found
 
 
