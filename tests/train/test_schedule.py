@@ -125,3 +125,22 @@ def test_a_change_that_a_killed_process_has_made_counts(ranks: Any, plan: Plan, 
     file.write_text(yaml.safe_dump(content))
     second: Trained = ranks.train(file, 1, tmp_path / "second")
     assert second.ok and second.rates == [0.0], second.log[-3000:]
+
+
+def test_a_finished_run_goes_on_as_if_it_had_been_longer_from_the_beginning(
+    ranks: Any, plan: Plan, tmp_path: Path
+) -> None:
+    """One more epoch would begin with an empty optimizer, or train the first epoch's batches once more."""
+    # A schedule that does not know the end, so that the two runs can be compared.
+    constant = {"scheduler": {"name": "constant_with_warmup", "t_warmup": "1ba"}}
+    whole, longer = (plan(name, training_duration="2ep", overrides=constant) for name in ("whole", "longer"))
+    assert ranks.train(whole, 1, tmp_path / "whole out").ok
+    text = longer.read_text()
+    longer.write_text(text.replace("max_duration: 2ep", "max_duration: 1ep"))
+    first: Trained = ranks.train(longer, 1, tmp_path / "first")
+    longer.write_text(text)
+    second: Trained = ranks.train(longer, 1, tmp_path / "second")
+    assert first.ok and second.ok, second.log[-3000:]
+    assert min(second.losses) == max(first.losses) + 1
+    found, expected = weights(longer), weights(whole)
+    assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in found)
