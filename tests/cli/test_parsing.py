@@ -21,6 +21,8 @@ Capture = pytest.CaptureFixture[str]
         ("create --train-data x", "`tundish create` has no option --train-data. Did you mean --train-data-path"),
         ("create --device tpu", "argument --device: found 'tpu'; allowed is gpu or cpu."),
         ("list chat-1", "found 'chat-1', which `tundish list` does not take."),
+        ("create --context-length 12x", "argument --context-length: found '12x'; allowed is a whole number."),
+        ("list --limit 0", "argument --limit: found '0'; allowed is a whole number from 1."),
         ("get", "the following arguments are required: RUN"),
     ],
 )

@@ -16,6 +16,7 @@ import yaml
 
 from tundish import foundation_model as fm
 from tundish.address import Beside, local_path
+from tundish.cli.parsing import whole
 from tundish.compute import Compute
 from tundish.errors import SpecError, did_you_mean
 
@@ -83,7 +84,9 @@ def add_create_options(command: argparse.ArgumentParser, required: Iterable[str]
         group = command.add_argument_group(title)
         for name, metavar in names.items():
             kind = str(parameters[name].annotation)
-            settings: dict[str, Any] = {"nargs": "+"} if "Sequence" in kind else {"type": int} if "int" in kind else {}
+            settings: dict[str, Any] = (
+                {"nargs": "+"} if "Sequence" in kind else {"type": whole} if "int" in kind else {}
+            )
             # Not required of the parser: create() tells all problems at once.
             text = f"(required) {texts[name]}" if name in required else texts[name]
             group.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=_help(text), **settings)
@@ -108,7 +111,7 @@ def add_compute_options(command: argparse.ArgumentParser) -> None:
         elif kind.startswith("Mapping"):
             settings["action"], text = "append", f"{text} (repeatable)"
         elif kind == "int":
-            settings["type"] = int
+            settings["type"] = whole
         group.add_argument(option, dest=name, help=_help(text), **settings)
 
 
@@ -273,6 +276,8 @@ def check_names(where: str, arguments: Iterable[Any]) -> None:
     known = inspect.signature(fm.create).parameters
     if unknown := sorted(str(key) for key in arguments if key not in known):
         near = "".join(did_you_mean(key, known) for key in unknown[:1])
+        if "." in unknown[0]:
+            near = f" An LLM-Foundry key is written overrides.{unknown[0]}."
         raise SpecError(f"{where}: create() has no argument {', '.join(unknown)}; it has {', '.join(known)}.{near}")
 
 

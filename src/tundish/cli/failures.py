@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -32,7 +33,9 @@ def report(error: BaseException, words: Sequence[str]) -> int:
     streams.flush()
     failure = _failure(error)
     message = redacted(failure.message)  # what other libraries say, too
-    print(f"tundish: {printable(message)}{failure.more}", file=sys.stderr)
+    # What was given by mistake, such as a whole file, is not repeated whole.
+    shown = re.sub(r"\S{500,}", lambda word: f"{word[0][:200]}…{word[0][-100:]}", printable(message))
+    print(f"tundish: {shown}{failure.more}", file=sys.stderr)
     if os.environ.get(TRACEBACK):
         print(redacted("".join(traceback.format_exception(error))), file=sys.stderr)
     if "--json" in words:

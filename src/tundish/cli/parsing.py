@@ -109,13 +109,24 @@ class CommandParser(Parser):
         return f"`{self.prog}` has no option {option}.{near} `{self.prog} --help` lists its options."
 
 
+def whole(text: str) -> int:
+    """The type of an option that is a whole number.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not re.fullmatch(r"-?\d{1,9}", text):
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed is a whole number.")
+    return int(text)
+
+
 def positive(text: str) -> int:
     """The type of an option that counts something.
 
     Raises:
         argparse.ArgumentTypeError: it is no whole number from 1.
     """
-    if not re.fullmatch(r"0*[1-9]\d{0,8}", text):
+    if whole(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}; allowed is a whole number from 1.")
     return int(text)
 

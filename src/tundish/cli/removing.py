@@ -10,7 +10,6 @@ from tundish.cli.parsing import Command
 from tundish.errors import RequestError, SpecError
 from tundish.paths import home
 from tundish.runs import cleaning, removing, selecting
-from tundish.runs.reading import find_run
 
 UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -31,7 +30,7 @@ def rm_options(command: argparse.ArgumentParser) -> None:
 
 def rm(arguments: argparse.Namespace) -> int:
     """`tundish rm RUN…`."""
-    names = [find_run(run).folder.name if arguments.yes else selecting.named(run) for run in arguments.runs]
+    names = selecting.all_named(arguments.runs, exactly=arguments.yes)
     if arguments.older_than is not None:
         old = removing.ended_before(datetime.now().astimezone() - _age(arguments.older_than))
         names = old if not names else [name for name in names if name in old]

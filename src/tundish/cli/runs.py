@@ -107,7 +107,7 @@ def cancel_options(command: argparse.ArgumentParser) -> None:
 
 def cancel(arguments: argparse.Namespace) -> int:
     """`tundish cancel`."""
-    names = [selecting.named(run) for run in arguments.runs]
+    names = selecting.all_named(arguments.runs)
     canceled, asked = control.cancel(names, arguments.experiment_id)
     if arguments.json:
         return print_json({"canceled": canceled, "asked": asked})

@@ -14,7 +14,7 @@ from tundish.cli.arguments import (
     replaced,
 )
 from tundish.cli.output import add_json, add_run, print_json, record
-from tundish.cli.parsing import Command
+from tundish.cli.parsing import Command, whole
 from tundish.errors import Interrupted
 from tundish.progress import bar, watch
 from tundish.runs import creating, selecting
@@ -65,7 +65,7 @@ def render_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--master-addr", metavar="HOST", help="with --launch: the first host's address, as the others reach it"
     )
-    command.add_argument("--master-port", metavar="PORT", type=int, default=29500, help="… a port of it that is free")
+    command.add_argument("--master-port", metavar="PORT", type=whole, default=29500, help="… a port of it that is free")
     add_create_options(command)
 
 

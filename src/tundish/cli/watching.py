@@ -9,7 +9,7 @@ from typing import Any
 
 from tundish import foundation_model as fm
 from tundish.cli.output import PICTURES, add_json, add_run, new_file, print_json, print_table
-from tundish.cli.parsing import Command, positive
+from tundish.cli.parsing import Command, positive, whole
 from tundish.errors import Interrupted, RequestError, SpecError, did_you_mean
 from tundish.run_folder import RunFolder
 from tundish.runs import selecting
@@ -33,7 +33,7 @@ def logs_options(command: argparse.ArgumentParser) -> None:
         metavar="STAGE",
         help="prepare, train, export, register or supervisor (default: the stage that wrote last)",
     )
-    command.add_argument("--rank", type=int, metavar="N", help="what rank N printed while training (default 0)")
+    command.add_argument("--rank", type=whole, metavar="N", help="what rank N printed while training (default 0)")
     command.add_argument(
         "-n", "--lines", type=positive, default=LINES, metavar="N", help=f"last lines (default {LINES})"
     )

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -63,6 +63,27 @@ def named(given: str) -> str:
         shown = ", ".join(near[:CANDIDATES]) + (f" and {len(near) - CANDIDATES} more" if len(near) > CANDIDATES else "")
         raise RequestError(f"{given!r} is the beginning of {len(near)} runs: {shown}. Give more letters.")
     return near[0] if near else find_run(given).folder.name
+
+
+def all_named(given: Iterable[str], *, exactly: bool = False) -> list[str]:
+    """The names of several runs; where one is not found, all such are told.
+
+    Args:
+        given: as for `named`.
+        exactly: only whole names count.
+
+    Raises:
+        RunNotFoundError: there is none of a name, or several begin so.
+    """
+    names, problems = list[str](), list[str]()
+    for each in given:
+        try:
+            names.append(find_run(each).folder.name if exactly else named(each))
+        except (RunNotFoundError, RequestError) as error:
+            problems.append(error.message)
+    if problems:
+        raise RunNotFoundError("\n".join(problems))
+    return names
 
 
 def named_or_address(given: str) -> str:
