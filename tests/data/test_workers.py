@@ -301,3 +301,42 @@ def test_workers_leave_an_interrupt_to_their_parent(parent: Any) -> None:
         worker.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert [_is_alive(worker) for worker in workers] == [True] * 3
+
+
+INTERRUPTED = """
+import sys, time
+from pathlib import Path
+from tundish.data.workers import Workers, guarded
+
+def work(half_written):
+    half_written.touch()
+    try:
+        with Workers(2) as workers:
+            for number in workers.map(wait, ((number,) for number in range(9))):
+                print(number, flush=True)
+    finally:
+        half_written.unlink()
+
+def wait(number):
+    time.sleep(600 if number > 3 else 0)
+    return number
+
+guarded(work, Path(sys.argv[1]))
+"""
+
+
+def test_an_interrupt_leaves_neither_processes_nor_files(tmp_path: Path) -> None:
+    """Ctrl+C would leave processes that go on, and folders that are half written."""
+    script, half_written = tmp_path / "parent.py", tmp_path / "half"
+    script.write_text(INTERRUPTED)
+    command = [sys.executable, str(script), str(half_written)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for number in range(4):
+            assert process.stdout.readline() == b"%d\n" % number
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) == 3 and half_written.exists()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stderr.read().count(b"Traceback") == 1, "the caller's own"
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive and not half_written.exists()
