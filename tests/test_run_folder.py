@@ -95,7 +95,7 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     ),
     "spec with a wrong time": (_changed("spec.json", created_at="now"), "spec.json", "Invalid isoformat string: 'now'"),
     "spec with a local time": (_changed("spec.json", created_at="2026-11-21"), "spec.json", "a time with its zone"),
-    "spec of another run": (_changed("spec.json", run_name="b"), "spec.json", "is of the run 'b', so this folder was"),
+    "spec of another run": (_changed("spec.json", run_name="b"), "spec.json", "is of the run 'b': this folder was"),
     "spec missing": (lambda run: run.spec.unlink(), "spec.json", "is missing"),
     "spec a folder": (_folder("spec.json"), "spec.json", "is a folder"),
     "spec a pipe": (_pipe("spec.json"), "spec.json", "is not a regular file"),
@@ -217,7 +217,7 @@ def test_names_of_other_things_among_the_runs_are_shown(make_run: MakeRun, home:
     assert {name: run.run_progress for name, run in found.items()} == {
         "ift-1": "COMPLETED", "copy of ift 1": "DAMAGED", "ünïcode": "DAMAGED",
     }  # fmt: skip
-    assert "is of the run 'ift-1', so this folder was copied or renamed" in (found["copy of ift 1"].details or "")
+    assert "is of the run 'ift-1': this folder was copied, or renamed from it" in (found["copy of ift 1"].details or "")
     with pytest.raises(RunDamagedError, match=r"ünïcode/spec\.json: is missing"):
         fm.get("ünïcode")
     with pytest.raises(RunNotFoundError):

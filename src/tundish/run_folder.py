@@ -116,7 +116,7 @@ class RunFolder(RunPaths):
         with self._reading(self.spec, "Restore it"):
             spec = RunSpec.from_json(read_regular(self.spec, RECORD_BYTES))
             if spec.run_name != self.folder.name:
-                raise ValueError(f"is of the run {spec.run_name!r}, so this folder was copied or renamed")
+                raise ValueError(f"is of the run {spec.run_name!r}: this folder was copied, or renamed from it")
         return spec
 
     def read_tracking(self) -> Tracking:

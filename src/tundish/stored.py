@@ -105,6 +105,8 @@ def _value(hint: Any, value: Any) -> Any:
     Raises:
         ValueError: it is of another type.
     """
+    if hint is type(value):
+        return value
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
