@@ -47,7 +47,8 @@ def test_the_last_exception_of_a_log_is_the_cause(text: str, found: str) -> None
     [
         "",
         LAUNCHER,
-        "INFO: 0 Errors\nan Error: in a sentence\n  ValueError: quoted and indented\nExitStack closed\nException in thread 1\n",
+        "INFO: 0 Errors\nan Error: in a sentence\n  ValueError: quoted and indented\nExitStack closed\n",
+        "Exception in thread 1\n",
     ],
 )
 def test_a_log_without_an_exception_has_no_cause(text: str) -> None:
