@@ -10,6 +10,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from tundish.errors import did_you_mean
+from tundish.text import INSTEAD_OF_SECRETS, names_secret, redacted
+
 PLANNED_GIB = 80.0
 """Of a GPU where none can be asked."""
 
@@ -92,8 +95,9 @@ def _check_job(given: dict[str, Any]) -> None:
         ValueError: what would not be one option of the job, or is there without Slurm.
     """
     options = given.get("sbatch", {})
-    if given.get("launcher") != "slurm" and (options or given.get("time_limit") is not None):
-        raise ValueError("found sbatch or time_limit; they go with launcher 'slurm'. Add it, or leave them out.")
+    unused = [name for name in ("sbatch", "time_limit", "grace_s") if given.get(name) not in (None, {})]
+    if given.get("launcher") != "slurm" and unused:
+        raise ValueError(f"found {', '.join(unused)}; of use only with launcher 'slurm'. Add it, or leave them out.")
     limit = given.get("time_limit")
     if limit is not None and not TIME_LIMIT.fullmatch(str(limit)):
         raise ValueError(f"found time_limit {limit!r}; allowed is text like '12:00:00' or '2-00:00:00'.")
@@ -107,9 +111,15 @@ def _check_job(given: dict[str, Any]) -> None:
     texts = {str(name).lstrip("-"): "" if value is True else str(value) for name, value in chosen.items()}
     for name, value in texts.items():
         if name not in JOB_OPTIONS:
-            raise ValueError(f"found option {name!r} in sbatch; allowed are {', '.join(sorted(JOB_OPTIONS))}.")
+            instead = f" {INSTEAD_OF_SECRETS}" if names_secret(name) else ""
+            text = f"found option {name!r} in sbatch; allowed are {', '.join(sorted(JOB_OPTIONS))}.{instead}"
+            raise ValueError(f"{text}{did_you_mean(name, JOB_OPTIONS)}")
         if not re.fullmatch(r"[\w.,:=@%/+*&|()\[\]-]*", value, re.ASCII):
             raise ValueError(f"found {value!r} as {name} in sbatch; allowed is text without blanks and quotes.")
+        if redacted(value) != value:
+            raise ValueError(
+                f"{name} in sbatch holds a secret, which the job's script would show. {INSTEAD_OF_SECRETS}"
+            )
     given["sbatch"] = texts
 
 

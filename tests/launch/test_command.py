@@ -1,12 +1,13 @@
 """launch/command.py: the launcher gets the right processes, logs and environment."""
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tundish.compute import Compute
-from tundish.launch.command import train_command, train_environment
+from tundish.launch.command import node_script, train_command, train_environment
 from tundish.run_folder import RunFolder
 
 PATHS = RunFolder(Path("/runs/recorded"))
@@ -45,3 +46,21 @@ def test_ranks_on_a_cpu_share_its_cores(cores: int, ranks: int, threads: str) ->
 def test_ranks_on_gpus_keep_the_caller_s_devices() -> None:
     """The GPUs that the caller chose would be hidden or replaced."""
     assert not {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"} & set(train_environment(GPU, PATHS, 8))
+
+
+@pytest.mark.parametrize("text", ["$(touch ran)", "`touch ran`", '"; touch ran; "', "a b", "$(touch ran)$x"])
+def test_values_of_a_script_are_words(tmp_path: Path, text: str) -> None:
+    """`--master-addr '$(…)'` ran on every host; so would a folder's name."""
+    paths = RunFolder(tmp_path / text / "run")
+    script = node_script(CPU, paths, rank="0", address=text, port="1")
+    started = tmp_path / "started"
+    # In the launcher's place, a program that writes down what it is given.
+    show = f'#!/bin/sh\nfor word; do echo "$word"; done > {started}\n'
+    (tmp_path / "show").write_text(show)
+    (tmp_path / "show").chmod(0o755)
+    paths.logs.mkdir(parents=True)
+    script = script.replace(sys.executable, str(tmp_path / "show"))
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True)
+    words = started.read_text().splitlines()
+    assert words[words.index("--master_addr") + 1] == text
+    assert str(paths.foundry_yaml) in words and not (tmp_path / "ran").exists()

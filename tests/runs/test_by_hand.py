@@ -20,7 +20,7 @@ def test_each_host_gets_its_own_number_and_the_first_one_s_address(arguments: di
     texts = scripts({**arguments, "compute": TWO}, "10.0.0.1", 29501)
     assert list(texts) == ["node0.sh", "node1.sh"]
     for number, text in enumerate(texts.values()):
-        assert f'--world_size 4 --node_rank "{number}" --master_addr "10.0.0.1" --master_port "29501"' in text
+        assert f"--world_size 4 --node_rank {number} --master_addr 10.0.0.1 --master_port 29501" in text
         assert "-n 2 " in text and "export FSDP_VERSION=2" in text and "export OMP_NUM_THREADS=" in text
         assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
 
@@ -65,8 +65,55 @@ def test_a_folder_holds_all_that_hosts_need(arguments: dict[str, Any], tmp_path:
 
     # Fewer hosts later: the same batches, the same MLflow run.
     del given["overrides"]
-    (only,) = write({**given, "compute": {"device": "cpu", "devices_per_node": 1}}, "127.0.0.1", 29500, out)
+    (only,) = write({**given, "compute": {"device": "cpu", "devices_per_node": 1}}, None, 29500, out)
     assert not (out / "node1.sh").exists() and f"export MLFLOW_RUN_ID={run_id}" in only.read_text()
     assert yaml.safe_load((out / "foundry.yaml").read_text())["global_train_batch_size"] == 4
     with pytest.raises(SpecError, match="batches of 4 rows must be shared equally"):
-        write({**given, "compute": {"device": "cpu", "devices_per_node": 3}}, "127.0.0.1", 29500, out)
+        write({**given, "compute": {"device": "cpu", "devices_per_node": 3}}, None, 29500, out)
+
+
+@pytest.mark.parametrize(
+    "address", ["$(touch ran)", "`touch ran`", "a b", "a;b", "-x", "", "$HOME", "10.0.0.1\n", "a" * 300, "http://x"]
+)
+def test_an_address_is_a_host_s(arguments: dict[str, Any], address: str) -> None:
+    """`$(…)` would run on each host that the script is started on."""
+    with pytest.raises(SpecError, match=r"^--master-addr: found .*; allowed is the name of a host, or its IP address"):
+        scripts({**arguments, "compute": TWO}, address, 29500)
+
+
+@pytest.mark.parametrize("address", ["node-1", "gpu01.lab.example.org", "10.0.0.1", "fe80::1", "fe80::1%eth0", "::1"])
+def test_names_and_addresses_of_hosts_are_taken(arguments: dict[str, Any], address: str) -> None:
+    """Somebody's cluster could not be used."""
+    assert f"--master_addr {address} " in scripts({**arguments, "compute": TWO}, address, 29500)["node1.sh"]
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (["--master-addr=10.0.0.1"], "--master-addr is of no use without --launch"),
+        (["--master-port=1"], "--master-port is of no use without --launch"),
+        (["--out=x"], "--out is of no use without --launch"),
+        (["--launch", "--master-addr=10.0.0.1"], "--master-addr is of no use without several --nodes"),
+        (["--launch", "--master-port=70000"], "--master-port: found 70000; allowed is a number from 1 to 65535"),
+    ],
+)
+def test_options_without_use_are_refused(
+    arguments: dict[str, Any], capsys: pytest.CaptureFixture[str], options: list[str], found: str
+) -> None:
+    """The caller would believe that they were heeded."""
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
+    assert main(["render", *given, "--device=cpu", *options]) == 2
+    assert found in capsys.readouterr().err
+
+
+def test_what_is_printed_can_be_copied(
+    arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder's name with a blank, or worse, would be another command in the reader's shell."""
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
+    out = tmp_path / "it's $(touch ran)"
+    assert main(["render", *given, "--device=cpu", "--devices=1", "--launch", f"--out={out}"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    command = line.partition(":  ")[2].replace("bash ", "bash -n ", 1)
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and not (tmp_path / "ran").exists()

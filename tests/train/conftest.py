@@ -49,6 +49,11 @@ class Trained:
         return json.loads((self.folder / "tables.json").read_text())
 
     @property
+    def listening(self) -> list[list[str]]:
+        """For each rank, the addresses at which it listens."""
+        return [json.loads(path.read_text()) for path in sorted(self.folder.glob("listening*.json"))]
+
+    @property
     def log(self) -> str:
         return "\n".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("rank*.log")))
 

@@ -3,7 +3,8 @@
 `python ranks.py` reads one run a line from its input, as JSON: `yaml`, `world`, `folder` (for logs and results) and
 `environment`. It answers with the ranks' process ids when they are started, and with their exit codes when they have
 ended. Rank 0 leaves in the folder `losses.json`, the loss of each batch, `rates.json` (the learning rate of each
-step as it was used and logged, and the tokens trained before it), and `tables.json`. With GREEDY, eval prompts are
+step as it was used and logged, and the tokens trained before it), and `tables.json`; each rank, in
+`listening#.json`, the addresses at which it listens. With GREEDY, eval prompts are
 answered without chance.
 
 Things that happen to the rank whose environment names it:
@@ -137,6 +138,8 @@ def _rank(run: dict[str, Any], rank: int, port: int) -> None:
     entry.build_trainer = build
     sys.argv = ["tundish.train", run["yaml"]]
     entry.main()
+    ports = [link.laddr for link in psutil.Process().net_connections("tcp") if link.status == psutil.CONN_LISTEN]
+    (Path(run["folder"]) / f"listening{rank}.json").write_text(json.dumps([place.ip for place in ports]))
     if rank == 0:
         losses = {int(time.batch): value for time, value in build.memory.data.get("loss/train/total", [])}
         (Path(run["folder"]) / "losses.json").write_text(json.dumps(losses))

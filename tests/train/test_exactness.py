@@ -23,6 +23,9 @@ def _run(ranks: Any, plan: Plan, tmp_path: Path, name: str, world: int = 1, **mo
     more = {"samples": 43, "learning_rate": 1e-4} | more
     trained: Trained = ranks.train(plan(name, world, **more), world, tmp_path / f"{name} out")
     assert trained.ok, trained.log[-3000:]
+    # Whoever can reach the machine could join in, or send what a rank would unpickle.
+    assert len(trained.listening) == world and {ip for rank in trained.listening for ip in rank} <= {"127.0.0.1"}
+    assert world == 1 or trained.listening[0], "rank 0 of several listens for the others"
     return trained
 
 

@@ -19,6 +19,7 @@ from tundish.address import Beside, local_path
 from tundish.cli.parsing import whole
 from tundish.compute import Compute
 from tundish.errors import SpecError, did_you_mean
+from tundish.text import INSTEAD_OF_SECRETS, names_secret
 
 PATH_ARGUMENTS = ("model", "train_data_path", "eval_data_path", "custom_weights_path")
 LARGEST_FILE = 1 << 20
@@ -278,6 +279,7 @@ def check_names(where: str, arguments: Iterable[Any]) -> None:
         near = "".join(did_you_mean(key, known) for key in unknown[:1])
         if "." in unknown[0]:
             near = f" An LLM-Foundry key is written overrides.{unknown[0]}."
+        near += f" {INSTEAD_OF_SECRETS}" if any(map(names_secret, unknown)) else ""
         raise SpecError(f"{where}: create() has no argument {', '.join(unknown)}; it has {', '.join(known)}.{near}")
 
 

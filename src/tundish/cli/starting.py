@@ -1,6 +1,7 @@
 """The commands that start a run, or show what would start: create, run, render, resume."""
 
 import argparse
+import shlex
 
 from tundish import foundation_model as fm
 from tundish.address import local_path
@@ -15,10 +16,12 @@ from tundish.cli.arguments import (
 )
 from tundish.cli.output import add_json, add_run, print_json, record
 from tundish.cli.parsing import Command, whole
-from tundish.errors import Interrupted
+from tundish.errors import Interrupted, SpecError
 from tundish.progress import bar, watch
 from tundish.runs import creating, selecting
 from tundish.runs.records import TrainingRun
+
+FIRST_PORT = 29500
 
 
 def create_options(command: argparse.ArgumentParser) -> None:
@@ -65,7 +68,9 @@ def render_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--master-addr", metavar="HOST", help="with --launch: the first host's address, as the others reach it"
     )
-    command.add_argument("--master-port", metavar="PORT", type=whole, default=29500, help="… a port of it that is free")
+    command.add_argument(
+        "--master-port", metavar="PORT", type=whole, help=f"… a port of it that is free (default {FIRST_PORT})"
+    )
     add_create_options(command)
 
 
@@ -73,6 +78,9 @@ def render(arguments: argparse.Namespace) -> int:
     """`tundish render`."""
     if arguments.launch:
         return _launch(arguments)
+    for option in ("out", "master_addr", "master_port"):
+        if getattr(arguments, option) is not None:
+            raise SpecError(f"--{option.replace('_', '-')} is of no use without --launch. Add that, or leave it out.")
     print(creating.render_only(create_arguments(arguments)), end="")
     return 0
 
@@ -81,12 +89,15 @@ def _launch(arguments: argparse.Namespace) -> int:
     """Print what starts the run, or make a folder of it."""
     from tundish.runs import by_hand
 
-    given, where = create_arguments(arguments), (arguments.master_addr, arguments.master_port)
+    port = FIRST_PORT if arguments.master_port is None else arguments.master_port
+    if not 0 < port < 1 << 16:
+        raise SpecError(f"--master-port: found {port}; allowed is a number from 1 to 65535.")
+    given, where = create_arguments(arguments), (arguments.master_addr, port)
     if arguments.out is None:
         print("\n".join(by_hand.scripts(given, *where).values()), end="")
         return 0
     for host, script in enumerate(by_hand.write(given, *where, local_path(arguments.out, "--out"))):
-        print(f"On host {host}:  bash {script}")
+        print(f"On host {host}:  bash {shlex.quote(str(script))}")
     return 0
 
 

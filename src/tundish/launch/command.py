@@ -1,5 +1,6 @@
 """The command lines and environment with which each node starts its ranks; pure."""
 
+import re
 import shlex
 import sys
 
@@ -23,24 +24,29 @@ def node_script(compute: Compute, paths: RunPaths, *, rank: str, address: str, p
     Args:
         compute: where to train.
         paths: of the run.
-        rank: the node's number, from 0, or a shell variable that holds it.
-        address: of the first node, or a shell variable.
-        port: of the first node, or a shell variable.
+        rank: the node's number, from 0, or the name of a shell variable that holds it, after its `$`.
+        address: of the first node, or such a variable.
+        port: of the first node, or such a variable.
     """
     first = f'train-rank"$(({rank} * {compute.devices_per_node}))".log'
-    nodes = f'--world_size {compute.devices} --node_rank "{rank}" --master_addr "{address}" --master_port "{port}"'
+    nodes = f"--world_size {compute.devices} --node_rank {_word(rank)} --master_addr {_word(address)}"
     return f"""\
 # Asked to end, the ranks save a checkpoint first; the launcher must not end before them.
 trap "" TERM USR1
 # Not a shared folder: there, ranks of several nodes remove the signal files of each other.
 folder=$(mktemp -d) && cd "$folder" || exit 1
 {shlex.join(_launcher(compute, paths))} \\
-  {nodes} \\
+  {nodes} --master_port {_word(port)} \\
   {shlex.join(_ranks(paths))} >> {shlex.quote(str(paths.logs))}/{first} 2>&1
 code=$?
 rm -rf "$folder"
 exit $code
 """
+
+
+def _word(value: str) -> str:
+    """One word of a shell's command: a variable's value, or the text itself, whatever it holds."""
+    return f'"{value}"' if re.fullmatch(r"\$\w+", value) else shlex.quote(value)
 
 
 def _launcher(compute: Compute, paths: RunPaths) -> list[str]:

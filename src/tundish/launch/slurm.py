@@ -88,7 +88,10 @@ def _options(compute: Compute, paths: RunPaths) -> dict[str, str]:
 
 
 def _value(value: str) -> str:
-    return "" if value == "" else "=" + (value if re.fullmatch(r"[\w.,:=@%/+-]+", value) else f'"{value}"')
+    """After an option's name; sbatch reads quotes and backslashes as a shell does."""
+    if value == "" or re.fullmatch(r"[\w.,:=@%/+-]+", value):
+        return value and f"={value}"
+    return '="' + re.sub(r'(["\\])', r"\\\1", value) + '"'
 
 
 def submit(paths: RunPaths, compute: Compute) -> None:

@@ -6,6 +6,7 @@ hosts or fewer, too.
 """
 
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -28,6 +29,9 @@ from tundish.runs.creating import destination_of, parsed_spec
 from tundish.runs.notes import tell_arguments
 from tundish.runs.tracking import open_tracking
 from tundish.spec import RunSpec
+
+HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,250}[A-Za-z0-9])?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[\w.-]+)?"
+"""A host's name or IPv4 address, or an IPv6 address."""
 
 
 def scripts(arguments: Mapping[str, Any], address: str | None, port: int) -> dict[str, str]:
@@ -73,8 +77,13 @@ def write(arguments: Mapping[str, Any], address: str | None, port: int, out: Pat
 
 def _planned(arguments: Mapping[str, Any], address: str | None) -> tuple[RunSpec, ModelCard]:
     spec, card = parsed_spec(arguments)
-    if address is None and spec.compute.nodes > 1 and spec.compute.launcher == "local":
+    by_hosts = spec.compute.nodes > 1 and spec.compute.launcher == "local"
+    if by_hosts and address is None:
         raise SpecError("--master-addr is missing: the other hosts must reach the first one. Give its address.")
+    if address is not None and not by_hosts:
+        raise SpecError("--master-addr is of no use without several --nodes that nobody schedules. Leave it out.")
+    if address is not None and not re.fullmatch(HOST, address):
+        raise SpecError(f"--master-addr: found {address!r}; allowed is the name of a host, or its IP address.")
     return spec, card
 
 

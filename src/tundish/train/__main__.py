@@ -56,7 +56,7 @@ from tundish.publishing import Checkpoints, Publisher, channels
 from tundish.run_folder import RunFolder
 from tundish.runs.notes import tell_plan
 from tundish.train.beats import Beats
-from tundish.train.gloo import GlooMean, name_interface
+from tundish.train.gloo import GlooMean, meet_on_loopback, name_interface
 from tundish.train.guard import has_learned, nothing_learned
 from tundish.train.loader import RowOrder
 from tundish.train.peers import Peers
@@ -83,6 +83,7 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     """The Trainer of a run's YAML, on this rank."""
     logged, config = make_dataclass_and_log_config(cfg, TrainConfig, TRAIN_CONFIG_KEYS, transforms="all")
     name_interface()
+    meet_on_loopback(config.dist_timeout)
     dist.initialize_dist(get_device(None), timeout=config.dist_timeout)
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         single_out_gloo()

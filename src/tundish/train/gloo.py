@@ -2,13 +2,16 @@
 
 import os
 import socket
+from datetime import timedelta
 from ipaddress import ip_address
 
 import psutil
 import torch
 from composer import Callback, Logger, State
-from composer.utils import dist
+from composer.utils import dist, get_device
+from torch.distributed import TCPStore
 
+LOOPBACK = "127.0.0.1"
 ANYWHERE = "192.0.2.1"
 """An address that nobody has (RFC 5737): on the way to it is the default route."""
 
@@ -33,14 +36,38 @@ class GlooMean(Callback):
 
 
 def name_interface() -> None:
-    """Choose the network by which the first node is reached, where there are several nodes and nobody has chosen.
+    """Choose the network by which ranks talk: on one machine its loopback, where nobody else can connect.
 
-    gloo asks for the address of this machine's own name, which is often a loopback address: rank 1 then fails at once,
-    and rank 0 waits for it without end.
+    Between several, that by which the first one is reached, where nobody has chosen: gloo asks for the address of this
+    machine's own name, which is often a loopback address; rank 1 then fails at once, and rank 0 waits without end.
     """
-    several = os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE")
-    if several and "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_to(os.environ["MASTER_ADDR"])):
+    if _one_machine():
+        if name := interface_to(LOOPBACK):
+            os.environ |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
+    elif "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_to(os.environ["MASTER_ADDR"])):
         os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def meet_on_loopback(timeout: float) -> None:
+    """Let several ranks of one machine find each other; PyTorch's own way would listen on every network.
+
+    Args:
+        timeout: seconds that a rank waits for the others, now and in every exchange.
+    """
+    world, rank = dist.get_world_size(), dist.get_global_rank()
+    if world == 1 or not _one_machine():
+        return
+    port, patience, listener = int(os.environ["MASTER_PORT"]), timedelta(seconds=timeout), None
+    if rank == 0:
+        listener = socket.create_server((LOOPBACK, port), backlog=world).detach()
+    # PyTorch's newer store takes no socket that was made for it.
+    store = TCPStore(LOOPBACK, port, world, rank == 0, patience, master_listen_fd=listener, use_libuv=False)
+    backend = get_device(None).dist_backend
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+
+
+def _one_machine() -> bool:
+    return os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE")
 
 
 def interface_to(host: str) -> str | None:
