@@ -1,6 +1,8 @@
 """Sending on what waits on a run's disk, to a real MLflow server that goes away and comes back."""
 
+import errno
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 
 from tundish import events
-from tundish.errors import StageError
+from tundish.errors import StageError, StoreError
 from tundish.journal import Journal
 from tundish.publishing import AWAY, BACK, Publisher, channels, publish_all, wait_seconds
 from tundish.run_folder import RunFolder
@@ -161,3 +163,39 @@ def test_what_is_new_is_sent_by_itself(make_run: MakeRun, monkeypatch: pytest.Mo
     _log(paths, 2)
     publisher.finish()
     assert Journal(paths.metrics).is_sent and _points(paths) == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_store_that_hangs_does_not_hold_up_the_end(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices would be held for minutes after the last batch."""
+    monkeypatch.setattr("tundish.publishing.PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("tundish.publishing.LAST_SECONDS", 0.1)
+    paths = RunFolder(make_run("chat-1", ("CREATED", "x")).folder)
+    hangs, asked = threading.Event(), threading.Event()
+
+    class Hanging:
+        def send(self) -> None:
+            asked.set()
+            hangs.wait()
+
+    class Away:
+        def send(self) -> None:
+            raise StoreError("http://x: nothing listens there", "Start it.")
+
+    publisher = Publisher([Away(), Hanging()], paths.events)
+    publisher.start()
+    assert asked.wait(60)
+    publisher.finish()
+    hangs.set()
+    assert _said(paths) == [AWAY]
+
+
+def test_a_full_disk_does_not_end_the_publisher(make_run: MakeRun) -> None:
+    """Nothing would be sent any more, and nobody be told."""
+    paths = RunFolder(make_run("chat-1", ("CREATED", "x")).folder)
+
+    class Full:
+        def send(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", str(paths.metrics))
+
+    failure = Publisher([Full()], paths.events).attempt()
+    assert failure is not None and "no space left on device" in failure.message and _said(paths) == [AWAY]

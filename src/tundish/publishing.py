@@ -4,6 +4,7 @@ Training writes to the disk alone and never waits for a server. One thread of th
 got rid of when training ends is sent before the model is registered, or when the run is resumed.
 """
 
+import contextlib
 import logging
 import os
 import threading
@@ -29,6 +30,8 @@ WAIT_SECONDS = 3600.0
 PAUSE_SECONDS = 2.0
 LONGEST_PAUSE_SECONDS = 30.0
 """Between two attempts at a store that is away."""
+LAST_SECONDS = 10.0
+"""For an attempt at a store that is away, when training ends."""
 MOST_METRICS = 1000
 """Of one request: MLflow's limit."""
 AWAY, BACK = "MLFLOW_AWAY", "MLFLOW_BACK"
@@ -156,16 +159,21 @@ class Publisher:
         failure: TundishError | None = None
         for way in self.ways:
             try:
-                way.send()
+                with told("what waits for MLflow"):  # the run's own disk may be full
+                    way.send()
             except TundishError as error:  # the other ways may be open
                 failure = failure or error
-        if failure is not None and not self._away:
-            text = "The run goes on: metrics and checkpoints wait on its disk, and are published when that works again."
-            self._tell(AWAY, f"{failure.message} {text}")
-        elif failure is None and self._away:
+                self._tell_away(error)
+        if failure is None and self._away:
+            self._away = False
             self._tell(BACK, "MLflow takes what is sent again; all metrics and checkpoints that waited are published.")
-        self._away = failure is not None
         return failure
+
+    def _tell_away(self, error: TundishError) -> None:
+        if not self._away:
+            self._away = True
+            text = "The run goes on: metrics and checkpoints wait on its disk, and are published when that works again."
+            self._tell(AWAY, f"{error.message} {text}")
 
     def start(self) -> None:
         """Go on with it until `finish`."""
@@ -173,12 +181,16 @@ class Publisher:
         self._thread.start()
 
     def finish(self) -> None:
-        """A last attempt; what is left is kept on the disk."""
-        if self._thread is not None:
-            self._ends.set()
-            self._thread.join()
-            self._thread = None
+        """Send the rest; a store that is away is not waited for: what is left is kept on the disk."""
+        if self._thread is None:
+            return
+        self._ends.set()
+        end = time.monotonic() + LAST_SECONDS
+        while self._thread.is_alive() and not (self._away and time.monotonic() > end):
+            self._thread.join(0.2)
+        if not self._thread.is_alive() and not self._away:
             self.attempt()
+        self._thread = None
 
     def _go_on(self) -> None:
         pause = PAUSE_SECONDS
@@ -188,7 +200,8 @@ class Publisher:
     def _tell(self, type: str, message: str) -> None:
         log.warning(message)
         if self.events_path is not None:
-            events.append(self.events_path, type, message)
+            with contextlib.suppress(OSError):  # the log has it
+                events.append(self.events_path, type, message)
 
 
 def wait_seconds() -> float:

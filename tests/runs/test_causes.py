@@ -33,6 +33,7 @@ Error occurred. Press Ctrl-C to exit.
         ("[rank1]: Traceback (most recent call last):\n[rank1]: RuntimeError: boom\n", "RuntimeError: boom"),
         ("KeyboardInterrupt\n", "KeyboardInterrupt"),
         ("tundish.errors.DataError: train.jsonl is gone\r\n", "tundish.errors.DataError: train.jsonl is gone"),
+        ("[rank0]: Exception: no such layer\n[rank0]: There are: a, b\n", "Exception: no such layer"),
         ("a.b_c.MyException: x\nINFO: closing\n", "a.b_c.MyException: x"),
     ],
 )
@@ -43,7 +44,12 @@ def test_the_last_exception_of_a_log_is_the_cause(text: str, found: str) -> None
 
 @pytest.mark.parametrize(
     "text",
-    ["", LAUNCHER, "INFO: 0 Errors\nan Error: in a sentence\n  ValueError: quoted and indented\nExitStack closed\n"],
+    [
+        "",
+        LAUNCHER,
+        "INFO: 0 Errors\nan Error: in a sentence\n  ValueError: quoted and indented\nExitStack closed\n",
+        "Exception in thread 1\n",
+    ],
 )
 def test_a_log_without_an_exception_has_no_cause(text: str) -> None:
     """Any line with the word error in it would be called the cause."""

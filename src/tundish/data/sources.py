@@ -264,7 +264,10 @@ def may_be_table(given: Address | str) -> bool:
     """Whether the data at an address may be a Delta table."""
     address = given if isinstance(given, Address) else Address.of(given)
     if address.kind == "path":
-        return (address.path / "_delta_log").is_dir()
+        try:
+            return (address.path / "_delta_log").is_dir()
+        except OSError:
+            return False  # too long for a path, or not to be entered: told when it is opened
     return address.kind == "table" or (address.kind == "object" and not address.text.endswith(LINE_SUFFIXES))
 
 

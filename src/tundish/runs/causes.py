@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from tundish.overrides import LESS_MEMORY
 from tundish.text import redacted
 
-ERROR_LINE = re.compile(r"^(?:\[rank\d+\]: *)?((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$")
+ERROR_LINE = re.compile(
+    r"^(?:\[rank\d+\]: *)?((?:[A-Za-z_]\w*\.)*(?:[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b|Exception(?=:|$)).*)$"
+)
 CRASHED = re.compile(r"Rank (\d+) crashed with exit code")
 LOST_NODE = re.compile(r"(node \d+ \([^)]*\) (?:has not been heard from|is heard from again).*)")
 QUOTED_LINES = 12
