@@ -143,6 +143,20 @@ def test_a_table_of_few_bytes_that_expands_is_told_by_row(arguments: dict[str, A
     assert "table (version 0), row 257: this row and those after it take more than 1,024 MiB." in str(error.value)
 
 
+def test_a_dataset_of_few_bytes_that_expands_is_a_sentence(
+    arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reader takes a whole group of rows at once, in the memory of the caller."""
+    monkeypatch.setattr(workers, "MEMORY_BYTES", 1 << 28)
+    (tmp_path / "texts").mkdir()
+    long = pa.DictionaryArray.from_arrays(pa.array([0] * 256, pa.int32()), ["a" * (1 << 21)])
+    rows = pa.table({"prompt": long, "response": ["b"] * 256})
+    pq.write_table(rows, tmp_path / "texts" / "train.parquet", compression="zstd", store_schema=False)
+    given = arguments | {"train_data_path": str(tmp_path / "texts" / "train"), "task_type": "INSTRUCTION_FINETUNE"}
+    with pytest.raises(SpecError, match=r"texts/train: its reader took more than 0\.25 GiB of memory\. Shorten"):
+        fm.validate(**given, learning_rate=-1)
+
+
 @pytest.mark.parametrize("verb", [fm.validate, fm.estimate])
 def test_the_caller_never_loads_a_tokenizer(arguments: dict[str, Any], verb: Callable[..., Any]) -> None:
     """What a tokenizer does to its process would be done to the caller's."""

@@ -13,6 +13,7 @@ from tundish.data.findings import Place
 from tundish.data.records import Rules
 from tundish.data.sources import Source
 from tundish.data.tables import BATCH_ROWS, bounded, sample_columns
+from tundish.data.workers import limited, took_memory
 from tundish.errors import DataError, SpecError
 from tundish.paths import content_root
 
@@ -67,7 +68,8 @@ def open_dataset(address: Address, rules: Rules) -> DatasetRows:
     Raises:
         SpecError: there is no such dataset or split, it lacks the columns, or it would run code.
     """
-    dataset = _load_dataset(address)
+    with limited(f"{address.given}: the reader of datasets"):
+        dataset = _load_dataset(address)
     columns = sample_columns(dataset.column_names, rules, address.given)
     return DatasetRows(address.given, rules, dataset.select_columns(columns))
 
@@ -129,6 +131,8 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error.__cause__, MemoryError):
+        return f"its reader {took_memory()}. Shorten its texts, or save it as JSONL."
     text = str(error).strip() or repr(error)
     if error.__cause__ is not None:
         text = f"{' '.join(text.split())} {error.__cause__}"

@@ -104,7 +104,8 @@ class DeltaRows:
         from deltalake.exceptions import DeltaError
 
         try:
-            table = _delta_table(uri)
+            with limited(f"{given}: the reader of the table's log"):
+                table = _delta_table(uri)
             _check_protocol(table, given)
             columns = sample_columns([field.name for field in table.schema().fields], rules, given)
             actions = table.get_add_actions()
