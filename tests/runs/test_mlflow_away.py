@@ -8,7 +8,7 @@ import pytest
 from tests.runs.processes import wait_until
 
 from tundish import foundation_model as fm
-from tundish.paths import RunPaths
+from tundish.run_folder import RunFolder
 from tundish.publishing import AWAY, BACK
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
@@ -49,7 +49,7 @@ def test_a_server_that_is_gone_costs_a_run_nothing_but_time(
     assert "Stage 'register' failed: " in details and "nothing listens there" in details
     assert "Metrics and checkpoints are kept" in details and f"`tundish resume {run.name}`" in details
     assert "TRAIN_FINISHED" in _types(run) and _types(run).count(AWAY) == 1
-    assert list(RunPaths(run.run_dir).export.glob("*.safetensors"))
+    assert list(RunFolder(run.run_dir).export.glob("*.safetensors"))
 
     mlflow_that_goes.start()
     done = fm.resume(run.name).wait(timeout=300)

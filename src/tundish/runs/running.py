@@ -139,7 +139,7 @@ def _watch(process: subprocess.Popen[bytes], paths: RunFolder) -> int:
         except subprocess.TimeoutExpired:
             text = watch.news()
         if text is not None:
-            found = [event.facts for event in events.read(paths.events) if event.type == "TRAIN_UPDATED"]
+            found = [event.facts for event in paths.read_events() if event.type == "TRAIN_UPDATED"]
             kept = {name: value for facts in found for name, value in facts.items() if name != "eta_s"}
             events.append(paths.events, "TRAIN_UPDATED", text, **kept)
 
