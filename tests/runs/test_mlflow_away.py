@@ -8,8 +8,8 @@ import pytest
 from tests.runs.processes import wait_until
 
 from tundish import foundation_model as fm
-from tundish.run_folder import RunFolder
 from tundish.publishing import AWAY, BACK
+from tundish.run_folder import RunFolder
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
 STEPS = 60
