@@ -8,9 +8,11 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tundish import foundation_model as fm
 from tundish.doctor import services
 from tundish.errors import RequestError, SpecError, StoreError
 from tundish.mlflow_client import check_artifacts, is_away, open_client, told, why
@@ -139,6 +141,17 @@ def test_a_database_of_another_mlflow_is_told(tmp_path: Path, monkeypatch: pytes
         database.commit()
     created, looked_at = _refusals(f"sqlite:///{tmp_path}/theirs.db", monkeypatch)
     assert "another version of MLflow has made it" in created and "another version" in looked_at
+
+
+def test_a_store_that_does_not_answer_leaves_nothing_to_undo(
+    arguments: dict[str, Any], home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A refusal would be told twice, and a folder be left that only a store that is gone could free."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(SpecError, match="nothing listens there"):
+        fm.create(**arguments)
+    assert not list((home / "runs").iterdir()) and not [one for one in caplog.records if "create()" in one.message]
 
 
 def test_doctor_makes_nothing(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def create(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> TrainingRu
     _check_save_folder(spec)
     drafts.undo_left()
     with drafts.reserved(spec.run_name) as draft:
-        draft.make(tracking_uri(), spec.experiment_path)
+        draft.make()
         _write_run(spec, draft)
         with interrupt_waits(Interrupted(spec.run_name)):
             draft.publish()
@@ -74,7 +74,8 @@ def _write_run(spec: RunSpec, draft: drafts.Draft) -> None:
     paths.logs.mkdir()
     tags = {"tundish.version": __version__, "tundish.run": spec.run_name, "mlflow.user": spec.created_by}
     tags |= {MARK: draft.mark}
-    tracking = open_tracking(spec.run_name, spec.experiment_path, tags, save_root(spec.overrides))
+    answers = partial(draft.note_mlflow, tracking_uri(), spec.experiment_path)
+    tracking = open_tracking(spec.run_name, spec.experiment_path, tags, save_root(spec.overrides), answers)
     tracking.write(paths)
     tell_arguments(tracking, spec)
     events.append(paths.events, "CREATED", "Run created. It waits to be scheduled.")

@@ -51,13 +51,16 @@ class Draft:
         self.started = False
         """From then on it stays."""
 
-    def make(self, tracking_uri: str, experiment_name: str) -> None:
-        """Make the folder, and keep what must be undone."""
+    def make(self) -> None:
+        """Make the folder."""
         self.folder.mkdir()
         (self.folder / "ballast").write_bytes(bytes(BALLAST_BYTES))
+        self.run.folder.mkdir()
+
+    def note_mlflow(self, tracking_uri: str, experiment_name: str) -> None:
+        """Keep what must be undone in a store that answers; called before anything is made there."""
         record = InMLflow(tracking_uri, experiment_name, self.mark)
         write_atomic(self.folder / "mlflow.json", json.dumps(asdict(record)) + "\n")
-        self.run.folder.mkdir()
 
     def publish(self) -> None:
         """Give the run its name."""

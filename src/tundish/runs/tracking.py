@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,13 @@ def _below(root: str, run_name: str) -> str:
     return f"{root.rstrip('/')}/{run_name}/checkpoints"
 
 
-def open_tracking(run_name: str, experiment_name: str, tags: dict[str, str], root: str | None = None) -> Tracking:
+def open_tracking(
+    run_name: str,
+    experiment_name: str,
+    tags: dict[str, str],
+    root: str | None = None,
+    answers: Callable[[], None] = lambda: None,
+) -> Tracking:
     """Make the experiment, where it does not exist, and the run.
 
     Args:
@@ -81,6 +88,7 @@ def open_tracking(run_name: str, experiment_name: str, tags: dict[str, str], roo
         experiment_name: MLflow's.
         tags: of the run.
         root: path or URI below which the checkpoints go; None = the run's MLflow artifacts.
+        answers: called when the store has answered, before anything is made in it.
 
     Raises:
         SpecError: MLflow refuses.
@@ -91,6 +99,7 @@ def open_tracking(run_name: str, experiment_name: str, tags: dict[str, str], roo
     try:
         with alone:
             client = open_client(uri)
+        answers()
         with told(uri), quiet(), impatient():
             experiment = client.get_experiment_by_name(experiment_name)
             experiment_id = experiment.experiment_id if experiment else _create_experiment(client, experiment_name, uri)
