@@ -279,6 +279,8 @@ def test_a_time_limit_leaves_time_before_its_end(limit: str, grace: int, good: b
         {"launcher": "slurm", "devices_per_node": 1, "time_limit": "soon"},
         {"sbatch": {"partition": "gpu"}},
         {"time_limit": "1:00:00"},
+        {"grace_s": 60},
+        {"launcher": "slurm", "devices_per_node": 1, "sbatch": {"comment": "hf_" + "a" * 30}},
         {"launcher": "ssh"},
     ],
 )
@@ -286,3 +288,9 @@ def test_what_makes_no_job_is_refused(given: dict[str, Any]) -> None:
     """Text of an argument would become another option of the job, or be ignored."""
     with pytest.raises(ValueError, match=r"found|missing"):
         Compute.parse(given)
+
+
+def test_an_option_that_names_a_secret_is_told_what_to_set_instead() -> None:
+    """The secret would stand in the job's script, for all who can read it."""
+    with pytest.raises(ValueError, match=r"found option 'api_key' in sbatch.*HF_TOKEN, WANDB_API_KEY"):
+        Compute.parse({"launcher": "slurm", "devices_per_node": 1, "sbatch": {"api_key": "x"}})

@@ -117,9 +117,8 @@ def _check_job(given: dict[str, Any]) -> None:
         if not re.fullmatch(r"[\w.,:=@%/+*&|()\[\]-]*", value, re.ASCII):
             raise ValueError(f"found {value!r} as {name} in sbatch; allowed is text without blanks and quotes.")
         if redacted(value) != value:
-            raise ValueError(
-                f"{name} in sbatch holds a secret, which the job's script would show. {INSTEAD_OF_SECRETS}"
-            )
+            text = f"found a secret as {name} in sbatch, which the job's script would show."
+            raise ValueError(f"{text} {INSTEAD_OF_SECRETS}")
     given["sbatch"] = texts
 
 
