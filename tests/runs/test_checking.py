@@ -98,13 +98,14 @@ def test_a_tokenizer_that_fills_the_memory_is_a_problem_of_the_model(
 
 @pytest.mark.usefixtures("nothing_starts")
 def test_a_tokenizer_that_ends_its_process_at_a_sample_is_told_by_line(
-    foreign: Any, monkeypatch: pytest.MonkeyPatch
+    foreign: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Of thousands of lines, nobody would know which."""
     monkeypatch.setattr(encoding, "SAMPLE_BYTES", 1 << 28)
     monkeypatch.setattr(tokenize, "TRIED_SAMPLES", 2)
     with pytest.raises(DataError, match=r"line 300: the model's chat template or tokenizer took more than 0\.25 GiB"):
         fm.create(**foreign(normalizer=_replacing("b", 12)))
+    assert capfd.readouterr().err == "", "what its library said last is for nobody"
 
 
 def test_a_tokenizer_that_ends_its_process_at_a_prompt_is_a_problem_of_it(

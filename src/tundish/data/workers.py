@@ -215,6 +215,8 @@ class Workers:
                             other = self._start()
                             other.submit(what, one[1])
                             busy[other] = deque([one])
+                    if kind in _LOST and not last:
+                        _last_words(2)  # are no warnings for the user
                     if kind not in _LOST or last:
                         done[number] = lambda worker=worker, kind=kind, content=content: worker.result(kind, content)
                 while given in done:
@@ -364,9 +366,15 @@ def _ready(busy: Iterable[_Worker]) -> list[_Worker]:
 
 
 def _last_words(errors: int) -> str:
-    """The last line of a file to which a process has written its errors; nothing where they went to a terminal."""
+    """The last line of a file to which a process has written its errors; nothing where they went to a terminal.
+
+    In a process that was started here, the file is emptied: what is left in the end are warnings for the user.
+    """
     try:
         end = os.pread(errors, 4096, max(0, os.fstat(errors).st_size - 4096))
+        if _starter is not None:
+            os.ftruncate(errors, 0)
+            os.lseek(errors, 0, os.SEEK_SET)
     except OSError:
         return ""
     lines = [line for line in end.decode(errors="replace").splitlines() if line.strip()]
