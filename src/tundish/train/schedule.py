@@ -26,21 +26,23 @@ class StepRates(Callback):
 
     def __init__(self) -> None:
         self._factor: Callable[[int], float] | None = None
+        self._warm_up: str | Time[Any] | None = None
         self._used = 0.0
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """From now on Composer's own stepping, which comes after the step, sets what the step was taken at."""
         (scheduler,) = state.schedulers
-        (self._factor,) = scheduler.lr_lambdas
+        (factor,) = scheduler.lr_lambdas
+        # Composer's schedules are functions of the state, wrapped for PyTorch.
+        self._warm_up = getattr(inspect.getclosurevars(factor).nonlocals["scheduler"], "t_warmup", None)
+        self._factor = factor
         scheduler.lr_lambdas = [lambda _: self._used]
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """The batch is there, and its step not taken."""
         assert self._factor is not None
         (scheduler,), now = state.schedulers, state.timestamp
-        # Composer's schedules are functions of the state, wrapped for PyTorch.
-        schedule = inspect.getclosurevars(self._factor).nonlocals["scheduler"]
-        state.timestamp = _time_of_step(state, getattr(schedule, "t_warmup", None))
+        state.timestamp = _time_of_step(state, self._warm_up)
         try:
             self._used = self._factor(0)
         finally:
