@@ -91,6 +91,14 @@ def test_commands_take_paths_as_people_write_them(tundish: Tundish, here: Path) 
     ]
     assert f"{here}/my report.json" in tundish("validate", *data, "--report", "my report.json").stdout
     assert json.loads((here / "my report.json").read_text())["ok"]
+    assert f"{here}/l.png" in tundish("estimate", *data, "--plot", "./l.png").stdout
+    assert (here / "l.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{here}/made here/train" in tundish("prepare", *data, "--out", "made here").stdout
+    assert (here / "made here" / "eval" / "index.json").is_file()
+    content = yaml.safe_load(tundish("render", *data, "--register-to", "a.b", "--set", "save_folder=kept").stdout)
+    assert content["model"]["pretrained_model_name_or_path"] == f"{here}/my model"
+    assert content["save_folder"].startswith(f"{here}/kept/")
+    assert content["train_loader"]["dataset"]["local"].startswith(f"{here}/home/runs/")
 
 
 def test_a_run_finds_what_its_caller_named(tundish: Tundish, here: Path) -> None:
