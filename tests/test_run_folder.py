@@ -95,6 +95,12 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     ),
     "spec with a wrong time": (_changed("spec.json", created_at="now"), "spec.json", "Invalid isoformat string: 'now'"),
     "spec with a local time": (_changed("spec.json", created_at="2026-11-21"), "spec.json", "a time with its zone"),
+    "spec of a time before all": (
+        _changed("spec.json", created_at="0001-01-01T00:00:00+14:00"), "spec.json", "from 1970 to 9998",
+    ),
+    "spec of a time after all": (
+        _changed("spec.json", created_at="9999-12-31T23:59:59-12:00"), "spec.json", "from 1970 to 9998",
+    ),
     "spec of another run": (_changed("spec.json", run_name="b"), "spec.json", "is of the run 'b': this folder was"),
     "spec missing": (lambda run: run.spec.unlink(), "spec.json", "is missing"),
     "spec a folder": (_folder("spec.json"), "spec.json", "is a folder"),
@@ -111,6 +117,9 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "event without message": (_line(f'{{"type": "STARTED", {NOW}}}'), "events.jsonl", "line 2 is no event: "),
     "event without zone": (
         _line('{"type": "STARTED", "time": "2026-11-21", "message": ""}'), "events.jsonl", "line 2 is no",
+    ),
+    "event of a time before all": (
+        _line('{"type": "STARTED", "time": "0001-01-01T00:00:00+14:00", "message": ""}'), "events.jsonl", "line 2 is",
     ),
     "event of a list": (_line('["STARTED"]'), "events.jsonl", "line 2 is no"),
     "event whose type is a list": (_line(f'{{"type": [], {NOW}, "message": ""}}'), "events.jsonl", "line 2 is no"),

@@ -15,7 +15,7 @@ import orjson
 
 from tundish.locks import try_lock
 from tundish.paths import flush_folder
-from tundish.stored import read_regular
+from tundish.stored import moment, read_regular
 from tundish.text import redacted
 
 PROGRESS = b'{"type": "TRAIN_UPDATED"'
@@ -85,10 +85,10 @@ def _event(number: int, line: bytes) -> Event | None:
     except ValueError:
         return None
     try:
-        type, time, message = record.pop("type"), datetime.fromisoformat(record.pop("time")), record.pop("message")
+        type, time, message = record.pop("type"), moment(record.pop("time")), record.pop("message")
         texts = isinstance(type, str) and isinstance(message, str)
         numbers = all(isinstance(record.get(name, 0), int | float) for name in NUMBERS)
-        if not texts or not numbers or time.tzinfo is None:
+        if not texts or not numbers:
             raise ValueError
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"line {number} is no event: {line[:100].decode(errors='replace')}") from None

@@ -7,6 +7,7 @@ import os
 import stat
 import types
 from collections.abc import Mapping
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -65,6 +66,18 @@ def read_regular(path: Path, limit: int | None = None) -> bytes:
             return file.read()
     finally:
         os.close(descriptor)
+
+
+def moment(text: str) -> datetime:
+    """A time that tundish has written.
+
+    Raises:
+        ValueError: it is none, has no zone, or is so far away that it has no local time.
+    """
+    time = datetime.fromisoformat(text)
+    if time.tzinfo is None or not 1970 <= time.year <= 9998:
+        raise ValueError(f"found {text!r} instead of a time with its zone, from 1970 to 9998")
+    return time
 
 
 def parse(cls: type[T], content: Mapping[str, Any]) -> T:

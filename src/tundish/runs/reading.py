@@ -13,6 +13,7 @@ from tundish.launch import Life
 from tundish.paths import RUN_NAME, runs_dir
 from tundish.run_folder import RunFolder, Tracking
 from tundish.runs.records import ObjectList, RunStatus, TrainingEvent, TrainingRun
+from tundish.stored import moment
 
 log = logging.getLogger(__name__)
 START_SECONDS = 30.0
@@ -99,7 +100,7 @@ def read_run(name: str) -> TrainingRun:
         context_length=spec.context_length,
         data_prep_cluster_id=spec.data_prep_cluster_id,
         details=details,
-        created_at=datetime.fromisoformat(spec.created_at),
+        created_at=moment(spec.created_at),
         started_at=times.get("STARTED"),
         estimated_end_time=end,
         formatted_eta=eta,
