@@ -143,6 +143,18 @@ def test_verifying_reads_every_byte(run: RunFolder, capsys: Capture) -> None:
     assert main(["checkpoints", str(folder / "none"), "--verify"]) == 2
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_of_a_run_without_checkpoints_none_is_damaged(make_run: MakeRun, capsys: Capture, begun: bool) -> None:
+    """A run that has just begun was told to have no such folder, or a damaged checkpoint of 0 bytes."""
+    run = make_run("ift-2", ("CREATED", "waits"))
+    if begun:
+        Path(run.read_tracking().save_folder).mkdir(parents=True)
+    assert main(["checkpoints", "ift-2", "--verify"]) == 0
+    assert capsys.readouterr().out == "No checkpoints created yet for this run. Please try again later.\n"
+    assert main(["checkpoints", "ift-2", "--verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 

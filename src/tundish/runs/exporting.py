@@ -90,18 +90,19 @@ def local_checkpoints(given: str) -> Iterator[tuple[str, Path | CheckpointError]
         RunDamagedError: the run's folder does not say what it trains.
         CheckpointError: the store cannot be asked.
     """
-    if given in run_names():
+    if is_run := given in run_names():
         place = Place(find_run(given).read_tracking().save_folder)
     else:
         place = Place(_address(given).rstrip("/"))
     if not place.is_remote:
         # Damaged ones too, which a list of complete ones leaves out.
-        if not place.local.is_dir():
+        if not place.local.is_dir() and not is_run:
             raise SpecError(f"{given}: there is no such folder. Copy the path from get_checkpoints().")
-        yield from ((path.name, path) for path in in_order(place.local.iterdir()) or [place.local])
+        found_here = in_order(place.local.iterdir()) if place.local.is_dir() else []
+        yield from ((path.name, path) for path in found_here or ([] if is_run else [place.local]))
         return
     names = [address.rpartition("/")[2] for address in place.list()]
-    if not names:
+    if not names and not is_run:
         place, name = place_of(place.address)
         names = [name]
     for name in names:
