@@ -318,14 +318,15 @@ def test_paths_in_an_experiment_file_start_from_its_folder(
         "train_data_path": "../train.jsonl",
         "eval_data_path": "main.lab.chats",
         "custom_weights_path": "base/ep1-ba1",
-        "overrides": {"save_folder": "runs", "seed": 3},
+        "overrides": {"save_folder": "runs", "seed": 3, "loggers": {"tensorboard": {"log_dir": "./tb"}}},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(arguments | given))
     monkeypatch.chdir(tmp_path)
     spec, _ = parse_spec(read_experiment("deep/run.yaml"), created_at="2026-11-21T10:00:00+00:00")
     assert spec.train_data_path == str(tmp_path / "train.jsonl") and spec.eval_data_path == "main.lab.chats"
     assert spec.custom_weights_path == str(folder / "base" / "ep1-ba1")
-    assert spec.overrides == {"save_folder": str(folder / "runs"), "seed": 3}
+    logs = {"loggers.tensorboard.log_dir": str(folder / "tb")}
+    assert spec.overrides == {"save_folder": str(folder / "runs"), "seed": 3} | logs
 
 
 @pytest.mark.parametrize(

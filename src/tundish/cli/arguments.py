@@ -19,6 +19,7 @@ from tundish.address import Beside, local_path
 from tundish.cli.parsing import whole
 from tundish.compute import Compute
 from tundish.errors import SpecError, did_you_mean
+from tundish.overrides import PATHS, flat
 from tundish.text import INSTEAD_OF_SECRETS, names_secret
 
 PATH_ARGUMENTS = ("model", "train_data_path", "eval_data_path", "custom_weights_path")
@@ -216,9 +217,11 @@ def read_experiment(given: str | Path) -> dict[str, Any]:
     beside: dict[str, Any] = {
         name: Beside(text, file.parent) for name in PATH_ARGUMENTS if isinstance(text := content.get(name), str)
     }
-    overrides = content.get("overrides")
-    if isinstance(overrides, dict) and isinstance(root := overrides.get("save_folder"), str):
-        beside["overrides"] = overrides | {"save_folder": Beside(root, file.parent)}
+    if isinstance(overrides := content.get("overrides"), dict):
+        beside["overrides"] = {
+            key: Beside(value, file.parent) if key in PATHS and isinstance(value, str) else value
+            for key, value in flat(overrides).items()
+        }
     return content | beside
 
 
