@@ -143,6 +143,15 @@ def test_other_variables_are_not_secret(tmp_path: Path) -> None:
     assert redacted("it is true", {"SOME_KEY": "true"}) == "it is true"
 
 
+def test_words_and_short_values_are_masked_only_where_they_are_quoted() -> None:
+    """With `AWS_SECRET_ACCESS_KEY=nothing`, no message said any more what was to be done."""
+    environment = {"AWS_SECRET_ACCESS_KEY": "nothing", "API_KEY": "Training", "PGPASSWORD": "abc"}
+    text = "Nothing was trained: nothing is left in training_duration, abcdef=abc, [Training]"
+    assert redacted(text, environment) == text
+    text = "cannot log in with 'nothing', \"abc\" or me:abc@host"
+    assert redacted(text, environment) == "cannot log in with '***', \"***\" or me:***@host"
+
+
 def test_a_variable_s_address_gives_its_password_away() -> None:
     """Its password may hold blanks, where an address in a text would end; or be quoted alone."""
     environment = {"MLFLOW_TRACKING_URI": "http://me:pass word@host"}

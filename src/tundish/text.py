@@ -11,7 +11,15 @@ INSTEAD_OF_SECRETS = (
     "MLFLOW_TRACKING_TOKEN or MLFLOW_TRACKING_PASSWORD, AWS_SECRET_ACCESS_KEY …"
 )
 SHORTEST_SECRET = 6
-"""Characters of a variable's value; `true` and the like are no secrets, and would be masked in every sentence."""
+"""Characters of a variable's value that is masked wherever it stands."""
+SHORTEST_QUOTED = 3
+"""… and of one that is masked where it is quoted: in every sentence, `true` and the like would be."""
+
+PLAIN_WORDS = frozenset(
+    "anonymous changeme default disabled example nothing password placeholder secret testing token training undefined "
+    "unknown unused".split()
+)
+"""What people set where a password must be, but none is needed; they are masked only where they are quoted, too."""
 
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _SECRET_NAME = re.compile(
@@ -71,7 +79,10 @@ def redacted(text: str, environment: Mapping[str, str] = os.environ) -> str:
     beginning tells them. Masking twice changes nothing.
     """
     for secret in sorted(_secrets_of(environment), key=len, reverse=True):
-        text = text.replace(secret, MASK)
+        if len(secret) >= SHORTEST_SECRET and secret.lower() not in PLAIN_WORDS:
+            text = text.replace(secret, MASK)
+        else:
+            text = re.sub(rf"""(?<=(["'`])){re.escape(secret)}(?=\1)|(?<=:){re.escape(secret)}(?=@)""", MASK, text)
     text = _SHAPES.sub(MASK, text)
     text = _HEADER.sub(rf"\1{MASK}", text)
     text = _BEARER.sub(rf"\1 {MASK}", text)
@@ -92,7 +103,7 @@ def _secrets_of(environment: Mapping[str, str]) -> Iterator[str]:
         if address := re.search(r"://([^/:@]*:(.*))@", value):
             found |= {address[1], address[2]}
         for secret in found | {quote(secret, safe="") for secret in found}:
-            if len(secret) >= SHORTEST_SECRET:
+            if len(secret) >= SHORTEST_QUOTED:
                 yield secret
 
 
