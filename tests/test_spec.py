@@ -152,6 +152,8 @@ def test_learning_rates_come_as_numbers_or_text(arguments: dict[str, Any], given
         ("context_length", 0, "context_length: found 0; allowed is a whole number"),
         ("context_length", "512", "context_length: found '512'; allowed is a whole number"),
         ("context_length", True, "context_length: found True"),
+        ("validate_inputs", "false", "validate_inputs: found 'false'; must be true or false"),
+        ("validate_inputs", 0, "validate_inputs: found 0; must be true or false"),
         ("eval_prompts", "What?", "eval_prompts: allowed is a list of texts"),
         ("eval_prompts", ["What?", ""], "eval_prompts: allowed is a list of texts"),
         ("eval_prompts", [1], "eval_prompts: allowed is a list of texts"),

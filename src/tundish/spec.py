@@ -14,7 +14,6 @@ import secrets
 import string
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -26,7 +25,7 @@ from tundish.errors import SpecError
 from tundish.models import ModelCard, find_card
 from tundish.overrides import PATHS, flat
 from tundish.paths import RUN_NAME, RunPaths
-from tundish.stored import object_of, parse
+from tundish.stored import moment, object_of, parse
 
 TaskType = Literal["CHAT_COMPLETION", "INSTRUCTION_FINETUNE", "CONTINUED_PRETRAIN"]
 TASK_PREFIXES: Mapping[TaskType, str] = {
@@ -127,8 +126,10 @@ class RunSpec:
                 f"{SPEC_VERSION})"
             )
         spec = parse(cls, content)
-        if datetime.fromisoformat(spec.created_at).tzinfo is None:
-            raise ValueError(f"'created_at': found {spec.created_at!r} instead of a time with its zone")
+        try:
+            moment(spec.created_at)
+        except ValueError as error:
+            raise ValueError(f"'created_at': {error}") from None
         return spec
 
 
@@ -169,7 +170,7 @@ def parse_spec(arguments: Mapping[str, Any], *, created_at: str) -> tuple[RunSpe
         "training_duration": check("training_duration", lambda given: Duration.parse(given or "1ep")),
         "learning_rate": check("learning_rate", lambda given: _read_learning_rate(given, card)),
         "context_length": check("context_length", lambda given: _read_context_length(given, card)),
-        "validate_inputs": arguments.get("validate_inputs") is not False,
+        "validate_inputs": check("validate_inputs", _read_switch),
         "data_prep_cluster_id": check("data_prep_cluster_id", _read_cluster),
         "compute": check("compute", Compute.parse),
         "overrides": check("overrides", _read_overrides),
@@ -297,6 +298,12 @@ def _read_context_length(given: object, card: ModelCard | None) -> int:
     if card and given > maximum:
         raise ValueError(f"found {given}; {card.name} takes at most {maximum} tokens. Give {maximum} or less.")
     return given
+
+
+def _read_switch(given: object) -> bool:
+    if given is None or isinstance(given, bool):
+        return given is not False
+    raise ValueError(f"found {given!r}; must be true or false.")
 
 
 def _read_cluster(given: object) -> str | None:
