@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
-SERVERS = ("mlflow ui", "mlflow models serve")
+SERVER = re.compile(r"(\w+=\S+ )*mlflow (ui|models serve)\b")
 """Commands that go on until they are stopped; they have come up when their port answers."""
 SAID = {
     "tundish example": r"train\.jsonl",
@@ -113,7 +113,7 @@ def test_all_that_the_readme_prints_works_as_printed(reader: tuple[Path, dict[st
 
 def _run(each: Typed, folder: Path, environment: dict[str, str]) -> str:
     """What it prints."""
-    if each.text.startswith(SERVERS):
+    if SERVER.match(each.text):
         return _serve(each, folder, environment)
     command = [sys.executable, "-c", each.text] if each.language == "python" else ["bash", "-c", each.text]
     result = subprocess.run(
@@ -131,7 +131,7 @@ def _serve(each: Typed, folder: Path, environment: dict[str, str]) -> str:
     log = folder.parent / "server.log"
     with open(log, "w") as out:
         server = subprocess.Popen(
-            ["bash", "-c", f"exec {each.text}"],
+            ["bash", "-c", each.text],
             cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,

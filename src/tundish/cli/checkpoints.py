@@ -1,7 +1,6 @@
 """The commands that look at checkpoints: checkpoints, export."""
 
 import argparse
-import os
 import time
 
 from tundish.address import Address, local_path
@@ -81,7 +80,6 @@ def export_options(command: argparse.ArgumentParser) -> None:
 
 def export(arguments: argparse.Namespace) -> int:
     """`tundish export`."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from tundish.runs.exporting import export_checkpoint, find_exportable
 
     model = Address.parse(arguments.model, "model", "--model").text if arguments.model else None
