@@ -12,7 +12,7 @@ from tundish import foundation_model as fm
 from tundish.cli import main
 from tundish.doctor.finding import Finding
 from tundish.errors import SpecError, StageError
-from tundish.text import MASK, holds_secret, names_secret, printable, redacted
+from tundish.text import MASK, holds_secret, names_secret, printable, redacted, size_text
 
 SECRET = "Gehe1mnis"
 LEAKS = [
@@ -194,3 +194,12 @@ def test_a_refusal_does_not_repeat_a_password(
     with pytest.raises(SpecError, match=f"{name}: holds a password") as error:
         fm.create(**arguments)
     assert SECRET not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1_575_552, "1.6 MB"), (141_100_000_000, "141 GB"), (2.5e15, "2,500.0 TB")],
+)
+def test_sizes_are_said_in_a_unit_that_fits(size: float, said: str) -> None:
+    """A small model would be exported as `0.0 GB`."""
+    assert size_text(size) == said

@@ -62,6 +62,15 @@ _SHAPES = re.compile(
 """What is a secret wherever it stands, by its beginning."""
 
 
+def size_text(size: float) -> str:
+    """A number of bytes for people: `812 bytes`, `1.6 MB`, `141 GB`, in powers of 1,000."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"
+
+
 def printable(text: str) -> str:
     """`text` of others, for a terminal: what would command it is written out."""
     return text.translate(_CONTROLS).encode(errors="backslashreplace").decode()

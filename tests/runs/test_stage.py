@@ -10,7 +10,7 @@ def test_a_stage_says_how_far_it_is_now_and_then(make_run: Callable[..., RunFold
     """An export of an hour would say nothing; or every megabyte of it write a file."""
     paths = make_run("chat-1")
     paths.scratch.mkdir(parents=True)
-    tell = stage._teller(paths, "Exporting the model: {share:.0%} of {total:,.1f} GB.")
+    tell = stage._teller(paths, "Exporting the model: {share:.0%} of {size}.")
     tell(4_000_000_000, 16_100_000_000)
     assert paths.read_doing() == "Exporting the model: 25% of 16.1 GB."
     written = paths.doing.stat().st_mtime_ns

@@ -10,6 +10,7 @@ from tundish.cli.parsing import Command
 from tundish.errors import RequestError, SpecError
 from tundish.paths import home
 from tundish.runs import cleaning, removing, selecting
+from tundish.text import size_text
 
 UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -48,7 +49,7 @@ def rm(arguments: argparse.Namespace) -> int:
                     one.name,
                     one.status,
                     f"{one.ended_at.astimezone():%Y-%m-%d}" if one.ended_at else "",
-                    _size(one.bytes),
+                    size_text(one.bytes),
                 )
                 for one in plan
             ],
@@ -56,11 +57,11 @@ def rm(arguments: argparse.Namespace) -> int:
         for one in plan:
             for note in one.notes:
                 print(f"{one.name}: {note}" if len(plan) > 1 else note)
-    if _agreed(arguments, f"Remove {_count(len(plan), 'run')}, {_size(size)}?"):
+    if _agreed(arguments, f"Remove {_count(len(plan), 'run')}, {size_text(size)}?"):
         for one in plan:
             removing.remove(one)
             if not arguments.json:
-                print(f"Removed {one.name}, {_size(one.bytes)}.")
+                print(f"Removed {one.name}, {size_text(one.bytes)}.")
     elif not arguments.dry_run:
         return 1
     if arguments.json:
@@ -80,18 +81,18 @@ def clean(arguments: argparse.Namespace) -> int:
     found, used = cleaning.leftovers()
     size = sum(one.bytes for one in found)
     if not found:
-        return _nothing(arguments, f"There is nothing to remove in {home()}; {_size(used)} are in use.")
+        return _nothing(arguments, f"There is nothing to remove in {home()}; {size_text(used)} are in use.")
     if not arguments.json:
         print_table(
-            ["WHAT", "SIZE", "WHERE"], [(one.kind, _size(one.bytes), one.path.relative_to(home())) for one in found]
+            ["WHAT", "SIZE", "WHERE"], [(one.kind, size_text(one.bytes), one.path.relative_to(home())) for one in found]
         )
-        print(f"In {home()}. Kept, as runs need it or somebody works with it: {_size(used)}.")
+        print(f"In {home()}. Kept, as runs need it or somebody works with it: {size_text(used)}.")
     removed = list[cleaning.Leftover]()
-    if _agreed(arguments, f"Remove {_count(len(found), 'folder')}, {_size(size)}?"):
+    if _agreed(arguments, f"Remove {_count(len(found), 'folder')}, {size_text(size)}?"):
         removed = [one for one in found if cleaning.remove(one)]
         kept = f" {_count(len(found) - len(removed), 'folder')} came into use meanwhile." if found != removed else ""
         if not arguments.json:
-            print(f"Removed {_count(len(removed), 'folder')}, {_size(sum(one.bytes for one in removed))}.{kept}")
+            print(f"Removed {_count(len(removed), 'folder')}, {size_text(sum(one.bytes for one in removed))}.{kept}")
     elif not arguments.dry_run:
         return 1
     if arguments.json:
@@ -146,14 +147,6 @@ def _age(text: str) -> timedelta:
         units = ", ".join(f"{unit} ({name})" for unit, name in UNITS.items())
         raise SpecError(f"--older-than: found {text!r}; allowed is a whole number and one of {units}, such as 30d.")
     return timedelta(**{UNITS[match[2]]: int(match[1])})
-
-
-def _size(size: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" or size >= 100 else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:,.1f} TB"
 
 
 def _count(number: int, what: str) -> str:

@@ -32,6 +32,7 @@ from tundish.runs.checking import job_of
 from tundish.runs.notes import tell_files
 from tundish.runs.tracking import end_tracking
 from tundish.spec import RunSpec
+from tundish.text import size_text
 from tundish.weights import check_weights, fetch_weights
 
 TOLD_SECONDS = 2.0
@@ -120,14 +121,14 @@ def prepare_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[s
 
 
 def _teller(paths: RunFolder, text: str) -> Callable[[int, int | None], None]:
-    """Tells people who look at the run how far a stage is: `share` and `total`, in 10⁹, of `text`."""
+    """Shows people who look at the run how far a stage is: `text` with `share` and, for bytes, `size`."""
     told = 0.0
 
     def tell(done: int, total: int | None) -> None:
         nonlocal told
         if total and time.monotonic() - told > TOLD_SECONDS:
             told = time.monotonic()
-            _say(paths, text.format(share=done / total, total=total / 1e9))
+            _say(paths, text.format(share=done / total, size=size_text(total)))
 
     return tell
 
@@ -146,7 +147,7 @@ def export_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[st
         raise StageError(f"there is no complete checkpoint in {tracking.save_folder}.")
     if paths.export.exists():  # of a run whose supervisor was killed right after it
         remove([paths.export])
-    done, tell, lock = 0, _teller(paths, "Exporting the model: {share:.0%} of {total:,.1f} GB."), threading.Lock()
+    done, tell, lock = 0, _teller(paths, "Exporting the model: {share:.0%} of {size}."), threading.Lock()
 
     def written(count: int, total: int) -> None:
         nonlocal done
@@ -166,7 +167,7 @@ def register_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[
     publish_all(paths, wait_seconds())
     size = sum(file.stat().st_size for file in paths.export.rglob("*") if file.is_file())
     begun = f"{datetime.now(UTC):%H:%M} UTC"
-    _say(paths, f"Registering {spec.registered_name}: {size / 1e9:,.1f} GB are copied since {begun}.")
+    _say(paths, f"Registering {spec.registered_name}: copying {size_text(size)} since {begun}.")
     name, version = register(
         paths.export,
         spec,
