@@ -167,6 +167,31 @@ def test_a_snapshot_of_the_hub_s_cache_is_taken(base: Path, tmp_path: Path) -> N
         check_pretrained(str(snapshot))
 
 
+def test_a_model_s_name_is_looked_up_in_the_hub_s_cache(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A download that was cut off would be told after the wait for a device; one that is not done is fetched."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    check_pretrained("lab/tiny")
+    cache = tmp_path / "hub" / "models--lab--tiny"
+    (cache / "snapshots").mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123abcd")
+    base.rename(snapshot := cache / "snapshots" / "0123abcd")
+    check_pretrained("lab/tiny")
+    weights = (snapshot / FILE).read_bytes()
+    (snapshot / FILE).unlink()
+    check_pretrained("lab/tiny")
+    (snapshot / FILE).write_bytes(weights[:1000])
+    with pytest.raises(SpecError, match=r"0123abcd/model\.safetensors: is cut off in its header"):
+        check_pretrained("lab/tiny")
+    (snapshot / FILE).write_bytes(weights)
+    _shards(snapshot)
+    check_pretrained("lab/tiny")
+    (snapshot / "model-00002-of-00003.safetensors").unlink()
+    check_pretrained("lab/tiny")
+
+
 @pytest.mark.parametrize("family", ["Mistral", "Mixtral", "Dbrx"])
 def test_a_good_model_of_every_family_is_taken(family: str, bare_model: Path, tmp_path: Path) -> None:
     """Nobody could train it."""

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -42,24 +43,44 @@ class Stored:
 
 
 def check_pretrained(model: str) -> None:
-    """Make sure that a run can begin with the weights of a model; one of the hub's is not looked at.
+    """Make sure that a run can begin with the weights of a model; of one of the hub's, those in this machine's cache.
 
     Raises:
         SpecError: with all that is wrong with them.
     """
-    if not is_model_folder(model):
+    folder = Path(model) if is_model_folder(model) else _snapshot(model)
+    if folder is None:
         return
-    folder, problems = Path(model), list[str]()
+    problems = list[str]()
     if reason := _no_base_model(folder):
         raise SpecError(f"model: {folder}: {reason}")
     stored = _read_stored(folder, problems)
     if not problems:
         problems.extend(_quantized(folder, stored))
     if not problems:
-        problems.extend(_differences(folder, stored, architecture_of(model)))
+        problems.extend(_differences(folder, stored, architecture_of(str(folder))))
     problems.extend(_tokens_problems(folder))
     if problems:
         raise SpecError(problems)
+
+
+def _snapshot(model: str) -> Path | None:
+    """Where a model of the hub lies in its cache; None unless all of it is there: transformers fetches what is not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        config = try_to_load_from_cache(model, "config.json")
+    except (OSError, ValueError):  # no name of the hub
+        return None
+    folder = Path(config).parent if isinstance(config, str) else None
+    if folder is None or not _has_tokenizer(folder) or (form := _form(folder)) is None:
+        return None
+    if form.endswith(".index.json"):
+        with suppress(SpecError):  # a damaged one is told, where no file is missing
+            named = read_json(folder, form, INDEX_BYTES).get("weight_map")
+            files = cast(dict[str, Any], named).values() if isinstance(named, dict) else ()
+            return folder if all((folder / str(file)).exists() for file in files) else None
+    return folder
 
 
 def _no_base_model(folder: Path) -> str | None:
@@ -78,8 +99,7 @@ def _no_base_model(folder: Path) -> str | None:
 
 def _read_stored(folder: Path, problems: list[str]) -> dict[str, Stored]:
     """Name, shape and type of every tensor that transformers would load."""
-    form = next((name for name in FORMS if (folder / name).is_symlink() or (folder / name).exists()), None)
-    if form is None:
+    if (form := _form(folder)) is None:
         others = sorted({path.name for pattern in OTHER_FORMS for path in folder.glob(pattern)})
         found = f" {_some(others)} is not what transformers loads." if others else ""
         names = f"{', '.join(FORMS[:-1])} or {FORMS[-1]}"
@@ -100,6 +120,11 @@ def _read_stored(folder: Path, problems: list[str]) -> dict[str, Stored]:
         except SpecError as error:
             problems.extend(error.problems)
     return {name: files[file][name] for name, file in weight_map.items() if name in files.get(file, ())}
+
+
+def _form(folder: Path) -> str | None:
+    """The file by which transformers finds the weights."""
+    return next((name for name in FORMS if (folder / name).is_symlink() or (folder / name).exists()), None)
 
 
 def _weight_map(folder: Path, index: str) -> dict[str, str]:
@@ -256,7 +281,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _tokens_problems(folder: Path) -> Iterator[str]:
     """A tokenizer that is not there, or ids that have no row in the embedding."""
-    if not any(Path(path.name).match(pattern) for path in folder.iterdir() for pattern in VOCABULARIES):
+    if not _has_tokenizer(folder):
         yield f"model: {folder}: there is no tokenizer. Allowed is tokenizer.json. Complete the folder."
     rows = find_card(str(folder)).vocabulary_size
     tokens = _tokens(folder)
@@ -265,6 +290,10 @@ def _tokens_problems(folder: Path) -> Iterator[str]:
             f"model: {folder}: its tokenizer has ids up to {tokens - 1:,}, and its embedding {rows:,} rows "
             "(vocab_size in config.json). Resize the model's embedding, or use the tokenizer that belongs to it."
         )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(Path(path.name).match(pattern) for path in folder.iterdir() for pattern in VOCABULARIES)
 
 
 def _tokens(folder: Path) -> int:

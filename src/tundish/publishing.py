@@ -71,7 +71,7 @@ class Metrics:
             self._send(points, end)
 
     def _send(self, points: Sequence[Any], end: int) -> None:
-        with told(self.tracking.tracking_uri), quiet():
+        with told(self.tracking.tracking_uri):
             for start in range(0, len(points), MOST_METRICS):
                 _client(self.tracking).log_batch(self.tracking.run_id, metrics=points[start : start + MOST_METRICS])
         self.journal.note_sent(end)
@@ -86,7 +86,7 @@ class Artifacts:
     def send(self) -> None:
         """See Channel."""
         for record, place in self.journal.unsent():
-            with told(self.tracking.tracking_uri), quiet():
+            with told(self.tracking.tracking_uri):
                 self._send(record)
             self.journal.note_sent(place)
 
