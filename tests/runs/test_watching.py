@@ -15,7 +15,7 @@ from tundish import events
 from tundish import foundation_model as fm
 from tundish.run_folder import Beat, RunFolder
 from tundish.runs import running, watching
-from tundish.runs.watching import FINISHING_SECONDS, Watch
+from tundish.runs.watching import UNKNOWN_SECONDS, Watch
 
 FIRST = Beat(host="node-a", count=0, moves=0, batch=6, doing="training", usual_s=2.0)
 
@@ -58,9 +58,12 @@ def test_a_rank_that_hangs_in_a_read_is_named_although_it_lives(folder: Path) ->
     assert watch.stuck(24) == {1: ("(node-b) is reading batch 7", 24)}
 
 
-@pytest.mark.parametrize(("doing", "usual", "most"), [("training", 30.0, 150), ("finishing", 1.0, FINISHING_SECONDS)])
+@pytest.mark.parametrize(
+    ("doing", "usual", "most"),
+    [("training", 30.0, 150), ("finishing", 1.0, UNKNOWN_SECONDS), ("training", 0.0, UNKNOWN_SECONDS)],
+)
 def test_what_usually_takes_long_is_waited_for(folder: Path, doing: str, usual: float, most: float) -> None:
-    """A large model's step, or the writing of its checkpoint, would be called a standstill each time."""
+    """A large model's step, its first one, or the writing of its checkpoint, would be called a standstill each time."""
     watch = Watch(folder)
     _beat(folder, r0={"doing": doing, "usual_s": usual}, r1={"doing": doing, "usual_s": usual})
     assert watch.stuck(0) == {}

@@ -10,8 +10,8 @@ TIMES = 5
 """As long as so many of the usual steps, until a rank is said to stand still …"""
 LEAST_SECONDS = 20.0
 """… but no sooner."""
-FINISHING_SECONDS = 600.0
-"""After a step, checkpoints are written and prompts answered: nobody knows how long that usually takes."""
+UNKNOWN_SECONDS = 600.0
+"""Nobody knows how long the first step takes; nor the checkpoints and answers after a step."""
 SHOWN = 4
 """Ranks in one sentence."""
 ORDER = ("starting", "reading", "training", "finishing")
@@ -54,12 +54,13 @@ class Watch:
             for rank, beat in beats.items():
                 if rank not in seen or seen[rank][0] != getattr(beat, values):
                     seen[rank] = getattr(beat, values), now
-        patience = max(LEAST_SECONDS, TIMES * max((beat.usual_s for beat in beats.values()), default=0))
+        usual = max((beat.usual_s for beat in beats.values()), default=0.0)
+        patience = max(LEAST_SECONDS, TIMES * usual)
         silent = {rank: now - at for rank, (_, at) in self._heard.items() if now - at > patience}
         if silent:
             return {rank: (f"({beats[rank].host}) is not heard from", seconds) for rank, seconds in silent.items()}
-        if any(beat.doing in ("starting", "finishing") for beat in beats.values()):
-            patience = max(patience, FINISHING_SECONDS)
+        if not usual or any(beat.doing in ("starting", "finishing") for beat in beats.values()):
+            patience = max(patience, UNKNOWN_SECONDS)
         if any(now - at <= patience for _, at in self._moved.values()):
             return {}
         # All of them live, and wait for those that are behind.
