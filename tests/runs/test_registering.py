@@ -7,12 +7,14 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tundish import events
 from tundish import foundation_model as fm
+from tundish.checkpoints.places import Place
 from tundish.errors import RequestError, SpecError, StageError
 from tundish.paths import RUN_VARIABLE, write_atomic
 from tundish.processes import processes_with
@@ -128,12 +130,18 @@ def test_a_server_that_never_answers_is_given_up_with_all_its_processes(
     assert paths.export.is_dir() and not paths.scratch.exists()
 
 
-def test_a_large_export_may_take_longer(tmp_path: Path) -> None:
-    """The upload of a large model would be stopped before it can be done."""
-    assert running._register_seconds(tmp_path) == 1800
-    with open(tmp_path / "weights", "wb") as file:
-        file.truncate(140 * 10**9)
-    assert running._register_seconds(tmp_path) == 1800 + 14_000
+def test_a_large_upload_may_take_longer(make_run: Callable[..., RunFolder]) -> None:
+    """A large model's, or that of its checkpoints, for which the server was away, would be stopped half done."""
+    paths = make_run("chat-1", ("CREATED", "waits"))
+    local = paths.read_tracking()
+    stored = replace(local, save_folder="s3://lab/chat-1/checkpoints")
+    for folder, size in ((paths.export, 140), (Place(stored.save_folder).local / "ep1-ba1", 420)):
+        folder.mkdir(parents=True)
+        with open(folder / "weights", "wb") as file:
+            file.truncate(size * 10**9)
+    assert running._register_seconds(paths) == 1800 + 14_000
+    stored.write(paths)
+    assert running._register_seconds(paths) == 1800 + 56_000
 
 
 def test_resuming_without_the_server_is_refused_in_a_sentence(

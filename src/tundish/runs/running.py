@@ -15,6 +15,7 @@ from types import FrameType
 import psutil
 
 from tundish import events
+from tundish.checkpoints import places
 from tundish.errors import StageError
 from tundish.launch.command import STOPPED, train_command, train_environment
 from tundish.paths import RUN_VARIABLE
@@ -27,7 +28,7 @@ from tundish.runs.watching import Watch
 REGISTER_SECONDS = 1800.0
 """A registration may take so long, whatever the size: MLflow itself gives a dead server up after 4 to 20 minutes."""
 REGISTER_BYTES_PER_SECOND = 10e6
-"""A slow network's; the time for the export's bytes comes on top."""
+"""A slow network's; the time for the export's bytes, and for those of checkpoints that wait, comes on top."""
 WATCH_SECONDS = 2.0
 """Between two looks at the ranks' signs of life."""
 LOG_BYTES = 1 << 20
@@ -102,7 +103,7 @@ def run_stage(paths: RunFolder, stage: str, place: Place) -> None:
     paths.stop_request.unlink(missing_ok=True)
     paths.stopped.unlink(missing_ok=True)
     shutil.rmtree(paths.beats, ignore_errors=True)
-    limit = _register_seconds(paths.export) + wait_seconds() if stage == "register" else None
+    limit = _register_seconds(paths) + wait_seconds() if stage == "register" else None
     _mark(paths, stage)
     with _scratch(paths):
         process = start(command, log, environment, paths.work, deaf=stage == "train")
@@ -124,9 +125,11 @@ def run_stage(paths: RunFolder, stage: str, place: Place) -> None:
         raise StageError(f"{text} Log: {log}{newline}{quoted}", str(log))
 
 
-def _register_seconds(export: Path) -> float:
+def _register_seconds(paths: RunFolder) -> float:
     """How long a registration may take: the upload of a large model lasts hours, a server that hangs for ever."""
-    size = sum(path.stat().st_size for path in export.rglob("*") if path.is_file())
+    place = places.Place(paths.read_tracking().save_folder)
+    folders = [paths.export, *([place.local] if place.is_remote else [])]
+    size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
     return REGISTER_SECONDS + size / REGISTER_BYTES_PER_SECOND
 
 
