@@ -3,10 +3,14 @@
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from tundish.run_folder import Beat, RunFolder
 from tundish.runs.watching import Watch
@@ -20,6 +24,26 @@ def _until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_a_disk_that_is_away_for_a_moment_is_no_standstill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank would be called silent from then on, or after its end, when its last beat is written late."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tundish.train import beats
+    monkeypatch.setattr(beats, "BEAT_SECONDS", 0.01)
+    rank = beats.Beats(tmp_path / "beats")
+    state: Any = SimpleNamespace(timestamp=SimpleNamespace(batch=0))
+    logger: Any = None
+    rank.fit_start(state, logger)
+    _until(lambda: bool(Beat.read_all(rank.file.parent)))
+    rank.file.parent.rename(tmp_path / "away")
+    count = Beat.read_all(tmp_path / "away")[0].count
+    rank.file.parent.mkdir()
+    _until(lambda: any(beat.count > count for beat in Beat.read_all(rank.file.parent).values()))
+    monkeypatch.setattr(beats, "BEAT_SECONDS", 60.0)
+    rank.close(state, logger)
+    assert rank._thread is not None and not rank._thread.is_alive() and not rank.file.exists()
 
 
 def test_a_stopped_rank_is_named_and_forgotten_when_it_goes_on(ranks: Any, plan: Plan, tmp_path: Path) -> None:

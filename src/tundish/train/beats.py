@@ -5,6 +5,7 @@ import statistics
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 from composer import Callback, Logger, State
@@ -25,6 +26,7 @@ class Beats(Callback):
     def __init__(self, folder: Path) -> None:
         self.file = Beat.file(folder, dist.get_global_rank())
         self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
         self._batch, self._doing, self._moves = 0, "starting", 0
         self._began = 0.0
         self._seconds: deque[float] = deque(maxlen=16)
@@ -33,7 +35,8 @@ class Beats(Callback):
         """All ranks have met."""
         self._batch = int(state.timestamp.batch)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         """A step begins with its batch being read."""
@@ -56,7 +59,10 @@ class Beats(Callback):
     def close(self, state: State, logger: Logger) -> None:
         """Whoever ends first does not stand still."""
         self._closed.set()
-        self.file.unlink(missing_ok=True)
+        if self._thread is not None:
+            self._thread.join(BEAT_SECONDS)  # else its last beat might come after the file is gone
+        with suppress(OSError):
+            self.file.unlink()
 
     def _move(self, doing: str) -> None:
         self._doing, self._moves = doing, self._moves + 1
@@ -66,6 +72,7 @@ class Beats(Callback):
         while not self._closed.is_set():
             usual = statistics.median(self._seconds) if self._seconds else 0.0
             beat = Beat(host=host, count=count, moves=self._moves, batch=self._batch, doing=self._doing, usual_s=usual)
-            beat.write(self.file)
+            with suppress(OSError):  # a disk that is full, or away for a moment, is no reason to fall silent
+                beat.write(self.file)
             count += 1
             self._closed.wait(BEAT_SECONDS)
