@@ -45,6 +45,22 @@ def test_a_loss_that_nothing_is_learned_from_stops_the_run(loss: float) -> None:
     }
 
 
+def test_all_ranks_compare_or_none_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A rank that does not see the mark yet, on a shared disk, would wait for the others for ever."""
+    from tundish.train import guard
+
+    def told_by_first(found: list[bool], src: int) -> None:
+        found[0] = True
+
+    monkeypatch.setenv("TUNDISH_EVENTS", str(tmp_path / "events.jsonl"))
+    assert not guard.has_learned()
+    monkeypatch.setattr(guard.dist, "broadcast_object_list", told_by_first)
+    rank = guard.LossGuard()
+    state: Any = SimpleNamespace(timestamp=SimpleNamespace(batch=3))
+    rank.fit_start(state, SimpleNamespace())  # type: ignore[arg-type]  looks at no logger
+    assert rank._begun is None
+
+
 def test_a_learning_rate_that_is_too_high_ends_the_run_with_a_sentence(ranks: Any, plan: Plan, tmp_path: Path) -> None:
     """The stage would fail with a trace of Composer's, or not at all."""
     import json

@@ -32,8 +32,10 @@ class LossGuard(Callback):
         """The weights are those of the base model, or of the checkpoint that the run goes on from."""
         if not int(state.timestamp.batch) and (mark := _mark()) is not None and dist.get_global_rank() == 0:
             mark.unlink(missing_ok=True)  # of a try whose weights are lost
-        dist.barrier()
-        if not int(state.timestamp.batch) or not has_learned():
+        # The first rank's answer, as all compare or none: what a shared disk tells others may be old.
+        learned = [bool(int(state.timestamp.batch)) and has_learned()]
+        dist.broadcast_object_list(learned, src=0)
+        if not learned[0]:
             self._begun = digest(state.model)
 
     def batch_end(self, state: State, logger: Logger) -> None:
