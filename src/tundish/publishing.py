@@ -19,7 +19,7 @@ from tundish.checkpoints.places import Place
 from tundish.errors import StageError, TundishError
 from tundish.foundry import checkpoints_to_keep
 from tundish.journal import Journal
-from tundish.mlflow_client import quiet, told
+from tundish.mlflow_client import told
 from tundish.run_folder import RunFolder, Tracking
 
 log = logging.getLogger(__name__)
