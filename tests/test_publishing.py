@@ -4,6 +4,7 @@ import errno
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from tundish import events
 from tundish.errors import StageError, StoreError
 from tundish.journal import Journal
-from tundish.publishing import AWAY, BACK, Publisher, channels, publish_all, wait_seconds
+from tundish.publishing import AWAY, BACK, Publisher, channels, publish_all, tell_status, wait_seconds
 from tundish.run_folder import RunFolder
 from tundish.runs.tracking import open_tracking
 
@@ -164,6 +165,40 @@ def test_what_is_new_is_sent_by_itself(make_run: MakeRun, monkeypatch: pytest.Mo
     _log(paths, 2)
     publisher.finish()
     assert Journal(paths.metrics).is_sent and _points(paths) == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_run_without_supervisor_says_itself_how_it_is(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts that are started by hand would leave a run in MLflow that goes on for ever; and what waits, for good."""
+    from mlflow import MlflowClient
+
+    paths = _run(make_run, "chat-1")
+    tracking = paths.read_tracking()
+    _log(paths, 1)
+    Publisher(channels(paths), paths.events).finish()  # started once more when all is trained
+    assert _points(paths) == [(1, 1.0)]
+    for status in ("FAILED", "RUNNING", "FINISHED"):
+        tell_status(paths, status)
+        assert MlflowClient(tracking.tracking_uri).get_run(tracking.run_id).info.status == status
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    said: list[str] = []
+    monkeypatch.setattr("tundish.publishing.log.warning", lambda text, *values: said.append(text % values))
+    replace(tracking, tracking_uri="http://127.0.0.1:1").write(paths)
+    tell_status(paths, "FINISHED")
+    (line,) = said
+    assert line.startswith("MLflow does not know that the run is FINISHED: http://127.0.0.1:1: nothing listens there")
+
+
+def test_many_params_are_sent_in_parts(make_run: MakeRun) -> None:
+    """MLflow refuses more than a hundred at once: what was logged after them would wait for ever."""
+    from mlflow import MlflowClient
+
+    paths = _run(make_run, "chat-1")
+    journal, tracking = Journal(paths.artifacts_journal), paths.read_tracking()
+    for value in ("1", "2"):
+        journal.append({"params": {f"p{number}": value for number in range(250)}})
+    assert Publisher(channels(paths), None).attempt() is None
+    data = MlflowClient(tracking.tracking_uri).get_run(tracking.run_id).data
+    assert len(data.params) == 250 and data.params["p7"] == "1" and data.tags["resumed.p249"] == "2"
 
 
 def test_a_store_that_hangs_does_not_hold_up_the_end(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,7 +204,7 @@ class RunPaths:
 
     @property
     def artifacts_journal(self) -> Path:
-        """What else MLflow is told while training, one JSON object a line: params, rows of tables, names of files."""
+        """What else MLflow is told while training, one JSON object a line: params, data sets, rows, names of files."""
         return self.folder / "artifacts.jsonl"
 
     @property

@@ -9,17 +9,17 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from tundish import events
 from tundish.checkpoints import list_checkpoints
 from tundish.checkpoints.places import Place
-from tundish.errors import StageError, TundishError
+from tundish.errors import StageError, StoreError, TundishError
 from tundish.foundry import checkpoints_to_keep
 from tundish.journal import Journal
-from tundish.mlflow_client import told
+from tundish.mlflow_client import impatient, told
 from tundish.run_folder import RunFolder, Tracking
 
 log = logging.getLogger(__name__)
@@ -32,8 +32,8 @@ LONGEST_PAUSE_SECONDS = 30.0
 """Between two attempts at a store that is away."""
 LAST_SECONDS = 10.0
 """For an attempt at a store that is away, when training ends."""
-MOST_METRICS = 1000
-"""Of one request: MLflow's limit."""
+MOST_METRICS, MOST_PARAMS = 1000, 100
+"""Of one request: MLflow's limits."""
 AWAY, BACK = "MLFLOW_AWAY", "MLFLOW_BACK"
 
 
@@ -78,7 +78,7 @@ class Metrics:
 
 
 class Artifacts:
-    """Params, tables and files, in the order in which they were logged."""
+    """Params, data sets, tables and files, in the order in which they were logged."""
 
     def __init__(self, paths: RunFolder, tracking: Tracking) -> None:
         self.journal, self.tracking, self.folder = Journal(paths.artifacts_journal), tracking, paths.artifacts
@@ -91,13 +91,16 @@ class Artifacts:
             self.journal.note_sent(place)
 
     def _send(self, record: dict[str, Any]) -> None:
-        from mlflow.entities import Param
-
         client, run_id = _client(self.tracking), self.tracking.run_id
         if "params" in record:
-            known = client.get_run(run_id).data.params  # MLflow changes none; a run that goes on logs them again
-            new = [Param(name, value) for name, value in record["params"].items() if name not in known]
-            client.log_batch(run_id, params=new)
+            log_params(self.tracking, record["params"])
+        elif "inputs" in record:
+            from mlflow.entities import Dataset, DatasetInput, InputTag
+
+            given: list[dict[str, Any]] = record["inputs"]
+            tags = [[InputTag("mlflow.data.context", one.pop("context"))] for one in given]
+            inputs = [DatasetInput(Dataset(**one), tag) for one, tag in zip(given, tags, strict=True)]
+            client.log_inputs(run_id, inputs)
         elif "table" in record:
             import pandas as pd
 
@@ -182,7 +185,8 @@ class Publisher:
 
     def finish(self) -> None:
         """Send the rest; a store that is away is not waited for: what is left is kept on the disk."""
-        if self._thread is None:
+        if self._thread is None:  # there was nothing to train any more
+            self.attempt()
             return
         self._ends.set()
         end = time.monotonic() + LAST_SECONDS
@@ -232,6 +236,37 @@ def publish_all(paths: RunFolder, seconds: float, sleep: Callable[[float], None]
             )
         sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
+def log_params(tracking: Tracking, params: Mapping[str, str]) -> None:
+    """Log params that the run does not have. MLflow changes none: those of a run that goes on with others are tags.
+
+    Raises:
+        Exception: MLflow's client's.
+    """
+    from mlflow.entities import Param, RunTag
+
+    client, run_id = _client(tracking), tracking.run_id
+    known = client.get_run(run_id).data.params
+    new = [Param(name, value) for name, value in params.items() if name not in known]
+    for start in range(0, len(new), MOST_PARAMS):
+        client.log_batch(run_id, params=new[start : start + MOST_PARAMS])
+    changed = [RunTag(f"resumed.{name}", value) for name, value in params.items() if known.get(name, value) != value]
+    for start in range(0, len(changed), MOST_PARAMS):
+        client.log_batch(run_id, tags=changed[start : start + MOST_PARAMS])
+
+
+def tell_status(paths: RunFolder, status: str) -> None:
+    """Say in MLflow that a run goes on, is done or has failed, which people have started: it has no supervisor."""
+    tracking = paths.read_tracking()
+    try:
+        with told(tracking.tracking_uri), impatient(retries=1):
+            if status == "RUNNING":
+                _client(tracking).update_run(tracking.run_id, status)
+            else:
+                _client(tracking).set_terminated(tracking.run_id, status)
+    except StoreError as error:
+        log.warning("MLflow does not know that the run is %s: %s", status, error.message)
 
 
 def _client(tracking: Tracking) -> Any:

@@ -14,6 +14,7 @@ from tundish import foundation_model as fm
 from tundish.data import MANIFEST, Prepared
 from tundish.foundry import render
 from tundish.paths import write_atomic
+from tundish.publishing import Publisher, channels
 from tundish.run_folder import RunFolder
 from tundish.runs import creating, notes
 from tundish.runs.tracking import open_tracking
@@ -94,10 +95,12 @@ def test_mlflow_has_plan_data_and_files_of_a_run(
     spec = paths.read_spec()
     notes.tell_arguments(tracking, spec)
     notes.tell_plan(paths)
+    assert Publisher(channels(paths), None).attempt() is None
     # Resumed with two devices: MLflow changes no param, and refuses the whole batch.
     more = dataclasses.replace(spec, compute=dataclasses.replace(spec.compute, devices_per_node=2))
     write_atomic(paths.spec, more.to_json())
     notes.tell_plan(paths)
+    assert Publisher(channels(paths), None).attempt() is None
     paths.logs.mkdir()
     monkeypatch.setattr(notes, "LOG_BYTES", 100)
     paths.log("train").write_text("x" * 1000 + "\nrefused: hf_geheimgeheim is no token\n")
@@ -125,17 +128,22 @@ def test_mlflow_has_plan_data_and_files_of_a_run(
 def test_a_store_that_is_away_costs_a_run_nothing(
     prepared_run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Training would not begin, or a run's end not be told, for want of a log in MLflow."""
+    """Training would not begin, or a run's end not be told, for want of a log in MLflow; or its plan be lost."""
+    from mlflow import MlflowClient
+
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    tracking = dataclasses.replace(prepared_run.read_tracking(), tracking_uri="http://127.0.0.1:1")
-    tracking.write(prepared_run)
+    tracking = prepared_run.read_tracking()
+    dataclasses.replace(tracking, tracking_uri="http://127.0.0.1:1").write(prepared_run)
     with caplog.at_level(logging.WARNING):
         notes.tell_plan(prepared_run)
+        assert Publisher(channels(prepared_run), None).attempt() is not None
         notes.tell_files(prepared_run)
     said = [record.getMessage() for record in caplog.records if record.name == "tundish.runs.notes"]
-    assert [text.partition(":")[0] for text in said] == [
-        f"MLflow has not taken the run's {what}" for what in ("plan", "files", "files")
-    ]
+    assert [text.partition(":")[0] for text in said] == ["MLflow has not taken the run's files"]
+    tracking.write(prepared_run)
+    assert Publisher(channels(prepared_run), None).attempt() is None
+    run = MlflowClient(tracking.tracking_uri).get_run(tracking.run_id)
+    assert run.data.params["train_samples"] == "40" and len(run.inputs.dataset_inputs) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What MLflow is told of a run beside its metrics: its arguments as params, its data sets, its files.
 
-None of it is needed by the run: what MLflow does not take is left out with a warning.
+What a run is made of waits on its disk, as its metrics do; logs that MLflow does not take are left out with a warning.
 """
 
 import contextlib
@@ -8,7 +8,7 @@ import dataclasses
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ from tundish.address import Address
 from tundish.data import Prepared
 from tundish.errors import StoreError
 from tundish.foundry import decided, planned_steps
+from tundish.journal import Journal
 from tundish.mlflow_client import impatient, quiet, told
 from tundish.overrides import flat
+from tundish.paths import make_folder, write_atomic
+from tundish.publishing import log_params
 from tundish.run_folder import RunFolder, Tracking
 from tundish.spec import RunSpec
 from tundish.text import redacted
@@ -26,8 +29,6 @@ log = logging.getLogger(__name__)
 
 MOST_CHARACTERS = 500
 """Of a param: what every MLflow server takes. `spec.json` has the whole value."""
-MOST_PARAMS = 100
-"""Of one request: MLflow's limit."""
 LOG_BYTES = 8 << 20
 """Of a log, its end."""
 
@@ -44,7 +45,7 @@ def _unimportant(what: str) -> Iterator[None]:
 def tell_arguments(tracking: Tracking, spec: RunSpec) -> None:
     """Log the arguments of `create()`, defaults filled in."""
     with _unimportant("the run's arguments"):
-        _log_params(tracking, arguments_of(spec))
+        log_params(tracking, arguments_of(spec))
 
 
 def arguments_of(spec: RunSpec) -> dict[str, str]:
@@ -67,9 +68,9 @@ def text(value: object) -> str:
 def tell_plan(paths: RunFolder) -> None:
     """Log what is known when the data is prepared: what was chosen for the run, its data sets, its files so far.
 
-    Arguments of a run that was resumed with other ones are logged as tags: MLflow changes no param.
+    All is written to the run's disk, and sent on with what training logs.
     """
-    spec, tracking = paths.read_spec(), paths.read_tracking()
+    spec = paths.read_spec()
     data = {split: Prepared.read(paths.data(split)) for split in ("train", "eval") if paths.data(split).exists()}
     params = arguments_of(spec)
     params |= {name: text(value) for name, value in decided(paths.foundry_yaml.read_text()).items()}
@@ -77,25 +78,30 @@ def tell_plan(paths: RunFolder) -> None:
     for split, prepared in data.items():
         counts = {name: getattr(prepared, name) for name in ("samples", "tokens", "target_tokens", "rows", "truncated")}
         params |= {f"{split}_{name}": text(count) for name, count in counts.items()}
+    journal = Journal(paths.artifacts_journal)
     with _unimportant("the run's plan"):
-        _log_params(tracking, params)
-        _log_data(tracking, spec, data)
-    tell_files(paths, (paths.spec, paths.foundry_yaml))
+        make_folder(paths.artifacts)
+        files = [_copy(file, paths.artifacts / file.name) for file in (paths.spec, paths.foundry_yaml)]
+        for record in ({"params": params}, {"inputs": _inputs(spec, data)}, *({"file": file.name} for file in files)):
+            journal.append(record)
 
 
-def tell_files(paths: RunFolder, files: Iterable[Path] | None = None) -> None:
-    """Log files of the run's folder as artifacts, without secrets; all logs too where no files are named."""
+def tell_files(paths: RunFolder) -> None:
+    """Log files of the run's folder and all logs as artifacts, without secrets."""
     tracking = paths.read_tracking()
-    chosen = files or (paths.spec, paths.foundry_yaml, *paths.logs.glob("*.log"))
     with _unimportant("the run's files"), tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "artifacts"
         folder.mkdir()  # MLflow gives its folder the rights of this one, and a temporary one has its owner's only
-        for file in chosen:
+        for file in (paths.spec, paths.foundry_yaml, *paths.logs.glob("*.log")):
             if file.is_file() and file.stat().st_size:
-                copy = folder / file.relative_to(paths.folder)
-                copy.parent.mkdir(exist_ok=True)
-                copy.write_text(redacted(_end(file)), encoding="utf-8")
+                _copy(file, folder / file.relative_to(paths.folder))
         client(tracking).log_artifacts(tracking.run_id, str(folder))
+
+
+def _copy(file: Path, copy: Path) -> Path:
+    copy.parent.mkdir(exist_ok=True)
+    write_atomic(copy, redacted(_end(file)))
+    return copy
 
 
 def _end(file: Path) -> str:
@@ -113,35 +119,24 @@ def client(tracking: Tracking) -> Any:
     return MlflowClient(tracking.tracking_uri)
 
 
-def _log_params(tracking: Tracking, params: Mapping[str, str]) -> None:
-    from mlflow.entities import Param, RunTag
-
-    store = client(tracking)
-    known = store.get_run(tracking.run_id).data.params
-    new = [Param(name, value) for name, value in params.items() if name not in known]
-    for start in range(0, len(new), MOST_PARAMS):
-        store.log_batch(tracking.run_id, params=new[start : start + MOST_PARAMS])
-    changed = [RunTag(f"resumed.{name}", value) for name, value in params.items() if known.get(name, value) != value]
-    store.log_batch(tracking.run_id, tags=changed)
-
-
-def _log_data(tracking: Tracking, spec: RunSpec, data: Mapping[str, Prepared]) -> None:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
+def _inputs(spec: RunSpec, data: Mapping[str, Prepared]) -> list[dict[str, str]]:
+    """The data sets in MLflow's words."""
     given = {"train": spec.train_data_path, "eval": spec.eval_data_path}
-    inputs: list[DatasetInput] = []
+    found: list[dict[str, str]] = []
     for split, prepared in data.items():
         counts = {name: getattr(prepared, name) for name in ("samples", "tokens", "target_tokens", "rows")}
         kind, source = _source(str(given[split]))
-        dataset = Dataset(
-            name=redacted(str(given[split])).rstrip("/").rpartition("/")[2][:MOST_CHARACTERS],
-            digest=prepared.source_hash[:36],
-            source_type=kind,
-            source=redacted(json.dumps(source)),
-            profile=json.dumps(counts),
+        found.append(
+            {
+                "context": split,
+                "name": redacted(str(given[split])).rstrip("/").rpartition("/")[2][:MOST_CHARACTERS],
+                "digest": prepared.source_hash[:36],
+                "source_type": kind,
+                "source": redacted(json.dumps(source)),
+                "profile": json.dumps(counts),
+            }
         )
-        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", split)]))
-    client(tracking).log_inputs(tracking.run_id, inputs)
+    return found
 
 
 def _source(given: str) -> tuple[str, Mapping[str, str]]:

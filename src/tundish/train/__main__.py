@@ -52,7 +52,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tundish.checkpoints.places import Place
 from tundish.errors import TundishError
-from tundish.publishing import Checkpoints, Publisher, channels
+from tundish.publishing import Checkpoints, Publisher, channels, tell_status
 from tundish.run_folder import RunFolder
 from tundish.runs.notes import tell_plan
 from tundish.train.beats import Beats
@@ -200,23 +200,30 @@ def main() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     try:
         trainer = build_trainer(cfg)
-        _tell_mlflow()
+        _tell_mlflow("RUNNING")
         if not _is_done(trainer.state):
             trainer.fit()
         elif not has_learned():
             raise nothing_learned(trainer.state)
         trainer.close()
-    except TundishError as error:
-        _note({"error": error.message})
+    except Exception as error:
+        if isinstance(error, TundishError):
+            _note({"error": error.message})
+        _tell_mlflow("FAILED")
         raise
+    _tell_mlflow("FINISHED")
     _note({"batches": int(trainer.state.timestamp.batch), "tokens": int(trainer.state.timestamp.token)})
 
 
-def _tell_mlflow() -> None:
-    """Here, where MLflow is loaded anyway; of a run, not of a folder for hosts that are started by hand."""
-    paths = RunFolder(Path(os.environ.get(RUN_VARIABLE, "")).parent)
-    if dist.get_global_rank() == 0 and paths.spec.is_file():
-        tell_plan(paths)
+def _tell_mlflow(status: str) -> None:
+    """What a run is; its status where it has no supervisor, as a folder for hosts that are started by hand."""
+    run = _run()
+    if run is None or dist.get_global_rank():
+        return
+    if run.spec.is_file() and status == "RUNNING":
+        tell_plan(run)
+    elif not run.spec.is_file() and run.result("tracking").exists():
+        tell_status(run, status)
 
 
 def _note(result: dict[str, Any]) -> None:
