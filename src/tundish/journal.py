@@ -33,10 +33,16 @@ class Journal:
                 line = line if file.read(1) == b"\n" else b"\n" + line
             file.write(line)
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """All records, in order."""
+        return (record for record, _ in self._records(0))
+
     def unsent(self) -> Iterator[tuple[dict[str, Any], int]]:
         """The records that have not been sent, in order, each with the place behind it."""
+        return self._records(self.sent)
+
+    def _records(self, place: int) -> Iterator[tuple[dict[str, Any], int]]:
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
-            place = self.sent
             file.seek(place)
             for line in file:
                 if not line.endswith(b"\n"):

@@ -1,12 +1,14 @@
-"""runs/metrics.py: all points come from MLflow as they were logged, and the picture shows them."""
+"""runs/metrics.py: all points come back as they were logged, and the picture shows them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tundish import foundation_model as fm
 from tundish.errors import RequestError
+from tundish.journal import Journal
 from tundish.paths import write_atomic
 from tundish.run_folder import RunFolder
 from tundish.runs import metrics
@@ -74,6 +76,23 @@ def test_a_run_that_has_logged_nothing_yet_says_so(make_run: MakeRun) -> None:
     assert run.metrics().empty and list(run.metrics("loss/train/total").columns) == metrics.COLUMNS
     (axes,) = run.plot().axes
     assert [text.get_text() for text in axes.texts] == ["No loss has been logged yet."]
+
+
+def test_while_the_store_is_away_the_run_s_own_points_are_there(logged: RunFolder) -> None:
+    """Whoever wants to see how a run does while the server is away would look at nothing."""
+    journal, tracking = Journal(logged.metrics), logged.read_tracking()
+    journal.append({"time": 1000, "step": 1, "metrics": {"loss/train/total": 2.5, "lr-x": 0.1}})
+    journal.note_sent(logged.metrics.stat().st_size)
+    journal.append({"time": 2000, "step": 2, "metrics": {"loss/train/total": 1.5}})
+    run = fm.get("chat-1")
+    assert len(run.metrics()) == 5, "MLflow's, while it is there"
+    replace(tracking, tracking_uri=f"sqlite:///{logged.folder}/gone/mlflow.db").write(logged)
+    run = fm.get("chat-1")
+    train = run.metrics("loss/train/total")
+    assert list(zip(train["step"], train["value"], strict=True)) == [(1, 2.5), (2, 1.5)] and len(run.metrics()) == 3
+    assert str(train["time"].iloc[1]) == "1970-01-01 00:00:02+00:00"
+    with pytest.raises(RequestError, match=r"no metric 'loss' in the run; there are loss/train/total, lr-x\."):
+        run.metrics("loss")
 
 
 def test_a_store_that_is_away_is_told_in_a_sentence(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,21 @@
-"""A run's metrics: all points from MLflow as a DataFrame, and the losses as a picture."""
+"""A run's metrics: all points as a DataFrame, and the losses as a picture."""
 
 import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
 from tundish.errors import RequestError, StoreError
+from tundish.journal import Journal
 from tundish.mlflow_client import impatient, open_client, quiet, told
 
 if TYPE_CHECKING:
     import pandas as pd
+
+log = logging.getLogger(__name__)
 
 TRAIN_LOSS = "loss/train/total"
 EVAL_LOSS = "metrics/eval/LanguageCrossEntropy"
@@ -20,8 +26,10 @@ MANY_POINTS = 100
 TRAIN_COLOR, EVAL_COLOR = "#2f6f8f", "#c1440e"
 
 
-def read(tracking_uri: str, run_id: str, key: str | None = None) -> "pd.DataFrame":
+def read(tracking_uri: str, run_id: str, key: str | None = None, kept: Path | None = None) -> "pd.DataFrame":
     """All points of all metrics, or of one: a row a point, by key, step and time.
+
+    They come from MLflow; while that is away, from the run's disk.
 
     A run that went on from a checkpoint has two points for the steps that it took twice.
 
@@ -29,26 +37,49 @@ def read(tracking_uri: str, run_id: str, key: str | None = None) -> "pd.DataFram
         tracking_uri: of the store.
         run_id: MLflow's.
         key: Composer's name of a metric; None = all.
+        kept: the run's own file of them, which need not be there.
 
     Raises:
-        RequestError: MLflow does not answer, or the run has no metric of that name.
+        RequestError: MLflow does not answer and there is no such file, or the run has no metric of that name.
     """
     import pandas as pd
 
     try:
-        client = open_client(tracking_uri)
-        with told(tracking_uri), quiet(), impatient():
-            names = sorted(client.get_run(run_id).data.metrics)
-            if key is not None and key not in names and names:
-                raise RequestError(f"found no metric {key!r} in the run; there are {', '.join(names)}.")
-            wanted = names if key is None else [key]
-            points = [point for name in wanted for point in client.get_metric_history(run_id, name)]
+        names, points = _of_mlflow(tracking_uri, run_id, key)
     except StoreError as error:
-        raise RequestError(f"MLflow does not give the metrics of run {run_id}: {error.message}") from error
-    frame = pd.DataFrame([(one.key, one.step, one.timestamp, one.value) for one in points], columns=pd.Index(COLUMNS))
+        text = f"MLflow does not give the metrics of run {run_id}: {error.message}"
+        if kept is None or not kept.is_file():
+            raise RequestError(text) from error
+        log.warning("%s These are those of the run's own disk.", text)
+        points = list(_of_disk(kept))
+        names = sorted({name for name, *_ in points})
+        points = [point for point in points if key in (None, point[0])]
+    if key is not None and key not in names and names:
+        raise RequestError(f"found no metric {key!r} in the run; there are {', '.join(names)}.")
+    frame = pd.DataFrame(points, columns=pd.Index(COLUMNS))
     frame["time"] = pd.to_datetime(frame["time"], unit="ms", utc=True)
     frame = frame.astype({"key": str, "step": "int64", "value": "float64"})
     return frame.sort_values(["key", "step", "time"], kind="stable", ignore_index=True)
+
+
+Point = tuple[str, int, int, float]
+"""Key, step, milliseconds and value."""
+
+
+def _of_mlflow(tracking_uri: str, run_id: str, key: str | None) -> tuple[list[str], list[Point]]:
+    """The names of all metrics, and the points of those that are asked for."""
+    client = open_client(tracking_uri)
+    with told(tracking_uri), quiet(), impatient():
+        names = sorted(client.get_run(run_id).data.metrics)
+        wanted = [name for name in names if key in (None, name)]
+        points = [point for name in wanted for point in client.get_metric_history(run_id, name)]
+    return names, [(one.key, one.step, one.timestamp, one.value) for one in points]
+
+
+def _of_disk(file: Path) -> Iterator[Point]:
+    for record in Journal(file):
+        for name, value in record["metrics"].items():
+            yield name, record["step"], record["time"], value
 
 
 class LossPlot(Figure):

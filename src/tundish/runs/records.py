@@ -342,17 +342,21 @@ class TrainingRun:
         return wait(self.name, timeout)
 
     def metrics(self, key: str | None = None) -> "pd.DataFrame":
-        """All points of the run's metrics so far, from MLflow: columns `key`, `step`, `time`, `value`.
+        """All points of the run's metrics so far: columns `key`, `step`, `time`, `value`.
+
+        They come from MLflow; while that is away, from the run's own disk.
 
         Args:
             key: only this one, such as `loss/train/total`; None = all.
 
         Raises:
-            RequestError: MLflow does not answer, or the run has no metric of that name.
+            RequestError: MLflow does not answer and nothing is kept, or the run has no metric of that name.
         """
+        from tundish.paths import RunPaths
         from tundish.runs import metrics
 
-        return metrics.read(*self._mlflow(), key)
+        kept = RunPaths(self.run_dir).metrics if self.run_dir else None
+        return metrics.read(*self._mlflow(), key, kept)
 
     def plot(self) -> "Figure":
         """Training and evaluation loss so far, by batch; `run.plot().savefig("loss.png")` keeps the picture.
