@@ -18,10 +18,10 @@ from tundish.doctor.machine import (
     judge_home,
     judge_open_files,
     judge_shared_memory,
-    obstacle_to_writing,
 )
 from tundish.doctor.packages import TorchBuild, judge_flash_attention, judge_packages, judge_torch, torch_build
 from tundish.doctor.services import judge_hub, judge_slurm
+from tundish.paths import obstacle_to_writing
 
 Capture = pytest.CaptureFixture[str]
 NVIDIA_SMI = "| NVIDIA-SMI 550.54   Driver Version: 550.54.15   CUDA Version: {} |"

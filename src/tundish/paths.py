@@ -7,6 +7,7 @@ No other module spells a file name of a run folder. Names that come from argumen
 import os
 import re
 import secrets
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -76,6 +77,20 @@ def content_root(folder: Path) -> Path:
     real = folder.resolve()
     is_snapshot = real.parent.name == "snapshots" and real.parents[1].name.startswith(("models--", "datasets--"))
     return real.parents[1] if is_snapshot else real
+
+
+def obstacle_to_writing(folder: Path) -> str:
+    """Why no file can be made in `folder`, or in the nearest folder above it that exists; empty = it can."""
+    try:
+        with tempfile.TemporaryFile(dir=existing(folder)):
+            return ""
+    except OSError as error:
+        return f"{existing(folder)}: {error.strerror}"
+
+
+def existing(folder: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -271,6 +271,15 @@ def test_a_run_does_not_go_on_from_another_of_its_name(arguments: dict[str, Any]
     assert f"{folder}: another run of the name 'sft' has saved there" in error.message
 
 
+def test_folders_that_cannot_be_made_are_told(arguments: dict[str, Any], tmp_path: Path, home: Path) -> None:
+    """The run would wait for its devices and its data, and fail when training begins."""
+    (tmp_path / "file").write_text("")
+    overrides = {"save_folder": f"{tmp_path}/file/x", "loggers.tensorboard.log_dir": f"{tmp_path}/file"}
+    error = _refused(arguments | {"overrides": overrides}, home)
+    said = f"{tmp_path}/file: Not a directory. Name a folder that you may write into."
+    assert error.problems == tuple(f"overrides: {key}: {said}" for key in overrides)
+
+
 def test_a_password_in_an_address_is_refused(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be in the run's YAML, in its logs and in every copy of them."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://lab:geheim@db:5432/mlflow")

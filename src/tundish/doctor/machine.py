@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -147,21 +146,8 @@ def judge_home(folder: Path, free: int, obstacle: str) -> Finding:
 def home() -> Finding:
     """Look at `$TUNDISH_HOME`; it is not created."""
     folder = paths.home()
-    obstacle = obstacle_to_writing(folder)
-    return judge_home(folder, 0 if obstacle else shutil.disk_usage(_existing(folder)).free, obstacle)
-
-
-def obstacle_to_writing(folder: Path) -> str:
-    """Why no file can be made in `folder`, or in the nearest folder above it that exists; empty = it can."""
-    try:
-        with tempfile.TemporaryFile(dir=_existing(folder)):
-            return ""
-    except OSError as error:
-        return f"{_existing(folder)}: {error.strerror}"
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.parents) if path.exists())
+    obstacle = paths.obstacle_to_writing(folder)
+    return judge_home(folder, 0 if obstacle else shutil.disk_usage(paths.existing(folder)).free, obstacle)
 
 
 def judge_open_files(limit: int) -> Finding:

@@ -11,10 +11,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from tundish.doctor.finding import Finding
-from tundish.doctor.machine import obstacle_to_writing
 from tundish.errors import StoreError
 from tundish.mlflow_client import ask_registry, check_artifacts, check_file, file_of, open_client, told, why
-from tundish.paths import default_tracking_uri
+from tundish.paths import default_tracking_uri, obstacle_to_writing
 from tundish.runs.tracking import registry_uri, tracking_uri
 
 SECONDS = (3.0, 4.0)

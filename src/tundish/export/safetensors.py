@@ -23,7 +23,7 @@ from tundish.errors import CheckpointError, SpecError
 from tundish.export.plan import ExportDtype, Shard, Target, plan
 from tundish.model_files import is_model_folder, license_files, read_bytes, read_json
 from tundish.new_folder import new_folder
-from tundish.paths import write_atomic
+from tundish.paths import existing, write_atomic
 from tundish.spec import TaskType
 from tundish.weights import check_shapes, fit_vocabulary, read_weights
 
@@ -193,8 +193,7 @@ def _flush(path: Path) -> None:
 
 
 def _check_room(out: Path, size: int) -> None:
-    existing = next(parent for parent in out.absolute().parents if parent.exists())
-    if (free := shutil.disk_usage(existing).free) < size:
+    if (free := shutil.disk_usage(existing(out.absolute().parent)).free) < size:
         raise SpecError(f"{out}: the weights take {size:,} bytes, and {free:,} are free there. Choose another disk.")
 
 

@@ -18,8 +18,8 @@ from tundish.errors import CheckpointError, DataError, Interrupted, SpecError
 from tundish.foundry import Destination, isolating_attentions, memory_plan, planned_steps, render
 from tundish.memory import GIB
 from tundish.models import ModelCard
-from tundish.overrides import check_overrides, flat, save_root, unused_overrides
-from tundish.paths import RunPaths, write_atomic
+from tundish.overrides import PATHS, check_overrides, flat, save_root, unused_overrides
+from tundish.paths import RunPaths, obstacle_to_writing, write_atomic
 from tundish.pretrained import check_pretrained
 from tundish.processes import interrupt_waits
 from tundish.runs import drafts
@@ -113,6 +113,7 @@ def check(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> RunSpec:
     parsed, problems = _parse(arguments)
     if parsed is not None:
         problems.extend(machine_problems(parsed[0].compute))
+        problems.extend(_folder_problems(parsed[0].overrides))
         problems.extend(_model_problems(parsed[0].model))
     problems.extend(uri_problems())
     problems.extend(_weights_problems(arguments.get("custom_weights_path"), parsed[0].model if parsed else None))
@@ -226,6 +227,15 @@ def _plan_problems(spec: RunSpec, card: ModelCard) -> list[str]:
         )
         problems.append(f"overrides: {text}train {card.family} on a {device}; allowed is {' or '.join(isolating)}.")
     return problems
+
+
+def _folder_problems(overrides: Mapping[str, Any]) -> list[str]:
+    """Folders of this machine that training could not write into."""
+    given = {key: Address.of(address) for key, address in flat(overrides).items() if key in PATHS}
+    obstacles = {key: obstacle_to_writing(one.path) for key, one in given.items() if one.kind == "path"}
+    return [
+        f"overrides: {key}: {said}. Name a folder that you may write into." for key, said in obstacles.items() if said
+    ]
 
 
 def _memory_problems(spec: RunSpec, card: ModelCard) -> list[str]:
