@@ -164,6 +164,7 @@ def test_learning_rates_come_as_numbers_or_text(arguments: dict[str, Any], given
         ("eval_prompts", 5, "eval_prompts: allowed is a list of texts"),
         ("learning_rate", True, "learning_rate: found True; allowed is a number above 0"),
         ("data_prep_cluster_id", "0123-456", "data_prep_cluster_id: found '0123-456'; allowed is spark://"),
+        ("data_prep_cluster_id", "sc://host:443/;token=Gehe1mnis", "'sc://host:443/;token=***'; it holds a password"),
         ("run_name", "../x", "run_name: found '../x'; allowed are up to 100 letters"),
         ("run_name", "-x", "run_name: found '-x'"),
         ("run_name", "a b", "run_name: found 'a b'"),

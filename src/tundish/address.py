@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 from tundish.errors import SpecError
 from tundish.paths import home, inside, mlflow_artifacts_dir
+from tundish.text import holds_secret
 
 Kind = Literal["path", "table", "hub", "object", "artifact"]
 Takes = Literal["data", "model", "checkpoint", "folder", "file"]
@@ -132,6 +133,11 @@ def _parsed(given: str | Path, takes: Takes) -> Address:
     folder = given.folder if isinstance(given, Beside) else None
     uri = _URI.match(text)
     if uri is not None and not isinstance(given, Path):
+        if holds_secret(text):
+            raise SpecError(
+                f"found {text!r}; it holds a password or token, which would be written into the run's files. Take it "
+                "out, and set the store's own variables, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+            )
         found = _of_uri(text, uri[1].lower(), takes)
     elif takes in ("file", "checkpoint", "folder") or isinstance(given, Path) or text.startswith(("/", ".", "~")):
         found = _of_path(text, text, takes, folder)

@@ -26,6 +26,7 @@ from tundish.models import ModelCard, find_card
 from tundish.overrides import PATHS, flat
 from tundish.paths import RUN_NAME, RunPaths
 from tundish.stored import moment, object_of, parse
+from tundish.text import holds_secret
 
 TaskType = Literal["CHAT_COMPLETION", "INSTRUCTION_FINETUNE", "CONTINUED_PRETRAIN"]
 TASK_PREFIXES: Mapping[TaskType, str] = {
@@ -313,6 +314,8 @@ def _read_cluster(given: object) -> str | None:
             f"found {text!r}; allowed is spark://host:port, sc://host:port, or local[4] for 4 processes. Leave it out, "
             "and this machine prepares the data."
         )
+    if text is not None and holds_secret(text):
+        raise ValueError(f"found {text!r}; it holds a password or token, which would be written into the run's files.")
     return text
 
 
