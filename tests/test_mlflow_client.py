@@ -1,6 +1,7 @@
 """Stores of MLflow that cannot be used: one sentence each, the same from `create()` and from `doctor`."""
 
 import contextlib
+import logging
 import pickle
 import shutil
 import sqlite3
@@ -161,6 +162,25 @@ def test_doctor_makes_nothing(home: Path, tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         assert services.mlflow().found.endswith(", to be made by the first run")
         assert not list(tmp_path.iterdir())
+
+
+def test_a_new_store_leaves_the_process_its_logging(tmp_path: Path) -> None:
+    """A notebook's first run would end its log: alembic sets up logging anew, and closes all files that are open."""
+    import mlflow  # which does so, too
+
+    assert mlflow
+    logger, file = logging.getLogger("theirs"), logging.FileHandler(tmp_path / "theirs.log", mode="w")
+    handlers = list(logging.root.handlers)
+    logging.root.addHandler(file)
+    try:
+        logger.warning("before")
+        open_client(f"sqlite:///{tmp_path}/mlflow.db")
+        logger.warning("after")
+        assert logging.root.handlers == [*handlers, file]
+    finally:
+        logging.root.removeHandler(file)
+        file.close()
+    assert (tmp_path / "theirs.log").read_text() == "before\nafter\n"
 
 
 def test_a_registry_s_errors_are_told_alike(monkeypatch: pytest.MonkeyPatch) -> None:

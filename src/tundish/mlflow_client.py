@@ -5,6 +5,7 @@ A store is a server, a database or a folder; behind each is another library with
 
 import contextlib
 import logging
+import logging.config
 import os
 import re
 import socket
@@ -290,10 +291,19 @@ def impatient(seconds: int = 10, retries: int = 2) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing below a warning is logged: MLflow's first database migration tells of each of its forty steps."""
-    before = logging.root.manager.disable
+    """Nothing below a warning is logged: MLflow's first database migration tells of each of its forty steps.
+
+    And it would set up logging anew, as in a program of its own, and close the log files of this process.
+    """
+    before, configure = logging.root.manager.disable, logging.config.fileConfig
     logging.disable(logging.INFO)
+    logging.config.fileConfig = _configure_nothing
     try:
         yield
     finally:
+        logging.config.fileConfig = configure
         logging.disable(before)
+
+
+def _configure_nothing(*_: object, **__: object) -> None:
+    """In place of what reads the settings of a program's log."""
