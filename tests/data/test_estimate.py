@@ -57,7 +57,7 @@ def test_large_data_is_estimated_within_the_margin(many: dict[str, Any], monkeyp
     found = fm.estimate(**many)
     assert 0.05 < found.sampled_share < 0.5 and 0 < found.margin < 0.2
     for name in ("samples", "tokens", "target_tokens", "rows", "steps"):
-        assert getattr(found, name) == pytest.approx(getattr(exact, name), rel=1.5 * found.margin), name
+        assert getattr(found, name) == pytest.approx(getattr(exact, name), rel=1.5 * found.margin, abs=1), name
     assert found.fill == pytest.approx(exact.fill, abs=0.02)
     assert f"± {found.margin:.1%}" in str(found) and "± " not in str(exact)
     assert fm.estimate(**many) == found, "the same sample each time"
@@ -82,7 +82,7 @@ def test_durations_in_batches_and_tokens(many: dict[str, Any]) -> None:
     assert fm.estimate(**{**many, "training_duration": "77ba"}).steps == 77
     found = fm.estimate(**{**many, "training_duration": "50_000tok"})
     epoch = fm.estimate(**many)
-    assert found.steps == pytest.approx(50_000 / epoch.tokens * epoch.steps, rel=0.05)
+    assert found.steps == pytest.approx(50_000 / epoch.tokens * epoch.steps, abs=1)
 
 
 def test_bad_lines_are_counted_not_fatal(many: dict[str, Any]) -> None:
