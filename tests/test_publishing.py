@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from tundish import events
-from tundish.errors import StageError, StoreError
+from tundish.checkpoints.places import Place
+from tundish.errors import StageError, StoreError, TundishError
 from tundish.journal import Journal
-from tundish.publishing import AWAY, BACK, Publisher, channels, publish_all, tell_status, wait_seconds
+from tundish.publishing import AWAY, BACK, Checkpoints, Publisher, channels, publish_all, tell_status, wait_seconds
 from tundish.run_folder import RunFolder
 from tundish.runs.tracking import open_tracking
 
@@ -67,7 +68,7 @@ def test_a_server_that_goes_away_and_comes_back_has_everything_once(make_run: Ma
     for _ in range(2):
         failure = publisher.attempt()
         assert failure is not None and "nothing listens there" in failure.message
-    assert _said(paths) == [AWAY] and all(folder.is_dir() for folder in checkpoints)
+    assert _said(paths) == [AWAY] and [folder.is_dir() for folder in checkpoints] == [False, True], "as many are kept"
     (away,) = [event.message for event in events.read(paths.events) if event.type == AWAY]
     assert away.startswith(f"{mlflow_that_goes.uri}: nothing listens there. ") and "wait on its disk" in away
 
@@ -89,7 +90,6 @@ def test_a_server_that_goes_away_and_comes_back_has_everything_once(make_run: Ma
 def _checkpoint(paths: RunFolder, number: int) -> Path:
     """A complete checkpoint that waits on this machine."""
     from tundish.checkpoints.manifest import FileFacts, write_manifest
-    from tundish.checkpoints.places import Place
 
     folder = Place(paths.read_tracking().save_folder).local / f"ep1-ba{number}"
     folder.mkdir(parents=True)
@@ -223,6 +223,38 @@ def test_a_store_that_hangs_does_not_hold_up_the_end(make_run: MakeRun, monkeypa
     publisher.finish()
     hangs.set()
     assert _said(paths) == [AWAY]
+
+
+def test_a_stop_does_not_wait_for_an_upload(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster kills what does not end in time: the job would not go back into its queue."""
+    monkeypatch.setattr("tundish.publishing.LAST_SECONDS", 0.1)
+    uploads, asked = threading.Event(), threading.Event()
+
+    class Large:
+        def send(self) -> None:
+            asked.set()
+            uploads.wait()
+
+    publisher = Publisher([Large()], make_run("chat-1", ("CREATED", "x")).events)
+    publisher.start()
+    publisher.finish(hurry=True)
+    assert asked.wait(60), "what is small is sent"
+    uploads.set()
+
+
+def test_checkpoints_that_wait_for_a_store_do_not_fill_the_disk(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a week without the server, each checkpoint since would be there, of a run that keeps one."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    paths = RunFolder(make_run("chat-1", ("CREATED", "x")).folder)
+    address = "http://127.0.0.1:1/api/2.0/mlflow-artifacts/artifacts/1/chat-1/checkpoints"
+    replace(paths.read_tracking(), save_folder=address).write(paths)
+    checkpoints = [_checkpoint(paths, number) for number in (1, 2, 3, 4)]
+    for keep, left in ((-1, 4), (2, 2)):
+        with pytest.raises(TundishError, match="nothing listens there"):
+            Checkpoints(Place(address), keep).send()
+        assert [folder.is_dir() for folder in checkpoints] == [False] * (4 - left) + [True] * left
 
 
 def test_a_full_disk_does_not_end_the_publisher(make_run: MakeRun) -> None:

@@ -258,12 +258,6 @@ def why(error: BaseException) -> tuple[str, str]:
     return first.rstrip("."), "Check the address, the credentials, and that it can be reached from here."
 
 
-def is_away(error: BaseException) -> bool:
-    """Whether it may be well later: the store was not reached, or failed on its own side."""
-    said = "\n".join(f"{type(one).__name__}: {one}" for one in _chain(error))
-    return not re.search(r"INVALID_PARAMETER_VALUE|BAD_REQUEST|error code 4(?!0[1378]|13|29)\d\d", said)
-
-
 def _chain(error: BaseException) -> list[BaseException]:
     found: list[BaseException] = []
     one: BaseException | None = error

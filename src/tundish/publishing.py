@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from tundish import events
 from tundish.checkpoints import list_checkpoints
-from tundish.checkpoints.places import Place
+from tundish.checkpoints.places import Place, remove
 from tundish.errors import StageError, StoreError, TundishError
 from tundish.foundry import checkpoints_to_keep
 from tundish.journal import Journal
@@ -31,7 +31,7 @@ PAUSE_SECONDS = 2.0
 LONGEST_PAUSE_SECONDS = 30.0
 """Between two attempts at a store that is away."""
 LAST_SECONDS = 10.0
-"""For an attempt at a store that is away, when training ends."""
+"""For an attempt at a store that is away, when training ends; for any, when it is stopped."""
 MOST_METRICS, MOST_PARAMS = 1000, 100
 """Of one request: MLflow's limits."""
 AWAY, BACK = "MLFLOW_AWAY", "MLFLOW_BACK"
@@ -123,7 +123,10 @@ class Checkpoints:
 
     def send(self) -> None:
         """See Channel."""
-        for folder in list_checkpoints(self.place.local)[-max(0, self.keep) :]:
+        here = list_checkpoints(self.place.local)
+        first = max(0, len(here) - self.keep) if self.keep > 0 else 0
+        remove(here[:first])  # while a store is away for long, they would fill the disk
+        for folder in here[first:]:
             if folder.name not in self._done:
                 with told(self.place.address):
                     self.place.publish(folder)
@@ -183,23 +186,27 @@ class Publisher:
         self._thread = threading.Thread(target=self._go_on, daemon=True, name="publisher")
         self._thread.start()
 
-    def finish(self) -> None:
-        """Send the rest; a store that is away is not waited for: what is left is kept on the disk."""
+    def finish(self, *, hurry: bool = False) -> None:
+        """Send the rest; a store that is away is not waited for: what is left is kept on the disk.
+
+        Args:
+            hurry: whether this process will soon be killed; nor is a large checkpoint's upload waited for.
+        """
         if self._thread is None:  # there was nothing to train any more
             self.attempt()
             return
         self._ends.set()
         end = time.monotonic() + LAST_SECONDS
-        while self._thread.is_alive() and not (self._away and time.monotonic() > end):
+        while self._thread.is_alive() and not ((self._away or hurry) and time.monotonic() > end):
             self._thread.join(0.2)
-        if not self._thread.is_alive() and not self._away:
-            self.attempt()
         self._thread = None
 
     def _go_on(self) -> None:
         pause = PAUSE_SECONDS
         while not self._ends.wait(pause):
             pause = PAUSE_SECONDS if self.attempt() is None else min(2 * pause, LONGEST_PAUSE_SECONDS)
+        if not self._away:
+            self.attempt()
 
     def _tell(self, type: str, message: str) -> None:
         log.warning(message)

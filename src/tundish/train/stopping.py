@@ -54,7 +54,7 @@ class StopWhenAsked(Callback):
                 saver._save_checkpoint(state, logger)
             saver.wait()
         if self.publisher is not None:
-            self.publisher.finish()
+            self.publisher.finish(hurry=True)
         log.warning("Stopped after batch %s, as asked; the checkpoint is complete.", int(state.timestamp.batch))
         if self.paths is not None and dist.get_global_rank() == 0:
             self.paths.work.mkdir(exist_ok=True)
