@@ -103,9 +103,13 @@ def test_a_check_that_fails_or_hangs_costs_one_line() -> None:
     def fails() -> Finding:
         raise RuntimeError("cannot log in at http://me:geheim@host/")
 
+    def hangs() -> Finding:
+        threading.Event().wait()
+        raise AssertionError
+
     checks: dict[str, Callable[[], Finding]] = {
         "fails": fails,
-        "hangs": lambda: threading.Event().wait() or Finding("hangs", "ok", ""),
+        "hangs": hangs,
         "works": lambda: Finding("works", "ok", "fine"),
     }
     failed, hung, works = examine(checks, seconds=2)

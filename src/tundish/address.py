@@ -39,6 +39,8 @@ _HUB_NAMES: dict[Takes, re.Pattern[str]] = {
 }
 MOST_FILES = 10_000
 """Of a local dataset."""
+USUAL_SPLITS = ("train", "validation", "test")
+"""That `datasets` knows by many names of files."""
 _BLANKS = " \t\r\n\v\f\u00a0\u200b\u2060\ufeff"
 """What comes with a copied path."""
 
@@ -230,14 +232,16 @@ def _artifact_path(text: str, given: str, *, looked_for: bool) -> Path | None:
 
 
 def may_be_split(path: Path) -> bool:
-    """Whether a path that is not there may be a local folder of a dataset, with a split's name at its end.
+    """Whether a path that is no file may be a local folder of a dataset, with a split's name at its end.
 
     `datasets` looks at all files below a folder: in a project with its packages, or beside a home, for minutes.
     """
+    usual = path.name in USUAL_SPLITS
+    if path.is_dir() and (usual or (path / "state.json").is_file()):  # what `save_to_disk` has written has the latter
+        return True
     if not path.parent.is_dir() or path.suffix:
         return False
     files = list(islice((name for _, _, names in os.walk(path.parent) for name in names), MOST_FILES + 1))
-    # A card may name any split; these three are known by many names of files.
-    usual = path.name in ("train", "validation", "test")
+    # A card may name any split.
     named = any(name == "README.md" or path.name in name for name in files)
     return bool(files) and len(files) <= MOST_FILES and (usual or named)

@@ -742,6 +742,23 @@ def test_a_slip_in_a_path_does_not_search_all_beside_it(tmp_path: Path, datasets
     assert _refusal(missing).startswith(f"{missing}: there is no such file ({missing})")
 
 
+def test_a_folder_is_not_taken_for_a_split_of_the_one_above(
+    tmp_path: Path, datasets_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--train-data-path .` and `..` looked through all that lies above, and ended with an IndexError of `datasets`."""
+    folder = tmp_path / "lab" / "my data"
+    folder.mkdir(parents=True)
+    (folder / "chats.jsonl").write_text("{}")
+    (tmp_path / "lab" / "train.jsonl").write_text("{}")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("datasets.load_dataset_builder", None)
+    for given in (".", "..", str(folder), "../my data"):
+        problem = _refusal(given)
+        assert problem.startswith(f"{given}: is a folder; INSTRUCTION_FINETUNE takes a .jsonl file")
+        inside = "train" if given == ".." else "chats"
+        assert problem.endswith(f" Did you mean {given}/{inside}.jsonl?")
+
+
 def test_a_slip_in_a_large_folder_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a project with its packages beside it, the call took three minutes to say that there is no such file."""
     monkeypatch.setattr(address, "MOST_FILES", 20)

@@ -103,7 +103,7 @@ def _load_dataset(address: Address) -> Any:
         return load_dataset(name, split=split, trust_remote_code=False)
     except SpecError:
         raise
-    except (DatasetsError, ValueError, OSError, KeyError, TypeError) as error:
+    except (DatasetsError, ValueError, OSError, LookupError, TypeError) as error:
         beside = "".join(f" There is no file or folder {place} either." for place in address.looked if not local)
         raise SpecError(f"{given}: {_reason(error)}{beside}") from error
 

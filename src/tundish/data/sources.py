@@ -283,15 +283,21 @@ def _open_path(address: Address, rules: Rules) -> Source:
         return _open_file(address, rules)
     if (path / "_delta_log").is_dir():
         return _open_table(str(path), address.given, rules)
-    if not path.name.endswith(LINE_SUFFIXES) and (path.is_dir() or may_be_split(path)):
+    if not path.name.endswith(LINE_SUFFIXES) and may_be_split(path):
         from tundish.data.huggingface import open_dataset
 
         return open_dataset(address, rules)
     missing = f"there is no such file ({address.places})"
     found = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else missing
-    near = [] if path.exists() else _near(path)
+    near = _lines_in(path, address.given) if path.is_dir() else [] if path.exists() else _near(path)
     advice = f"Did you mean {' or '.join(near)}?" if near else "Check the path."
     raise SpecError(f"{address.given}: {found}; {rules.task_type} takes {_KINDS}. {advice}")
+
+
+def _lines_in(folder: Path, given: str) -> list[str]:
+    """JSONL files that may have been meant by their folder."""
+    names = sorted(path.name for path in islice(folder.iterdir(), MOST_FILES) if path.name.endswith(LINE_SUFFIXES))
+    return [f"{given.rstrip('/')}/{name}" for name in names[:3]]
 
 
 def _near(path: Path) -> list[str]:
