@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -150,6 +151,17 @@ def test_how_long_a_run_waits_may_be_set(monkeypatch: pytest.MonkeyPatch) -> Non
     assert wait_seconds() == 1.5
     monkeypatch.setenv("TUNDISH_MLFLOW_WAIT", "long")
     assert wait_seconds() == 3600
+
+
+def test_lines_that_a_disk_has_forgotten_hide_no_new_ones(tmp_path: Path) -> None:
+    """After a loss of power the first points of the resumed run would be lost, as if they had been sent."""
+    journal = Journal(tmp_path / "metrics.jsonl")
+    for step in range(9):
+        journal.append({"step": step})
+    journal.note_sent(journal.path.stat().st_size)
+    os.truncate(journal.path, 20)
+    Journal(journal.path).append({"step": 7})
+    assert [record["step"] for record, _ in journal.unsent()] == [7]
 
 
 def test_what_is_new_is_sent_by_itself(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,8 @@ class Journal:
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         with self._alone, open(self.path, "ab+") as file:
             end = file.tell()
+            if end < self.sent:  # a machine that has lost its power forgets the last lines, though they were sent
+                self.note_sent(end)
             if end:
                 file.seek(end - 1)
                 line = line if file.read(1) == b"\n" else b"\n" + line
