@@ -59,6 +59,8 @@ _SENTENCES = (
     (r"error code 403|too many 403|PERMISSION_DENIED", "it does not permit this (403)", _LOGIN),
     (r"error code 507|too many 507|No space left|disk is full|ENOSPC|Disk quota|QuotaExceeded|Insufficient Storage",
      "its disk is full", "Make room there."),
+    (r"ValueError: not enough values to unpack", "it is not in an MLflow server's artifacts, as http(s) addresses are",
+     "Copy the address from get_checkpoints()."),
     (r"error code 413", "it does not take so large a file (413)", "Raise the limit of the proxy before the server."),
     (r"not in a valid JSON format|error code (?:30\d|404|405)\b", _NO_SERVER, _RUNS),
     (r"(?:error code |too many )(5\d\d)", r"it fails on its own side (\1)", "Look into the log of the server."),

@@ -123,6 +123,12 @@ def test_a_store_that_is_away_costs_nothing_that_is_here(monkeypatch: pytest.Mon
     assert list_checkpoints(place.local) == kept
 
 
+def test_a_web_address_that_is_no_mlflow_server_s_is_told() -> None:
+    """MLflow's client says `not enough values to unpack`."""
+    with pytest.raises(CheckpointError, match=r"it is not in an MLflow server's artifacts.*Copy the address"):
+        Place("http://127.0.0.1:1/x").list()
+
+
 def test_what_is_newer_there_is_fetched(store: Store) -> None:
     """A run would go on from an old copy that another machine has long passed."""
     place = store.place
