@@ -53,6 +53,7 @@ def test_a_log_that_is_not_there_is_told_with_those_that_are(run: RunFolder, cap
         shown = capsys.readouterr().err
         assert f"no log {found}; it has prepare, supervisor, train, train-rank1." in shown and "Did you mean" in shown
     assert main(["logs", "chat-1", "--lines", "0"]) == 2
+    assert main(["logs", "chat-1", "--rank", "-1"]) == 2
 
 
 def test_the_end_of_a_long_log_is_shown_as_a_terminal_would(run: RunFolder, capsys: Capture) -> None:

@@ -46,6 +46,8 @@ def test_points_come_back_in_order_and_the_picture_shows_them(logged: RunFolder)
     assert len(frame) == 5 and set(frame["key"]) == {"loss/train/total", "metrics/eval/LanguageCrossEntropy"}
     with pytest.raises(RequestError, match=r"no metric 'loss' in the run; there are loss/train/total, metrics/eval"):
         run.metrics("loss")
+    with pytest.raises(RequestError, match=r"Did you mean loss/train/total\?$"):
+        run.metrics("loss/train/totl")
     figure = run.plot()
     (axes,) = figure.axes
     lines = {str(line.get_label()): list(zip(*map(list, line.get_data()), strict=True)) for line in axes.lines}

@@ -37,13 +37,15 @@ def logs_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "-n", "--lines", type=positive, default=LINES, metavar="N", help=f"last lines (default {LINES})"
     )
-    command.add_argument("-f", "--follow", action="store_true", help="go on until the run has ended")
+    command.add_argument("-f", "--follow", action="store_true", help="show new lines until the run has ended")
 
 
 def logs(arguments: argparse.Namespace) -> int:
     """`tundish logs [--follow]`."""
     if arguments.json and arguments.follow:
         raise SpecError("--follow shows lines as they come, and --json prints one document. Choose one of them.")
+    if arguments.rank is not None and arguments.rank < 0:
+        raise SpecError(f"--rank: found {arguments.rank}; ranks are counted from 0.")
     name = selecting.named(arguments.run)
     paths = find_run(name)
     log = _log(paths, arguments.stage, arguments.rank)

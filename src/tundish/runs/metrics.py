@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
-from tundish.errors import RequestError, StoreError
+from tundish.errors import RequestError, StoreError, did_you_mean
 from tundish.journal import Journal
 from tundish.mlflow_client import impatient, open_client, quiet, told
 
@@ -55,7 +55,8 @@ def read(tracking_uri: str, run_id: str, key: str | None = None, kept: Path | No
         names = sorted({name for name, *_ in points})
         points = [point for point in points if key in (None, point[0])]
     if key is not None and key not in names and names:
-        raise RequestError(f"found no metric {key!r} in the run; there are {', '.join(names)}.")
+        near = did_you_mean(key, names)
+        raise RequestError(f"found no metric {key!r} in the run; there are {', '.join(names)}.{near}")
     frame = pd.DataFrame(points, columns=pd.Index(COLUMNS))
     frame["time"] = pd.to_datetime(frame["time"], unit="ms", utc=True)
     frame = frame.astype({"key": str, "step": "int64", "value": "float64"})
