@@ -151,7 +151,7 @@ def test_a_job_that_runs_is_canceled_with_its_stage(submitted: Callable[..., Run
         ("CANCELLED|None", "Stopped", "Slurm ended its job 1: CANCELLED"),
         ("TIMEOUT|TimeLimit", "Failed", "Raise compute's time_limit"),
         ("OUT_OF_MEMORY|None", "Failed", "ask for more with sbatch's mem"),
-        ("NODE_FAIL|None", "Failed", "A node was lost. `tundish resume` goes on with the run."),
+        ("NODE_FAIL|None", "Failed", "A node was lost. `tundish resume` continues it."),
         ("BOOT_FAIL|None", "Failed", "BOOT_FAIL"),
         ("COMPLETED|None", "Failed", "Slurm ended its job 1: COMPLETED"),
     ],

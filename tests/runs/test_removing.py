@@ -76,7 +76,7 @@ def test_a_run_that_goes_on_is_not_removed(make_run: MakeRun) -> None:
     """Its processes would write into nothing; all that is in the way must be told at once."""
     for name in ("chat-1", "chat-2"):  # just created: its supervisor is about to start
         events.append(make_run(name).events, "CREATED", "waits")
-    with pytest.raises(RequestError, match=r"chat-1 goes on. `tundish cancel chat-1` .*chat-2 goes on"):
+    with pytest.raises(RequestError, match=r"chat-1 has not ended. `tundish cancel chat-1` .*chat-2 has not ended"):
         removing.plan(["chat-1", "chat-2"], local=True)
 
 
@@ -85,7 +85,7 @@ def test_a_run_that_is_resumed_meanwhile_stays(make_run: MakeRun) -> None:
     paths = make_run("chat-1", *ENDED)
     (plan,) = removing.plan(["chat-1"], local=True)
     events.append(paths.events, "REQUEUED", "Run resumed by user.")
-    with pytest.raises(RequestError, match="chat-1 goes on"):
+    with pytest.raises(RequestError, match="chat-1 has not ended"):
         removing.remove(plan)
     assert paths.spec.exists()
 
@@ -113,7 +113,7 @@ def test_a_damaged_run_can_be_removed(make_run: MakeRun, broken: str, local: boo
     (plan,) = removing.plan(["chat-1"], local=local)
     assert plan.status == "DAMAGED" and plan.mlflow is None
     assert ("cannot be read: they stay" in " ".join(plan.notes)) == (broken == "tracking")
-    with locked(paths.lock), pytest.raises(RequestError, match="goes on"):
+    with locked(paths.lock), pytest.raises(RequestError, match="has not ended"):
         removing.remove(plan)
     removing.remove(plan)
     assert not paths.folder.exists()

@@ -20,12 +20,12 @@ from tundish.cli.parsing import Parser, UsageError, add_commands, complete
 COMPLETING = "_ARGCOMPLETE"
 """Environment variable: a shell asks what may come next on its command line."""
 COMMANDS: Mapping[str, tuple[str, str]] = {
-    "create": ("starting", "start a run and return; work goes on in the background"),
+    "create": ("starting", "start a run in the background"),
     "run": ("starting", "start the run that a YAML file of create() arguments describes, and show its progress"),
     "render": ("starting", "print the LLM-Foundry YAML of a run without running anything"),
-    "resume": ("starting", "go on with a run that has failed, was canceled or was killed"),
+    "resume": ("starting", "continue a run that failed, was canceled or was killed"),
     "validate": ("data", "check every row of the data as create does, and show a sample"),
-    "estimate": ("data", "tell how many samples, tokens, rows and steps a run would have"),
+    "estimate": ("data", "show how many samples, tokens, rows and steps a run would have"),
     "prepare": ("data", "tokenize and pack the data, for a run to reuse"),
     "list": ("runs", "show runs, newest first"),
     "get": ("runs", "show one run"),
@@ -39,7 +39,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "export": ("checkpoints", "write a checkpoint as a Hugging Face folder"),
     "example": ("machine", "write a tiny model and data, to try the commands with"),
     "models": ("machine", "list the supported models"),
-    "doctor": ("machine", "tell what this machine and its surroundings lack for a run"),
+    "doctor": ("machine", "check what this machine is missing for a run"),
 }
 """Name → the module in which it is, and what it does."""
 
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     description = "Fine-tune language models on your own machines: from data to a registered model in one call."
     parser = Parser(
-        prog="tundish", description=description, epilog="`tundish COMMAND --help` tells a command's options."
+        prog="tundish", description=description, epilog="`tundish COMMAND --help` lists a command's options."
     )
     parser.add_argument("--version", action="version", version=f"tundish {__version__}")
     add_commands(parser, COMMANDS)

@@ -119,7 +119,7 @@ def events_options(command: argparse.ArgumentParser) -> None:
     """What `tundish events` takes."""
     add_json(command)
     add_run(command)
-    command.add_argument("--follow", action="store_true", help="go on until the run has ended")
+    command.add_argument("--follow", action="store_true", help="show new events until the run has ended")
 
 
 def events(arguments: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ FIRST_PORT = 29500
 def create_options(command: argparse.ArgumentParser) -> None:
     """What `tundish create` takes."""
     add_json(command)
-    command.add_argument("--no-validate-inputs", action="store_true", help="leave checking the rows to the run")
+    command.add_argument("--no-validate-inputs", action="store_true", help="let the run check the rows")
     command.add_argument("--wait", action="store_true", help="show the run's progress until it has ended")
     add_create_options(command)
 
@@ -116,7 +116,7 @@ def resume(arguments: argparse.Namespace) -> int:
     """`tundish resume`."""
     compute = compute_arguments(arguments)
     run = fm.resume(selecting.named(arguments.run), training_duration=arguments.training_duration, compute=compute)
-    return _started(run, arguments.json, wait=arguments.wait, done="goes on")
+    return _started(run, arguments.json, wait=arguments.wait, done="was resumed")
 
 
 def _started(run: TrainingRun, as_json: bool, *, wait: bool, done: str = "was created") -> int:

@@ -190,7 +190,7 @@ def _status(found: list[events.Event], life: Life) -> tuple[RunStatus, str]:
     if life.alive:
         return (RunStatus.QUEUED, life.waiting) if life.waiting else (status, life.unknown or said)
     how = life.end or f"The supervisor ended without a word after {last.type}; its log may say why."
-    return (RunStatus.STOPPED if life.canceled else RunStatus.FAILED), f"{how} `tundish resume` goes on with the run."
+    return (RunStatus.STOPPED if life.canceled else RunStatus.FAILED), f"{how} `tundish resume` continues it."
 
 
 def _estimated_end(found: list[events.Event], status: RunStatus) -> tuple[datetime | None, str | None]:

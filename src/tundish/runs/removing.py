@@ -189,7 +189,7 @@ def _refuse_going_on(paths: RunFolder) -> None:
     except RunDamagedError:
         at_rest = not is_held(paths.lock) and _has_no_process(paths)
     if not at_rest:
-        raise RequestError(f"{name} goes on. `tundish cancel {name}` stops it; then remove it.")
+        raise RequestError(f"{name} has not ended. `tundish cancel {name}` stops it; then remove it.")
 
 
 def _has_no_process(paths: RunFolder) -> bool:

@@ -123,7 +123,9 @@ def _stop(paths: RunFolder, stopped: Stopped, reached: tuple[int, int]) -> None:
     saved = "A checkpoint was saved." if _reached(paths)[1] > reached[1] else "No new checkpoint was saved."
     name, why = paths.folder.name, stopped.signal.name
     if paths.read_spec().compute.launcher != "slurm":
-        return _end(paths, "STOPPED", f"Stopped by {why}. {saved} `tundish resume {name}` goes on.", mlflow="KILLED")
+        return _end(
+            paths, "STOPPED", f"Stopped by {why}. {saved} `tundish resume {name}` continues it.", mlflow="KILLED"
+        )
     if why == "SIGUSR1" and _reached(paths) == reached:
         text = "In the time that Slurm gave to the run, it came no further. Raise compute's time_limit, or save more "
         return _end(paths, "FAILED", text + "often.", mlflow="FAILED")
@@ -135,7 +137,7 @@ def _stop(paths: RunFolder, stopped: Stopped, reached: tuple[int, int]) -> None:
         if why == "SIGUSR1" or slurm.is_running(job):
             slurm.requeue(job)
     except RequestError as error:
-        _end(paths, "FAILED", f"{error.message} `tundish resume {name}` goes on.", mlflow="FAILED")
+        _end(paths, "FAILED", f"{error.message} `tundish resume {name}` continues the run.", mlflow="FAILED")
 
 
 def _reached(paths: RunFolder) -> tuple[int, int]:

@@ -169,7 +169,7 @@ def reopen_tracking(tracking: Tracking) -> None:
             client.update_run(tracking.run_id, "RUNNING")
     except StoreError as error:
         raise RequestError(
-            f"MLflow does not go on with run {tracking.run_id}: {error.message} Then resume the run again."
+            f"MLflow cannot reopen run {tracking.run_id}: {error.message} Then resume the run again."
         ) from error
 
 
