@@ -233,6 +233,26 @@ def test_names_of_other_things_among_the_runs_are_shown(make_run: MakeRun, home:
         fm.get("copy")
 
 
+def test_a_name_of_two_lines_is_one_row_of_the_list(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second line would look like a run of its own."""
+    (home / "runs" / "a\nb").mkdir(parents=True)
+    code, out, _ = _cli(capsys, "list")
+    assert code == 0 and out.splitlines()[1] == "a\\nb  DAMAGED"
+
+
+@pytest.mark.parametrize("command", [["resume"], ["rm", "--yes"], ["rm", "--yes", "--local"], ["cancel"], ["logs"]])
+def test_what_is_no_folder_stays_as_it_is(home: Path, capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    """A lock was taken on the file itself, which was emptied for it, or made where a link led to nothing."""
+    runs = home / "runs"
+    runs.mkdir(parents=True)
+    (runs / "notes").write_text("notes")
+    (runs / "link").symlink_to("nothing")
+    for name in ("notes", "link"):
+        code, _, err = _cli(capsys, *command, name)
+        assert code == 1 and err == f"tundish: {runs / name}: is not a folder, as a run is. Move it elsewhere.\n"
+    assert (runs / "notes").read_text() == "notes" and sorted(os.listdir(runs)) == ["link", "notes"]
+
+
 def test_a_folder_that_may_not_be_read_is_named(make_run: MakeRun, home: Path) -> None:
     """In a shared home, a colleague's private run would end everybody's list."""
     make_run("good", ("COMPLETED", "done"))

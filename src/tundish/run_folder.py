@@ -111,6 +111,15 @@ class RunFolder(RunPaths):
 
     __slots__ = ()
 
+    def check(self) -> None:
+        """Make sure that it is a folder: what is done to a run must not be done to a file, or to what a link names.
+
+        Raises:
+            RunDamagedError: it is something else.
+        """
+        if not os.path.isdir(self.folder):
+            raise RunDamagedError(f"{self.folder}: is not a folder, as a run is. Move it elsewhere.", self.folder)
+
     def read_spec(self) -> RunSpec:
         """The checked arguments."""
         with self._reading(self.spec, "Restore it"):
@@ -180,9 +189,7 @@ class RunFolder(RunPaths):
         except (OSError, ValueError) as error:
             if not os.path.lexists(self.folder):
                 raise RunNotFoundError(f"there is no run {self.folder.name!r} in {self.folder.parent}.") from error
-            if not self.folder.is_dir():
-                text = f"{self.folder}: is not a folder, as a run is. Move it elsewhere."
-                raise RunDamagedError(text, self.folder) from error
+            self.check()
             what = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
             if isinstance(error, FileNotFoundError):
                 what, advice = "is missing", "Restore it"

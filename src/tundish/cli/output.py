@@ -88,7 +88,7 @@ def record(run: TrainingRun) -> dict[str, Any]:
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Lines as wide as the terminal, or as wide as they are where nobody looks; the first column is never cut."""
-    lines = [list(titles), *([printable(str("-" if cell in (None, "") else cell)) for cell in row] for row in rows)]
+    lines = [list(titles), *([_told(cell) for cell in row] for row in rows)]
     widths = [max(cell_len(line[i]) for line in lines) for i in range(len(titles))]
     room = shutil.get_terminal_size().columns - 2 * (len(titles) - 1) if sys.stdout.isatty() else sum(widths)
     # The last column is the least important one.
@@ -96,6 +96,11 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None
         widths[column] = max(min(widths[column], LEAST_COLUMN), widths[column] - max(0, sum(widths) - room))
     for line in lines:
         print("  ".join(_fitted(cell, width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _told(cell: object) -> str:
+    """A cell's text, on one line: names of files may hold anything."""
+    return "-" if cell in (None, "") else printable(str(cell)).replace("\n", "\\n")
 
 
 def _fitted(cell: str, width: int) -> str:

@@ -161,9 +161,12 @@ def find_run(name: str) -> RunFolder:
 
     Raises:
         RunNotFoundError: there is none of that name; near names are listed.
+        RunDamagedError: it is no folder.
     """
     if (RUN_NAME.fullmatch(name) and os.path.lexists(runs_dir() / name)) or name in (names := run_names()):
-        return RunFolder(runs_dir() / name)
+        paths = RunFolder(runs_dir() / name)
+        paths.check()
+        return paths
     hint = did_you_mean(name, names) or " `tundish list` shows the runs."
     raise RunNotFoundError(f"there is no run {name!r} in {runs_dir()}.{hint}")
 
