@@ -97,6 +97,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             monkeypatch.delenv(name)
     if mlflow := sys.modules.get("mlflow"):
         mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(None)
     folder = tmp_path / "home"
     monkeypatch.setenv("TUNDISH_HOME", str(folder))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

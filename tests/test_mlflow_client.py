@@ -195,6 +195,12 @@ def test_a_registry_s_errors_are_told_alike(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_an_artifact_store_that_cannot_be_used_is_told_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first checkpoint would be the first to learn of it."""
+    import boto3
+    from mlflow.store.artifact.s3_artifact_repo import _cached_get_s3_client
+
+    # Both keep the credentials of an earlier test.
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    _cached_get_s3_client.cache_clear()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "S3_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):

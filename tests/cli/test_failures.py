@@ -61,10 +61,11 @@ def test_no_error_ends_in_a_traceback(
 def test_ctrl_c_waits_for_what_belongs_together() -> None:
     """A run would be left with its folder and without its supervisor."""
     done = list[str]()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with pytest.raises(Interrupted, match="Run ift-1 goes on"), interrupt_waits(Interrupted("ift-1")):
         os.kill(os.getpid(), signal.SIGINT)
         done.append("all of it")
-    assert done == ["all of it"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert done == ["all of it"] and signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(
