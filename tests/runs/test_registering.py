@@ -33,6 +33,7 @@ def exported_run(make_run: MakeRun, tiny_model: Path) -> Callable[[str], RunFold
         paths = make_run(name, ("CREATED", "waits"), ("FAILED", "in register"))
         open_tracking(name, f"/Users/me/{name}", {}).write(paths)
         shutil.copytree(tiny_model, paths.export)
+        write_atomic(paths.foundry_yaml, "save_num_checkpoints_to_keep: -1\n")
         for stage in ("prepare", "train", "export"):
             write_atomic(paths.result(stage), "{}")
         return paths
@@ -107,6 +108,7 @@ def test_a_server_that_never_answers_is_given_up_with_all_its_processes(
     exported_run: Callable[[str], RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that hangs for ever at its last stage, or a copy of the model left behind."""
+    monkeypatch.setenv("TUNDISH_MLFLOW_WAIT", "0")  # for the tracking server: that one is here
     paths, wait = exported_run("chat-2"), running._wait
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -153,7 +155,7 @@ def test_resuming_without_the_server_is_refused_in_a_sentence(
     tracking = json.loads(paths.result("tracking").read_text())
     write_atomic(paths.result("tracking"), json.dumps(tracking | {"tracking_uri": "http://127.0.0.1:1"}))
     with pytest.raises(
-        RequestError, match=r"MLflow does not go on .*http://127\.0\.0\.1:1: nothing listens there.*Then resume the run"
+        RequestError, match=r"MLflow cannot reopen run .*http://127\.0\.0\.1:1: nothing listens there.*Then resume the run"
     ):
         fm.resume("chat-3")
     assert events.read(paths.events)[-1].type == "FAILED"

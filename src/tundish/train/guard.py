@@ -64,6 +64,7 @@ class LossGuard(Callback):
         if changed:
             self._begun = None
             if (mark := _mark()) is not None and dist.get_global_rank() == 0:
+                mark.parent.mkdir(exist_ok=True)  # a YAML that is trained by hand has events alone
                 mark.touch()
 
 
