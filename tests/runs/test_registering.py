@@ -155,7 +155,8 @@ def test_resuming_without_the_server_is_refused_in_a_sentence(
     tracking = json.loads(paths.result("tracking").read_text())
     write_atomic(paths.result("tracking"), json.dumps(tracking | {"tracking_uri": "http://127.0.0.1:1"}))
     with pytest.raises(
-        RequestError, match=r"MLflow cannot reopen run .*http://127\.0\.0\.1:1: nothing listens there.*Then resume the run"
+        RequestError,
+        match=r"MLflow cannot reopen run .*http://127\.0\.0\.1:1: nothing listens there.*Then resume the run",
     ):
         fm.resume("chat-3")
     assert events.read(paths.events)[-1].type == "FAILED"
