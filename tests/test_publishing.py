@@ -19,6 +19,8 @@ from tundish.publishing import AWAY, BACK, Checkpoints, Publisher, channels, pub
 from tundish.run_folder import RunFolder
 from tundish.runs.tracking import open_tracking
 
+pytestmark = pytest.mark.slow
+
 MakeRun = Callable[..., RunFolder]
 
 
@@ -47,7 +49,6 @@ def _said(paths: RunFolder) -> list[str]:
     return [event.type for event in events.read(paths.events) if event.type in (AWAY, BACK)]
 
 
-@pytest.mark.slow
 def test_a_server_that_goes_away_and_comes_back_has_everything_once(make_run: MakeRun, mlflow_that_goes: Any) -> None:
     """A curve with a hole, a table that is lost, a checkpoint that is nowhere; or a warning every two seconds."""
     from mlflow import MlflowClient

@@ -20,6 +20,7 @@ from tundish.checkpoints.metadata import Part
 from tundish.errors import CheckpointError
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),  # PyTorch's own, on saving
     pytest.mark.usefixtures("little_memory"),
 ]

@@ -11,6 +11,8 @@ import pytest
 from tundish.checkpoints.pickles import Call, PlainUnpickler, Record, empty_dict, same, shown
 from tundish.errors import CheckpointError
 
+pytestmark = pytest.mark.slow
+
 NAMES = {"a.Thing": Call(Record), "a.constant": "float32", "a.same": Call(same), "a.dict": Call(empty_dict)}
 PLAIN = {"a": [1, -2.5, 1 << 80, None, True], "b": ("x", b"y", ("é" * 300,)), 3: {"c": {}}, 2.5: [[]] * 3}
 START = b"\x80\x04"

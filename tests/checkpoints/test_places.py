@@ -20,6 +20,7 @@ from tundish.publishing import Checkpoints
 from tundish.weights import compare_weights, fetch_weights, find_weights
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:botocore"),

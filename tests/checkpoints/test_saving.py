@@ -25,6 +25,7 @@ from tundish.paths import CHECKPOINT_LINK
 
 # Of PyTorch's own: it saves and loads in a single process, which is wanted here, and uses its own old storage class.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
 ]

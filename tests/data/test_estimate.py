@@ -14,6 +14,8 @@ from tundish.data import chunks
 from tundish.data import estimate as estimating
 from tundish.errors import DataError
 
+pytestmark = pytest.mark.slow
+
 WriteLines = Callable[[Path, Any], Path]
 
 

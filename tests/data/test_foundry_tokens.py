@@ -16,6 +16,8 @@ from tundish.data.tokenize import Encoded, Encoder
 from tundish.data.tokenizer import load_tokenizer
 from tundish.errors import DataError
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 

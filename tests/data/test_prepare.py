@@ -26,7 +26,7 @@ from tundish.errors import DataError, StageError
 from tundish.locks import locked
 
 # Streaming's LocalDataset leaves index.json open.
-pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*index\.json:ResourceWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(r"ignore:unclosed file .*index\.json:ResourceWarning")]
 
 WriteLines = Callable[[Path, Any], Path]
 CONTEXT = 64

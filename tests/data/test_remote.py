@@ -18,6 +18,8 @@ from tundish.data.sources import Source, open_source
 from tundish.errors import DataError, SpecError
 from tundish.spec import TaskType
 
+pytestmark = pytest.mark.slow
+
 Prepare = Callable[[Source], Path]
 
 

@@ -18,7 +18,7 @@ from tundish.spec import RunSpec, parse_spec
 
 Serving = Callable[..., Any]
 # MLflow's import of all its flavours warns of much that is not ours.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from tundish.new_folder import new_folder
 
 # Of PyTorch's own, on saving: it saves from a single process, which is wanted here, and uses its own old storage class.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
 ]

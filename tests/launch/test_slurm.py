@@ -24,6 +24,8 @@ from tundish.launch.slurm import job_script
 from tundish.run_folder import RunFolder
 from tundish.runs.reading import wait
 
+pytestmark = pytest.mark.slow
+
 MakeRun = Callable[..., RunFolder]
 RECORDED = Path(__file__).parent / "job.sbatch"
 GPUS = Compute(device="gpu", nodes=2, devices_per_node=4, launcher="slurm", time_limit="12:00:00",

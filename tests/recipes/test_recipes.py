@@ -14,6 +14,8 @@ import pytest
 
 from tundish.checkpoints.verifying import verify
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = [path for path in sorted(FOLDER.glob("*.py")) if path.stem != "check_data"]
 """Those that train."""

@@ -16,6 +16,8 @@ from tundish import foundation_model as fm
 from tundish.data import encoding, tokenize, tokenizer, workers
 from tundish.errors import DataError, SpecError
 
+pytestmark = pytest.mark.slow
+
 WriteLines = Callable[[Path, Any], Path]
 SaveTokenizer = Callable[..., Path]
 PLAIN = (

@@ -24,6 +24,8 @@ from tundish.runs import creating, drafts
 from tundish.runs.records import TrainingRun
 from tundish.runs.tracking import open_tracking
 
+pytestmark = pytest.mark.slow
+
 KILLED = """
 import json, os, sys
 import mlflow, mlflow.store.tracking.sqlalchemy_store
@@ -136,7 +138,6 @@ KILLS = {
 }
 
 
-@pytest.mark.slow
 def test_what_a_kill_leaves_is_removed_by_the_next_one(checked: dict[str, Any], home: Path) -> None:
     """Drafts would pile up, and runs that nobody has made be RUNNING in MLflow for ever."""
     root = Path(__file__).parents[2]

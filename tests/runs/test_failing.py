@@ -12,6 +12,8 @@ from tests.runs.processes import supervisor
 from tundish import foundation_model as fm
 from tundish.runs.records import TrainingRun
 
+pytestmark = pytest.mark.slow
+
 WriteLines = Callable[[Path, Iterable[object]], Path]
 
 

@@ -11,11 +11,12 @@ from tundish import foundation_model as fm
 from tundish.publishing import AWAY, BACK
 from tundish.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 WriteLines = Callable[[Path, Iterable[object]], Path]
 STEPS = 60
 
 
-@pytest.mark.slow
 def test_a_server_that_is_gone_costs_a_run_nothing_but_time(
     mlflow_that_goes: Any,
     tiny_model: Path,

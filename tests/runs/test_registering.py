@@ -22,6 +22,8 @@ from tundish.run_folder import RunFolder
 from tundish.runs import running
 from tundish.runs.tracking import check_registry, open_tracking
 
+pytestmark = pytest.mark.slow
+
 MakeRun = Callable[..., RunFolder]
 
 

@@ -17,6 +17,8 @@ from tundish.run_folder import RunFolder
 from tundish.runs.records import TrainingRun
 from tundish.weights import fetch_weights, find_weights
 
+pytestmark = pytest.mark.slow
+
 WriteLines = Callable[[Path, Iterable[object]], Path]
 
 

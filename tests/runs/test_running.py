@@ -11,6 +11,8 @@ from tundish.run_folder import RunFolder
 from tundish.runs import running
 from tundish.runs.running import Place, run_stage
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_stage_that_was_killed_after_its_result_is_done(
     make_run: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,8 @@ import pytest
 from tundish.run_folder import Beat, RunFolder
 from tundish.runs.watching import Watch
 
+pytestmark = pytest.mark.slow
+
 Plan = Callable[..., Path]
 
 

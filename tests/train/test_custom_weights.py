@@ -4,10 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from tests.train.conftest import weights
 
 from tundish.checkpoints.manifest import base_model
+
+pytestmark = pytest.mark.slow
 
 Plan = Callable[..., Path]
 

@@ -12,6 +12,8 @@ from tests.train.conftest import Trained, counted, prepared, weights
 
 from tundish.checkpoints import list_checkpoints
 
+pytestmark = pytest.mark.slow
+
 Plan = Callable[..., Path]
 CLOSE = 2e-4
 """Relative. Sums in another order differ by 1e-7; where an update of Lion is that close to 0, its sign differs, and the

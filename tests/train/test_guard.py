@@ -11,6 +11,8 @@ import pytest
 
 from tundish.errors import StageError
 
+pytestmark = pytest.mark.slow
+
 Plan = Callable[..., Path]
 
 

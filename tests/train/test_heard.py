@@ -7,6 +7,8 @@ import pytest
 from tundish.runs.causes import lost_nodes
 from tundish.train.heard import Heard
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_silent_node_is_named_once_and_when_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
     """Nobody could tell which of many machines to look at, or the log would be full of it."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     import torch
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 Row = dict[str, np.ndarray]
 MakeOrder = Callable[..., Any]
 

@@ -12,6 +12,8 @@ from tests.train.conftest import free_port
 from tundish.memory import Choice, Setting, step_memory
 from tundish.models import ModelCard
 
+pytestmark = pytest.mark.slow
+
 SIZES = [
     (256, 4, 704, 4, 2, 2000, 512, 8, False, True),
     (512, 8, 1408, 8, 4, 8000, 512, 4, False, False),

@@ -16,6 +16,8 @@ from tests.train.conftest import weights
 from tundish.checkpoints import list_checkpoints
 from tundish.events import read
 
+pytestmark = pytest.mark.slow
+
 Plan = Callable[..., Path]
 DURATION = "3ep"
 MOST_SECONDS = 0.3

@@ -15,6 +15,8 @@ from tests.train.conftest import Trained, weights
 
 from tundish.checkpoints import MODEL_PREFIX
 
+pytestmark = pytest.mark.slow
+
 Plan = Callable[..., Path]
 
 

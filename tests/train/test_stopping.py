@@ -12,6 +12,8 @@ from tundish.checkpoints import list_checkpoints
 from tundish.launch.command import STOPPED
 from tundish.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 Plan = Callable[..., Path]
 
 

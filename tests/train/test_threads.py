@@ -7,6 +7,8 @@ import sys
 import pytest
 from tests.train.conftest import free_port
 
+pytestmark = pytest.mark.slow
+
 # Counts its threads before and after large copies between ranks.
 COUNT = """
 import os, sys
