@@ -15,7 +15,10 @@ import pytest
 from tundish.checkpoints import list_checkpoints
 from tundish.paths import CHECKPOINT_LINK
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # PyTorch's own, on saving]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),  # PyTorch's own, on saving
+]
 Plan = Callable[..., Path]
 
 
