@@ -20,6 +20,8 @@ from tundish.mlflow_client import check_artifacts, open_client, told, why
 from tundish.runs import metrics
 from tundish.runs.tracking import check_registry, open_tracking
 
+pytestmark = pytest.mark.slow
+
 Answering = Callable[[int, bytes], str]
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def test_reading_a_database_leaves_no_folder_behind(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,8 @@ import pytest
 
 from tundish.processes import ProcessId, start, stop_tree
 
+pytestmark = pytest.mark.slow
+
 # Starts a child that does not end when it is asked to, tells its number, and waits.
 STUBBORN = """
 import signal, subprocess, sys, time

@@ -16,6 +16,8 @@ import pytest
 from tundish.data.workers import Bars, Workers, guarded, limited
 from tundish.errors import DataError, StageError, WorkerError
 
+pytestmark = pytest.mark.slow
+
 
 def _square(number: int) -> tuple[int, int]:
     return number * number, os.getpid()

@@ -15,6 +15,8 @@ from tundish.compute import Compute
 from tundish.launch import queue
 from tundish.processes import ProcessId
 
+pytestmark = pytest.mark.slow
+
 Enter = Callable[..., subprocess.Popen[bytes]]
 WORKER = """\
 import os, sys, time

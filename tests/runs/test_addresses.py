@@ -12,6 +12,8 @@ from tundish.mlflow_client import artifact_address
 from tundish.run_folder import RunFolder
 from tundish.runs.addresses import checkpoint_address
 
+pytestmark = pytest.mark.slow
+
 MakeRun = Callable[..., RunFolder]
 OF_RUN = "dbfs:/databricks/mlflow-tracking/1/id-of-ift-1/artifacts/ift-1/checkpoints/ep1-ba10"
 

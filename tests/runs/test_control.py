@@ -21,6 +21,8 @@ from tundish.run_folder import RunFolder
 from tundish.runs import control
 from tundish.runs.control import cancel_message
 
+pytestmark = pytest.mark.slow
+
 MakeRun = Callable[..., RunFolder]
 
 
