@@ -81,6 +81,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, st
     folder.mkdir()
     jobs.mkdir()
     install(slurm)
+    (jobs / "pending").touch()  # the example asks for nodes that are not here
     ours = ("TUNDISH_", "MLFLOW_", "PYTEST_", "SLURM_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environment |= {
