@@ -26,7 +26,7 @@ def make(folder: str, model: str) -> Facts:
     from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan
     from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
 
-    from tundish.weights import expected_shapes, model_config
+    from tundish.model.weights import expected_shapes, model_config
 
     shapes = {f"state.model.model.{name}": shape for name, shape in expected_shapes(model_config(model)).items()}
     shapes |= {f"state.optimizers.DecoupledLionW.{name[6:]}.exp_avg": shape for name, shape in list(shapes.items())}
@@ -86,7 +86,7 @@ def ours(checkpoint: str, model: str, out: str) -> Facts:
 
 def plain(checkpoint: str) -> Facts:
     """The bytes that our export reads, by plain Python: each file from its beginning, each range once."""
-    from tundish.weights import read_weights
+    from tundish.model.weights import read_weights
 
     ranges = [part for tensor in read_weights(Path(checkpoint)).values() for part in tensor.parts]
     _cool(checkpoint)

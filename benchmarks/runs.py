@@ -138,11 +138,11 @@ def supervising(bench: Bench) -> Iterator[Row]:
 def _folders(home: Path) -> None:
     from dataclasses import asdict
 
-    from tundish import events
-    from tundish.compute import Compute
-    from tundish.run_folder import RunFolder
-    from tundish.runs.tracking import Tracking
-    from tundish.spec import Duration, RunSpec
+    from tundish.base import events
+    from tundish.base.run_folder import RunFolder
+    from tundish.plan.compute import Compute
+    from tundish.plan.spec import Duration, RunSpec
+    from tundish.tracking.experiment import Tracking
 
     compute, duration = Compute(device="cpu", devices_per_node=1), Duration(value=1, unit="ep")
     tracking = Tracking(

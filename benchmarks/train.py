@@ -48,11 +48,11 @@ def make_run(
     scratch: Path, chats: int, shape: Mapping[str, int] = SHAPE, rows: int = ROWS, save_interval: str | None = None
 ) -> Path:
     """The file of a run of ours: a model with random weights, and chats that are packed for it."""
+    from tundish.base.run_folder import RunFolder
     from tundish.data import Job, prepare
     from tundish.data.sources import open_source
-    from tundish.foundry import Destination, render
-    from tundish.run_folder import RunFolder
-    from tundish.spec import parse_spec
+    from tundish.plan.foundry import Destination, render
+    from tundish.plan.spec import parse_spec
     from tundish.tiny import make_base_model
 
     data = write_chats(scratch / "chats.jsonl", chats=chats)

@@ -277,11 +277,11 @@ def arguments(tiny_model: Path, tmp_path: Path, write_lines: WriteLines) -> dict
 @pytest.fixture
 def make_run(arguments: dict[str, Any]) -> MakeRun:
     """Writes the folder of a run that nothing supervises: `make_run(name, ("STARTED", "…"), …, created_at=…)`."""
-    from tundish import events
-    from tundish.paths import write_atomic
-    from tundish.run_folder import RunFolder
-    from tundish.runs.tracking import Tracking
-    from tundish.spec import parse_spec
+    from tundish.base import events
+    from tundish.base.files import write_atomic
+    from tundish.base.run_folder import RunFolder
+    from tundish.plan.spec import parse_spec
+    from tundish.tracking.experiment import Tracking
 
     def make(
         name: str,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tundish.base.files import obstacle_to_writing
 from tundish.cli import main
 from tundish.doctor import CHECKS, examine
 from tundish.doctor.finding import Finding
@@ -21,7 +22,6 @@ from tundish.doctor.machine import (
 )
 from tundish.doctor.packages import TorchBuild, judge_flash_attention, judge_packages, judge_torch, torch_build
 from tundish.doctor.services import judge_hub, judge_slurm
-from tundish.paths import obstacle_to_writing
 
 Capture = pytest.CaptureFixture[str]
 NVIDIA_SMI = "| NVIDIA-SMI 550.54   Driver Version: 550.54.15   CUDA Version: {} |"

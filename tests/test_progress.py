@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from tundish import events
 from tundish import foundation_model as fm
-from tundish.compute import Compute
-from tundish.launch import queue
-from tundish.processes import ProcessId
+from tundish.base import events
+from tundish.base.processes import ProcessId
+from tundish.base.run_folder import RunFolder
+from tundish.launch import devices
+from tundish.plan.compute import Compute
 from tundish.progress import watch
-from tundish.run_folder import RunFolder
 from tundish.runs.records import RunStatus
 
 MakeRun = Callable[..., RunFolder]
@@ -64,7 +64,7 @@ def test_a_wait_in_line_is_told_once(
     """A log would get a line a second for as long as the run waits for its devices."""
     paths = make_run("ift-1", ("CREATED", "waits"))
     owner = ProcessId.of(os.getpid())
-    queue.enter("ift-1", Compute.parse({"device": "cpu"}), owner)
+    devices.enter("ift-1", Compute.parse({"device": "cpu"}), owner)
     paths.supervisor.write_text(json.dumps({"launcher": "local", **asdict(owner)}))
     clock, polls = datetime(2026, 11, 25), iter(range(4))
 

@@ -60,7 +60,7 @@ def test_the_example_uses_arguments_that_exist() -> None:
     import inspect
 
     from tundish import foundation_model as fm
-    from tundish.compute import Compute
+    from tundish.plan.compute import Compute
 
     calls = [
         node

@@ -9,7 +9,7 @@ import pytest
 from tundish import tiny
 from tundish.data.sources import open_source
 from tundish.errors import SpecError
-from tundish.models import find_card
+from tundish.plan.models import find_card
 
 
 def test_dates_are_written_and_iso_forms_of_one_day() -> None:

@@ -6,12 +6,12 @@ from typing import get_args
 import pytest
 import yaml
 
+from tundish.base.home import yamls_dir
 from tundish.cli.arguments import read_experiment
-from tundish.models import model_cards
-from tundish.overrides import KEYS as MAY_BE_SET
-from tundish.overrides import REFUSED
-from tundish.paths import yamls_dir
-from tundish.spec import TaskType
+from tundish.plan.models import model_cards
+from tundish.plan.overrides import KEYS as MAY_BE_SET
+from tundish.plan.overrides import REFUSED
+from tundish.plan.spec import TaskType
 
 KEYS = MAY_BE_SET | {key.split(".")[0] for key in REFUSED}
 

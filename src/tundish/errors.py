@@ -25,7 +25,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tundish.text import redacted
+from tundish.base.text import redacted
 
 
 class TundishError(Exception):

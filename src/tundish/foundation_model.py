@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from tundish import mlflow_process, progress
-from tundish.compute import Compute
-from tundish.models import model_cards
+from tundish import progress
+from tundish.plan.compute import Compute
+from tundish.plan.models import model_cards
 from tundish.runs import control, creating, reading, selecting
 from tundish.runs.records import ObjectList, RunStatus, TrainingEvent, TrainingModelConstants, TrainingRun
+from tundish.tracking import this_process
 
 if TYPE_CHECKING:
     from tundish.data.estimate import Estimate
@@ -91,9 +92,9 @@ def create(
 def _use_store_of(run: TrainingRun, *, aloud: bool = False) -> None:
     """Let MLflow in this process find the run, where its user has chosen no store."""
     notebook = progress.in_notebook()
-    if run.tracking_uri and mlflow_process.use(run.tracking_uri, run.registry_uri) and (aloud or notebook):
+    if run.tracking_uri and this_process.use(run.tracking_uri, run.registry_uri) and (aloud or notebook):
         text = f"MLflow in this process looks at {run.tracking_uri}, where the run is"
-        text += f" ({mlflow_process.VARIABLE} was not set)."
+        text += f" ({this_process.VARIABLE} was not set)."
         # What a script prints is its own.
         print(text, file=sys.stdout if notebook else sys.stderr)
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from tundish import events
+from tundish.base import events
 from tundish.runs.reading import find_run, read_events, read_run
 from tundish.runs.records import RunStatus, TrainingRun
 

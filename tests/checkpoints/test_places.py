@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 from tests.s3 import Bucket
 
-from tundish.checkpoints import list_checkpoints
+from tundish.checkpoints import CHECKPOINT_LINK, list_checkpoints
 from tundish.checkpoints.manifest import FileFacts, problems, write_manifest
 from tundish.checkpoints.places import Place, place_of
 from tundish.errors import CheckpointError
-from tundish.paths import CHECKPOINT_LINK
-from tundish.publishing import Checkpoints
-from tundish.weights import compare_weights, fetch_weights, find_weights
+from tundish.model.weights import compare_weights, fetch_weights, find_weights
+from tundish.tracking.publishing import Checkpoints
 
 pytestmark = [
     pytest.mark.slow,

@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 from tests.checkpoints.processes import start
 
-from tundish.checkpoints import list_checkpoints, read_tensors
+from tundish.checkpoints import CHECKPOINT_LINK, list_checkpoints, read_tensors
 from tundish.checkpoints.manifest import problems, read_manifest
 from tundish.checkpoints.places import Place
 from tundish.checkpoints.saving import Staged, clean, write_checkpoint
 from tundish.errors import CheckpointError
-from tundish.paths import CHECKPOINT_LINK
 
 # Of PyTorch's own: it saves and loads in a single process, which is wanted here, and uses its own old storage class.
 pytestmark = [

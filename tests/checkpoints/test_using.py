@@ -10,7 +10,7 @@ import pytest
 
 from tundish.errors import CheckpointError
 from tundish.export.safetensors import export
-from tundish.weights import check_weights, fetch_weights
+from tundish.model.weights import check_weights, fetch_weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),

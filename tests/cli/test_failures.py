@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tundish.base.processes import interrupt_waits
 from tundish.cli import main
 from tundish.errors import Interrupted
-from tundish.processes import interrupt_waits
 
 Capture = pytest.CaptureFixture[str]
 

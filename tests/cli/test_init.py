@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 from tundish import __version__
+from tundish.base.run_folder import RunFolder
 from tundish.cli import COMMANDS, build_parser, main
 from tundish.cli.arguments import assignment, create_arguments, read_experiment, replaced
 from tundish.errors import SpecError
-from tundish.run_folder import RunFolder
-from tundish.spec import parse_spec
+from tundish.plan.spec import parse_spec
 
 pytestmark = pytest.mark.usefixtures("nothing_starts")
 

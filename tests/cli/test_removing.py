@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tundish.base.home import prepared_dir
+from tundish.base.run_folder import RunFolder
 from tundish.cli import main
-from tundish.paths import prepared_dir
-from tundish.run_folder import RunFolder
 
 Capture = pytest.CaptureFixture[str]
 MakeRun = Callable[..., RunFolder]

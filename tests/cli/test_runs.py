@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tundish.base.processes import ProcessId
+from tundish.base.run_folder import RunFolder
 from tundish.cli import main
-from tundish.processes import ProcessId
-from tundish.run_folder import RunFolder
 
 Capture = pytest.CaptureFixture[str]
 MakeRun = Callable[..., RunFolder]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tundish import events
+from tundish.base import events
+from tundish.base.run_folder import RunFolder
 from tundish.cli import main
-from tundish.run_folder import RunFolder
-from tundish.runs.tracking import open_tracking
+from tundish.tracking.experiment import open_tracking
 
 Capture = pytest.CaptureFixture[str]
 MakeRun = Callable[..., RunFolder]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tundish.data.chunks import EMPTY, LineBlock, TextFiles, line_blocks
-from tundish.data.records import Problem, Rules
+from tundish.data.samples import Problem, Rules
 
 PAIRS = Rules("INSTRUCTION_FINETUNE", True)
 TEXTS = Rules("CONTINUED_PRETRAIN", True)

@@ -11,9 +11,9 @@ import pytest
 from tundish.data.chunks import LineBlock, TextFiles
 from tundish.data.encoding import EncodedChunk, Job, encode_chunk
 from tundish.data.findings import Finding, Findings, Place
-from tundish.data.records import Rules
+from tundish.data.samples import Rules
 from tundish.data.tokenize import Encoded
-from tundish.spec import TaskType
+from tundish.plan.spec import TaskType
 
 CONTEXT = 64
 PAIR = {"prompt": "two and two? ", "response": "four"}

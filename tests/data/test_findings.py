@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tundish.data.findings import Finding, Findings, Place
-from tundish.data.records import Problem
+from tundish.data.samples import Problem
 
 LINES = Place("train.jsonl", "line")
 LAST = Problem("last speaker", "the last message is from 'user'.")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tundish.data.records import Messages
+from tundish.data.samples import Messages
 from tundish.data.templates import TEMPLATE_DATE
 from tundish.data.tokenize import Encoded, Encoder
 from tundish.data.tokenizer import load_tokenizer

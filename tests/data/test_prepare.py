@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from tundish.base.files import locked
 from tundish.data import Prepared, examine, prepare
 from tundish.data.bpe import BytePairEncoder
 from tundish.data.encoding import Job
@@ -23,7 +24,6 @@ from tundish.data.sources import Source, open_source
 from tundish.data.tokenize import Encoded, Encoder, _load_encoder
 from tundish.data.tokenizer import load_tokenizer
 from tundish.errors import DataError, StageError
-from tundish.locks import locked
 
 # Streaming's LocalDataset leaves index.json open.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(r"ignore:unclosed file .*index\.json:ResourceWarning")]

@@ -12,12 +12,12 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tundish.address import Address
 from tundish.data import Outcome, check_structure, first_samples
 from tundish.data.chunks import EMPTY
-from tundish.data.records import Problem, Rules
+from tundish.data.samples import Problem, Rules
 from tundish.data.sources import Lines, Source, TextFolder, open_source
 from tundish.errors import DataError, SpecError
+from tundish.plan.address import Address
 
 PAIR = {"prompt": "2 + 2?", "response": "4"}
 CHAT = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}

@@ -23,10 +23,10 @@ import pytest
 from tundish.data import Job, Prepared, examine, prepare, spark
 from tundish.data.chunks import Chunk, LineBlock
 from tundish.data.findings import Place
-from tundish.data.records import Rules
+from tundish.data.samples import Rules
 from tundish.data.sources import Source, open_source
 from tundish.errors import DataError, StageError
-from tundish.spec import TaskType
+from tundish.plan.spec import TaskType
 
 pytestmark = [
     pytest.mark.spark,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tundish.data import templates
-from tundish.data.records import Messages
+from tundish.data.samples import Messages
 from tundish.data.templates import CHATML, TEMPLATE_DATE, ChatTemplate, Kept, Rendered
 from tundish.data.tokenizer import load_tokenizer
 from tundish.errors import DataError

@@ -15,7 +15,7 @@ from tundish.data.templates import CHATML, TEMPLATE_DATE
 from tundish.data.tokenize import Encoded, Encoder, load_encoder
 from tundish.data.tokenizer import load_tokenizer
 from tundish.errors import DataError, SpecError
-from tundish.spec import TaskType
+from tundish.plan.spec import TaskType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

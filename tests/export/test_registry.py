@@ -13,8 +13,8 @@ import pytest
 
 from tundish.errors import StageError
 from tundish.export.registry import register
-from tundish.runs.tracking import Tracking, open_tracking
-from tundish.spec import RunSpec, parse_spec
+from tundish.plan.spec import RunSpec, parse_spec
+from tundish.tracking.experiment import Tracking, open_tracking
 
 Serving = Callable[..., Any]
 # MLflow's import of all its flavours warns of much that is not ours.

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
+from tundish.base.files import new_folder
 from tundish.checkpoints import StoredTensor, read_tensors
-from tundish.checkpoints.archive import find_bytes
+from tundish.checkpoints.format.archive import find_bytes
 from tundish.data.templates import CHATML
 from tundish.errors import CheckpointError, SpecError
 from tundish.export import safetensors
 from tundish.export.plan import plan
 from tundish.export.safetensors import export
-from tundish.new_folder import new_folder
 
 # Of PyTorch's own, on saving: it saves from a single process, which is wanted here, and uses its own old storage class.
 pytestmark = [
@@ -176,7 +176,7 @@ def test_weights_stored_in_parts_are_put_together(
         stored.append(read_tensors(tmp_path / f"half{number}"))
     joined = {name: _joined(first, stored[1][name]) for name, first in stored[0].items()}
     assert len(joined) > 10 and all(len(tensor.parts) == 2 for tensor in joined.values())
-    monkeypatch.setattr("tundish.weights.read_tensors", lambda _: joined)
+    monkeypatch.setattr("tundish.model.weights.read_tensors", lambda _: joined)
     export(tmp_path, str(folder), "INSTRUCTION_FINETUNE", out, dtype="float32")
     assert _close(_logits(_load(out)), _logits(trained))
 

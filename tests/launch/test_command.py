@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tundish.compute import Compute
+from tundish.base.run_folder import RunFolder
 from tundish.launch.command import node_script, train_command, train_environment
-from tundish.run_folder import RunFolder
+from tundish.plan.compute import Compute
 
 PATHS = RunFolder(Path("/runs/recorded"))
 CPU = Compute(device="cpu", devices_per_node=2)

@@ -10,7 +10,7 @@ import pytest
 from tests.launch.hosts import ADDRESSES, can, cut, on_hosts, two_hosts
 from tests.runs.processes import wait_until
 
-from tundish import events
+from tundish.base import events
 from tundish.checkpoints import list_checkpoints
 from tundish.cli import main
 

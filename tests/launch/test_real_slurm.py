@@ -15,7 +15,7 @@ import pytest
 from tests.launch.slurm_cluster import missing, slurm_cluster
 
 from tundish import foundation_model as fm
-from tundish.run_folder import RunFolder
+from tundish.base.run_folder import RunFolder
 from tundish.runs.records import TrainingRun
 
 WriteLines = Callable[[Path, Iterable[object]], Path]

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 from tests.launch.fake_slurm import install
 
-from tundish import events, launch
 from tundish import foundation_model as fm
-from tundish.compute import Compute
+from tundish import launch
+from tundish.base import events
+from tundish.base.run_folder import RunFolder
 from tundish.errors import SpecError
 from tundish.launch import slurm
 from tundish.launch.slurm import job_script
-from tundish.run_folder import RunFolder
+from tundish.plan.compute import Compute
 from tundish.runs.reading import wait
 
 pytestmark = pytest.mark.slow

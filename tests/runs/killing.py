@@ -10,11 +10,11 @@ from typing import Any
 import psutil
 from tests.runs.processes import ranks, stages, supervisor, wait_until
 
-from tundish import events
 from tundish import foundation_model as fm
-from tundish.run_folder import RunFolder
-from tundish.runs.running import is_done
-from tundish.runs.supervisor import STAGES
+from tundish.base import events
+from tundish.base.run_folder import RunFolder
+from tundish.supervise.stage_process import is_done
+from tundish.supervise.supervisor import STAGES
 
 MOMENTS = ("created", "prepare", "load", "train", "save", "export", "register", "end")
 TARGETS = ("supervisor", "stage", "one", "all")
@@ -145,7 +145,7 @@ class Victim:
 
     def _is_at_next_stage(self, family: Sequence[psutil.Process]) -> bool:
         started = [process for process in self._family()[1:] if process not in family]
-        return any("tundish.runs.stage" in (args := _arguments(p)) and args[3] in STAGES for p in started)
+        return any("tundish.supervise.stages" in (args := _arguments(p)) and args[3] in STAGES for p in started)
 
     def _status(self, family: Sequence[psutil.Process]) -> str:
         """What the run says of itself, which must be true."""

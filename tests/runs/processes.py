@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import psutil
 
-from tundish.paths import RUN_VARIABLE
-from tundish.processes import ProcessId, processes_with
-from tundish.run_folder import RunFolder
+from tundish.base.home import RUN_VARIABLE
+from tundish.base.processes import ProcessId, processes_with
+from tundish.base.run_folder import RunFolder
 
 
 def supervisor(paths: RunFolder) -> psutil.Process | None:

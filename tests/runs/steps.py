@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tundish.paths import home
+from tundish.base.home import home
 from tundish.runs import creating
 
 CHANGES = frozenset({"os.mkdir", "os.rename", "subprocess.Popen"})

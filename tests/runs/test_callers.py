@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from tundish import errors, events
+from tundish import errors
 from tundish import foundation_model as fm
-from tundish.run_folder import RunFolder
+from tundish.base import events
+from tundish.base.run_folder import RunFolder
 from tundish.runs.records import TrainingRun
 
 MakeRun = Callable[..., RunFolder]

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from tests.runs.processes import stages, supervisor
 
-from tundish import events
 from tundish import foundation_model as fm
-from tundish.compute import Compute
-from tundish.launch import queue
-from tundish.processes import ProcessId
-from tundish.run_folder import RunFolder
+from tundish.base import events
+from tundish.base.processes import ProcessId
+from tundish.base.run_folder import RunFolder
+from tundish.launch import devices
+from tundish.plan.compute import Compute
 from tundish.runs.records import TrainingRun
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
@@ -27,8 +27,8 @@ def test_cancel_ends_a_run_in_every_state(
     """Somewhere it would take long, leave a process, lose a checkpoint, or leave a run that cannot go on."""
     pairs = [{"prompt": f"{n}: ", "response": "fox " * 20} for n in range(400)]
     data = write_lines(tmp_path / "train.jsonl", pairs)
-    queue.enter("somebody", Compute(device="cpu", devices_per_node=1), sleeper)
-    assert queue.wait_for_devices("somebody")
+    devices.enter("somebody", Compute(device="cpu", devices_per_node=1), sleeper)
+    assert devices.wait_for_devices("somebody")
     run = fm.create(
         model=str(tiny_model), train_data_path=str(data), register_to="main.lab", task_type="INSTRUCTION_FINETUNE",
         context_length=64, training_duration="120ba", learning_rate=1e-4, validate_inputs=False,
@@ -42,7 +42,7 @@ def test_cancel_ends_a_run_in_every_state(
         kept = fm.get_checkpoints(run)
         taken[state] = _cancel(run, paths)
         assert fm.get_checkpoints(run)[: len(kept)] == kept, "checkpoints stay"
-        queue.leave("somebody")
+        devices.leave("somebody")
         fm.resume(run)
     done = run.wait(timeout=400)
     assert done.status.display_name == "Completed" and "version 1 of" in str(done.details), done.details
@@ -60,10 +60,10 @@ def _states(paths: RunFolder) -> dict[str, Callable[[], object]]:
 
     def runs(stage: str) -> bool:
         found = stages(paths)
-        return any(f"tundish.runs.stage {stage}" in " ".join(process.cmdline()) for process in found)
+        return any(f"tundish.supervise.stages {stage}" in " ".join(process.cmdline()) for process in found)
 
     return {
-        "waiting in line": lambda: queue.place(paths.folder.name),
+        "waiting in line": lambda: devices.place(paths.folder.name),
         "preparing data": lambda: runs("prepare"),
         "loading the model": lambda: "STARTED" in since_resumed() and len(stages(paths)) >= 3,
         "training": lambda: "TRAIN_UPDATED" in since_resumed(),

@@ -13,7 +13,8 @@ import pytest
 from deltalake import write_deltalake
 
 from tundish import foundation_model as fm
-from tundish.data import encoding, tokenize, tokenizer, workers
+from tundish.base import workers
+from tundish.data import encoding, tokenize, tokenizer
 from tundish.errors import DataError, SpecError
 
 pytestmark = pytest.mark.slow

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tundish import events
+from tundish.base import events
+from tundish.base.files import locked
+from tundish.base.home import copies_dir, downloads_dir, prepared_dir, runs_dir
+from tundish.base.run_folder import RunFolder, Tracking
 from tundish.checkpoints.places import Place
-from tundish.locks import locked
-from tundish.paths import copies_dir, downloads_dir, prepared_dir, runs_dir
-from tundish.run_folder import RunFolder, Tracking
 from tundish.runs import cleaning
 
 MakeRun = Callable[..., RunFolder]

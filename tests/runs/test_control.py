@@ -11,13 +11,13 @@ import psutil
 import pytest
 from tests.runs.processes import wait_until
 
-from tundish import events
 from tundish import foundation_model as fm
+from tundish.base import events
+from tundish.base.files import locked
+from tundish.base.home import RUN_VARIABLE
+from tundish.base.processes import ProcessId, start
+from tundish.base.run_folder import RunFolder
 from tundish.errors import RequestError, RunDamagedError, SpecError
-from tundish.locks import locked
-from tundish.paths import RUN_VARIABLE
-from tundish.processes import ProcessId, start
-from tundish.run_folder import RunFolder
 from tundish.runs import control
 from tundish.runs.control import cancel_message
 

@@ -16,13 +16,13 @@ from tests.runs.steps import Steps, accept_anything, counted, full
 
 from tundish import foundation_model as fm
 from tundish import launch
+from tundish.base.files import locked
+from tundish.base.home import runs_dir
+from tundish.base.run_folder import RunFolder
 from tundish.errors import SpecError
-from tundish.locks import locked
-from tundish.paths import runs_dir
-from tundish.run_folder import RunFolder
 from tundish.runs import creating, drafts
 from tundish.runs.records import TrainingRun
-from tundish.runs.tracking import open_tracking
+from tundish.tracking.experiment import open_tracking
 
 pytestmark = pytest.mark.slow
 
@@ -45,14 +45,14 @@ for number, named in enumerate(sys.argv[2:]):
 @pytest.fixture
 def held_devices(home: Path) -> Iterator[None]:
     """Runs that are started wait in line, and load nothing."""
-    from tundish.compute import Compute
-    from tundish.launch import queue
-    from tundish.processes import ProcessId
+    from tundish.base.processes import ProcessId
+    from tundish.launch import devices
+    from tundish.plan.compute import Compute
 
-    queue.enter("somebody", Compute(device="cpu", devices_per_node=1), ProcessId.of(os.getpid()))
-    assert queue.wait_for_devices("somebody")
+    devices.enter("somebody", Compute(device="cpu", devices_per_node=1), ProcessId.of(os.getpid()))
+    assert devices.wait_for_devices("somebody")
     yield
-    queue.leave("somebody")
+    devices.leave("somebody")
 
 
 @pytest.fixture
@@ -210,12 +210,12 @@ def test_who_may_read_what_is_made(arguments: dict[str, Any], home: Path, shared
         home.chmod(0o770)
     before = os.umask(umask)
     try:
-        from tundish.compute import Compute
-        from tundish.launch import queue
-        from tundish.processes import ProcessId
+        from tundish.base.processes import ProcessId
+        from tundish.launch import devices
+        from tundish.plan.compute import Compute
 
-        queue.enter("somebody", Compute(device="cpu", devices_per_node=1), ProcessId.of(os.getpid()))
-        assert queue.wait_for_devices("somebody")
+        devices.enter("somebody", Compute(device="cpu", devices_per_node=1), ProcessId.of(os.getpid()))
+        assert devices.wait_for_devices("somebody")
         run = fm.create(**arguments)
     finally:
         os.umask(before)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from tundish.base.run_folder import RunFolder
 from tundish.cli import main
 from tundish.errors import CheckpointError, RunNotFoundError, SpecError
-from tundish.run_folder import RunFolder
 from tundish.runs.exporting import find_exportable
 
 # Of PyTorch's own, on saving: it saves from a single process, which is wanted here, and uses its own old storage class.

@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 import yaml
 
-from tundish import events
 from tundish import foundation_model as fm
+from tundish.base import events
+from tundish.base.files import write_atomic
+from tundish.base.run_folder import RunFolder
 from tundish.errors import RequestError, SpecError
-from tundish.paths import write_atomic
-from tundish.run_folder import RunFolder
+from tundish.plan.spec import RunSpec
 from tundish.runs import control, extending
-from tundish.runs.stage import prepare_stage
-from tundish.spec import RunSpec
+from tundish.supervise.stages import prepare_stage
 
 MakeRun = Callable[..., RunFolder]
 
 
 def _finished(paths: RunFolder, batches: int) -> RunSpec:
     """Prepare the run's data, and leave what its other stages would leave, a checkpoint among it."""
-    spec, tracking = paths.read_spec(), paths.read_tracking()
+    spec, tracking = RunSpec.read(paths), paths.read_tracking()
     write_atomic(paths.result("prepare"), json.dumps(prepare_stage(paths, spec, tracking)))
     for stage in ("train", "export", "register"):
         write_atomic(paths.result(stage), "{}")
@@ -49,7 +49,7 @@ def test_a_longer_duration_keeps_the_batches_and_says_what_the_learning_rate_doe
     paths: RunFolder, given: str, length: str, begins: str
 ) -> None:
     """The rate had fallen to 0, and would go up again without a word; or another batch size be chosen."""
-    spec = paths.read_spec()
+    spec = RunSpec.read(paths)
     before = yaml.safe_load(paths.foundry_yaml.read_text())
     found = extending.extension(spec, given, paths)
     after = yaml.safe_load(str(found.foundry_yaml))
@@ -98,7 +98,7 @@ def test_what_training_would_go_on_from_must_be_there(paths: RunFolder, gone: st
 
 def test_stages_behind_the_data_are_done_again(paths: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """The old export would be registered as the result of the longer training, or the old version be changed."""
-    from tundish.runs.running import is_done
+    from tundish.supervise.stage_process import is_done
 
     submitted: list[Any] = []
     monkeypatch.setattr(control, "reopen_tracking", lambda tracking: None)

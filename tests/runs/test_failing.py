@@ -38,7 +38,7 @@ def real_arguments(tiny_model: Path, tmp_path: Path, write_lines: WriteLines) ->
 def _family(run: TrainingRun) -> list[psutil.Process]:
     """The run's supervisor and all that it has started, as they are now."""
     assert run.run_dir is not None
-    from tundish.run_folder import RunFolder
+    from tundish.base.run_folder import RunFolder
 
     process = supervisor(RunFolder(run.run_dir))
     return [process, *process.children(recursive=True)] if process else []

@@ -15,12 +15,12 @@ import pytest
 from tests.runs.killing import MOMENTS, TARGETS, Row, Victim, tensors
 from tests.runs.processes import stages, supervisor, wait_until
 
-from tundish import events
 from tundish import foundation_model as fm
+from tundish.base import events
+from tundish.base.home import prepared_dir
+from tundish.base.run_folder import RunFolder
 from tundish.checkpoints.verifying import verify
-from tundish.paths import prepared_dir
-from tundish.run_folder import RunFolder
-from tundish.runs.running import is_done
+from tundish.supervise.stage_process import is_done
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
 pytestmark = pytest.mark.kill

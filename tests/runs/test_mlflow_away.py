@@ -8,8 +8,8 @@ import pytest
 from tests.runs.processes import wait_until
 
 from tundish import foundation_model as fm
-from tundish.publishing import AWAY, BACK
-from tundish.run_folder import RunFolder
+from tundish.base.run_folder import RunFolder
+from tundish.tracking.publishing import AWAY, BACK
 
 pytestmark = pytest.mark.slow
 

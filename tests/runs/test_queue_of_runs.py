@@ -18,9 +18,9 @@ import psutil
 import pytest
 from tests.runs.processes import stages, supervisor, wait_until
 
-from tundish import events
 from tundish import foundation_model as fm
-from tundish.run_folder import RunFolder
+from tundish.base import events
+from tundish.base.run_folder import RunFolder
 from tundish.runs.records import TrainingRun
 
 WriteLines = Callable[[Path, Iterable[object]], Path]

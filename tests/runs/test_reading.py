@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from tundish import events
 from tundish import foundation_model as fm
+from tundish.base import events
+from tundish.base.processes import ProcessId
+from tundish.base.run_folder import RunFolder
 from tundish.errors import RunNotFoundError
-from tundish.processes import ProcessId
-from tundish.run_folder import RunFolder
 from tundish.runs.reading import find_run, read_run, run_names, wait
 from tundish.runs.records import RunStatus
 

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from tundish import events
 from tundish import foundation_model as fm
+from tundish.base import events
+from tundish.base.files import write_atomic
+from tundish.base.home import RUN_VARIABLE
+from tundish.base.processes import processes_with
+from tundish.base.run_folder import RunFolder
 from tundish.checkpoints.places import Place
 from tundish.errors import RequestError, SpecError, StageError
-from tundish.paths import RUN_VARIABLE, write_atomic
-from tundish.processes import processes_with
-from tundish.run_folder import RunFolder
-from tundish.runs import running
-from tundish.runs.tracking import check_registry, open_tracking
+from tundish.supervise import stage_process
+from tundish.tracking.experiment import check_registry, open_tracking
 
 pytestmark = pytest.mark.slow
 
@@ -111,7 +112,7 @@ def test_a_server_that_never_answers_is_given_up_with_all_its_processes(
 ) -> None:
     """A run that hangs for ever at its last stage, or a copy of the model left behind."""
     monkeypatch.setenv("TUNDISH_MLFLOW_WAIT", "0")  # for the tracking server: that one is here
-    paths, wait = exported_run("chat-2"), running._wait
+    paths, wait = exported_run("chat-2"), stage_process._wait
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -126,9 +127,9 @@ def test_a_server_that_never_answers_is_given_up_with_all_its_processes(
             asked.append(silent.accept()[0])
             return wait(process, 0.1)
 
-        monkeypatch.setattr(running, "_wait", soon)
+        monkeypatch.setattr(stage_process, "_wait", soon)
         with pytest.raises(StageError, match=r"was not done after 1,800 s, and was stopped.*`tundish resume chat-2`"):
-            running.run_stage(paths, "register", running.Place())
+            stage_process.run_stage(paths, "register", stage_process.Place())
         asked[0].close()
     assert not processes_with(RUN_VARIABLE, str(paths.events))
     assert paths.export.is_dir() and not paths.scratch.exists()
@@ -143,9 +144,9 @@ def test_a_large_upload_may_take_longer(make_run: Callable[..., RunFolder]) -> N
         folder.mkdir(parents=True)
         with open(folder / "weights", "wb") as file:
             file.truncate(size * 10**9)
-    assert running._register_seconds(paths) == 1800 + 14_000
+    assert stage_process._register_seconds(paths) == 1800 + 14_000
     stored.write(paths)
-    assert running._register_seconds(paths) == 1800 + 56_000
+    assert stage_process._register_seconds(paths) == 1800 + 56_000
 
 
 def test_resuming_without_the_server_is_refused_in_a_sentence(

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from tundish import events
 from tundish import foundation_model as fm
+from tundish.base import events
+from tundish.base.files import locked
+from tundish.base.run_folder import RunFolder, Tracking
 from tundish.errors import RequestError, RunNotFoundError
-from tundish.locks import locked
-from tundish.run_folder import RunFolder, Tracking
 from tundish.runs import removing
-from tundish.runs.tracking import open_tracking
+from tundish.tracking.experiment import open_tracking
 
 MakeRun = Callable[..., RunFolder]
 ENDED = (("CREATED", "waits"), ("FAILED", "in train"))

@@ -11,11 +11,11 @@ import pytest
 from tests.runs.processes import supervisor
 
 from tundish import foundation_model as fm
+from tundish.base.home import RUN_VARIABLE
+from tundish.base.run_folder import RunFolder
 from tundish.errors import RequestError
-from tundish.paths import RUN_VARIABLE
-from tundish.run_folder import RunFolder
+from tundish.model.weights import fetch_weights, find_weights
 from tundish.runs.records import TrainingRun
-from tundish.weights import fetch_weights, find_weights
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tundish import foundation_model as fm
+from tundish.base.run_folder import RunFolder
 from tundish.errors import RequestError, RunNotFoundError, SpecError, ValidationError
-from tundish.run_folder import RunFolder
 from tundish.runs.records import RunStatus
 from tundish.runs.selecting import name_of, named, parse_time
 

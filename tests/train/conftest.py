@@ -128,11 +128,11 @@ def plan(tmp_path: Path, tiny_model: Path, write_lines: WriteLines) -> Callable[
 
     Samples are short and long, three or four a row. `more` are arguments of `create()`, `overrides` among them.
     """
+    from tundish.base.run_folder import RunFolder
     from tundish.data import Job, prepare
     from tundish.data.sources import open_source
-    from tundish.foundry import Destination, render
-    from tundish.run_folder import RunFolder
-    from tundish.spec import parse_spec
+    from tundish.plan.foundry import Destination, render
+    from tundish.plan.spec import parse_spec
 
     def make(name: str, world: int = 1, samples: int = 40, **more: Any) -> Path:
         paths = RunFolder(tmp_path / name)

@@ -59,8 +59,8 @@ def _asker() -> Any:
     """The callback that ASK_RANK, ASK_AT and ASK_BY ask for."""
     from composer import Callback, Logger, State
 
-    from tundish.paths import RUN_VARIABLE
-    from tundish.run_folder import RunFolder
+    from tundish.base.home import RUN_VARIABLE
+    from tundish.base.run_folder import RunFolder
 
     class Asker(Callback):
         def batch_start(self, state: State, logger: Logger) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tundish.run_folder import Beat, RunFolder
-from tundish.runs.watching import Watch
+from tundish.base.run_folder import Beat, RunFolder
+from tundish.supervise.stragglers import Watch
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from tundish.runs.causes import lost_nodes
+from tundish.supervise.causes import lost_nodes
 from tundish.train.heard import Heard
 
 pytestmark = pytest.mark.slow

@@ -366,10 +366,10 @@ def test_every_model_gets_an_attention_that_isolates(
 
     import yaml
 
-    from tundish.foundry import Destination, render
-    from tundish.models import model_cards
-    from tundish.run_folder import RunFolder
-    from tundish.spec import parse_spec
+    from tundish.base.run_folder import RunFolder
+    from tundish.plan.foundry import Destination, render
+    from tundish.plan.models import model_cards
+    from tundish.plan.spec import parse_spec
 
     find_spec, stand_in = importlib.util.find_spec, "yaml" if flash else "no_such_package"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: find_spec(stand_in if name == "flash_attn" else name))

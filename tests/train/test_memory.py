@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tests.train.conftest import free_port
 
-from tundish.memory import Choice, Setting, step_memory
-from tundish.models import ModelCard
+from tundish.plan.memory import Choice, Setting, step_memory
+from tundish.plan.models import ModelCard
 
 pytestmark = pytest.mark.slow
 

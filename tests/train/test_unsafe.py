@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from tundish.checkpoints import list_checkpoints
-from tundish.paths import CHECKPOINT_LINK
+from tundish.checkpoints import CHECKPOINT_LINK, list_checkpoints
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tundish.checkpoints.archive import Bytes, find_bytes
+from tundish.checkpoints.format.archive import Bytes, find_bytes
+from tundish.checkpoints.format.metadata import METADATA, Layout, Part, read_layout
 from tundish.checkpoints.manifest import FileFacts, read_manifest, size_problems
-from tundish.checkpoints.metadata import METADATA, Layout, Part, read_layout
 from tundish.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
+CHECKPOINT_LINK = "latest-sharded-rank0.symlink"
+"""A text file beside the checkpoints that holds the newest one's path."""
 MODEL_PREFIX = "state.model."
 """Composer's name of the model inside its state dict; all that a weights-only load asks for."""
 NAME = re.compile(r"ep(\d+)-ba(\d+)")

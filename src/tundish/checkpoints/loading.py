@@ -26,8 +26,8 @@ from torch.futures import Future
 from typing_extensions import override
 
 from tundish.checkpoints import MODEL_PREFIX, read_checkpoint, read_part
-from tundish.checkpoints.metadata import Layout, Part
-from tundish.checkpoints.objects import load_file, read_object
+from tundish.checkpoints.format.metadata import Layout, Part
+from tundish.checkpoints.format.objects import load_file, read_object
 from tundish.errors import CheckpointError, TundishError
 
 

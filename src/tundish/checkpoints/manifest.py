@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tundish.base.files import inside, write_atomic
 from tundish.errors import CheckpointError, SpecError
-from tundish.paths import inside, write_atomic
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from tundish.address import is_uri
-from tundish.checkpoints import NAME, check_complete, in_order, list_checkpoints
+from tundish.base.files import locked, make_folder, write_atomic
+from tundish.base.home import copies_dir
+from tundish.base.mlflow_client import artifacts_at, told
+from tundish.checkpoints import CHECKPOINT_LINK, NAME, check_complete, in_order, list_checkpoints
+from tundish.checkpoints.format.metadata import METADATA
+from tundish.checkpoints.format.pickles import shown
 from tundish.checkpoints.manifest import problems, read_manifest
-from tundish.checkpoints.metadata import METADATA
-from tundish.checkpoints.pickles import shown
 from tundish.errors import CheckpointError, StoreError
-from tundish.locks import locked
-from tundish.mlflow_client import artifacts_at, told
-from tundish.paths import CHECKPOINT_LINK, copies_dir, make_folder, write_atomic
+from tundish.plan.address import is_uri
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -26,13 +26,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from typing_extensions import override
 
-from tundish.checkpoints import NAME, list_checkpoints
+from tundish.base.files import flush_folder, write_atomic
+from tundish.checkpoints import CHECKPOINT_LINK, NAME, list_checkpoints
+from tundish.checkpoints.format.metadata import METADATA
+from tundish.checkpoints.format.pickles import reason
 from tundish.checkpoints.manifest import FileFacts, write_manifest
-from tundish.checkpoints.metadata import METADATA
-from tundish.checkpoints.pickles import reason
 from tundish.checkpoints.places import Place, hidden
 from tundish.errors import CheckpointError
-from tundish.paths import CHECKPOINT_LINK, flush_folder, write_atomic
 
 log = logging.getLogger(__name__)
 

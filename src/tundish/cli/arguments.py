@@ -15,12 +15,12 @@ from typing import Any, cast
 import yaml
 
 from tundish import foundation_model as fm
-from tundish.address import Beside, local_path
+from tundish.base.text import INSTEAD_OF_SECRETS, names_secret
 from tundish.cli.parsing import whole
-from tundish.compute import Compute
 from tundish.errors import SpecError, did_you_mean
-from tundish.overrides import PATHS, flat
-from tundish.text import INSTEAD_OF_SECRETS, names_secret
+from tundish.plan.address import Beside, local_path
+from tundish.plan.compute import Compute
+from tundish.plan.overrides import PATHS, flat
 
 PATH_ARGUMENTS = ("model", "train_data_path", "eval_data_path", "custom_weights_path")
 LARGEST_FILE = 1 << 20

@@ -3,10 +3,10 @@
 import argparse
 import time
 
-from tundish.address import Address, local_path
 from tundish.cli.output import RUN_HELP, add_json, print_json
 from tundish.cli.parsing import Command
 from tundish.errors import CheckpointError, SpecError
+from tundish.plan.address import Address, local_path
 from tundish.progress import bar
 from tundish.runs import selecting
 

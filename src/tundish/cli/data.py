@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from tundish.address import local_path
+from tundish.base.files import new_folder
 from tundish.cli.arguments import DATA_USAGE, add_create_options, create_arguments
 from tundish.cli.output import PICTURES, add_json, new_file, print_json
 from tundish.cli.parsing import Command
 from tundish.errors import DataError, SpecError
-from tundish.new_folder import new_folder
+from tundish.plan.address import local_path
 from tundish.progress import bar
 from tundish.runs import creating
 

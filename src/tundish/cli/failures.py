@@ -25,7 +25,7 @@ class _Failure:
 
 def report(error: BaseException, words: Sequence[str]) -> int:
     """Tell what went wrong on standard error, with `--json` on standard output too; returns the exit code."""
-    from tundish.text import printable, redacted
+    from tundish.base.text import printable, redacted
 
     if isinstance(error, BrokenPipeError) and streams.reader_is_gone():
         streams.flush()

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from tundish import foundation_model as fm
+from tundish.base.text import printable
 from tundish.cli.output import add_json, print_json, print_table
 from tundish.cli.parsing import Command
 from tundish.doctor import examine
 from tundish.doctor.finding import Finding
-from tundish.text import printable
 
 MARKS = {"ok": "OK", "problem": "!!", "absent": "--"}
 STYLES = {"ok": "green", "problem": "bold red", "absent": "dim"}

@@ -14,13 +14,13 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
-from tundish.address import local_path
+from tundish.base.text import printable
 from tundish.cli import streams
 from tundish.errors import SpecError
+from tundish.plan.address import local_path
 from tundish.runs.reading import run_names
 from tundish.runs.records import TrainingRun
 from tundish.runs.selecting import LAST
-from tundish.text import printable
 
 RUN_HELP = "a run's name, its first letters, or @last"
 PICTURES = (".png", ".svg", ".pdf", ".jpg")

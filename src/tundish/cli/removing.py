@@ -5,12 +5,12 @@ import re
 import sys
 from datetime import datetime, timedelta
 
+from tundish.base.home import home
+from tundish.base.text import size_text
 from tundish.cli.output import RUN_HELP, add_json, complete_runs, print_json, print_table
 from tundish.cli.parsing import Command
 from tundish.errors import RequestError, SpecError
-from tundish.paths import home
 from tundish.runs import cleaning, removing, selecting
-from tundish.text import size_text
 
 UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from tundish import foundation_model as fm
+from tundish.base.home import runs_dir
+from tundish.base.text import printable
 from tundish.cli.output import RUN_HELP, add_json, add_run, complete_runs, print_json, print_table, record
 from tundish.cli.parsing import Command, positive
 from tundish.errors import Interrupted
-from tundish.paths import runs_dir
 from tundish.progress import watch
 from tundish.runs import control, selecting
 from tundish.runs.reading import run_names
-from tundish.text import printable
 
 
 def get_options(command: argparse.ArgumentParser) -> None:

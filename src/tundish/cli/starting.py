@@ -4,7 +4,6 @@ import argparse
 import shlex
 
 from tundish import foundation_model as fm
-from tundish.address import local_path
 from tundish.cli.arguments import (
     USAGE,
     add_compute_options,
@@ -17,6 +16,7 @@ from tundish.cli.arguments import (
 from tundish.cli.output import add_json, add_run, print_json, record
 from tundish.cli.parsing import Command, whole
 from tundish.errors import Interrupted, SpecError
+from tundish.plan.address import local_path
 from tundish.progress import bar, watch
 from tundish.runs import creating, selecting
 from tundish.runs.records import TrainingRun
@@ -87,16 +87,16 @@ def render(arguments: argparse.Namespace) -> int:
 
 def _launch(arguments: argparse.Namespace) -> int:
     """Print what starts the run, or make a folder of it."""
-    from tundish.runs import by_hand
+    from tundish.runs import scripts
 
     port = FIRST_PORT if arguments.master_port is None else arguments.master_port
     if not 0 < port < 1 << 16:
         raise SpecError(f"--master-port: found {port}; allowed is a number from 1 to 65535.")
     given, where = create_arguments(arguments), (arguments.master_addr, port)
     if arguments.out is None:
-        print("\n".join(by_hand.scripts(given, *where).values()), end="")
+        print("\n".join(scripts.scripts(given, *where).values()), end="")
         return 0
-    for host, script in enumerate(by_hand.write(given, *where, local_path(arguments.out, "--out"))):
+    for host, script in enumerate(scripts.write(given, *where, local_path(arguments.out, "--out"))):
         print(f"On host {host}:  bash {shlex.quote(str(script))}")
     return 0
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from tundish import foundation_model as fm
+from tundish.base.run_folder import RunFolder
+from tundish.base.text import printable
 from tundish.cli.output import PICTURES, add_json, add_run, new_file, print_json, print_table
 from tundish.cli.parsing import Command, positive, whole
 from tundish.errors import Interrupted, RequestError, SpecError, did_you_mean
-from tundish.run_folder import RunFolder
 from tundish.runs import selecting
 from tundish.runs.reading import find_run, read_run
-from tundish.text import printable
 
 LINES = 50
 POLL_SECONDS = 0.5

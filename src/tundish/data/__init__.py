@@ -16,18 +16,18 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from tundish.base.files import locked, make_folder, write_atomic
+from tundish.base.home import prepared_dir
+from tundish.base.workers import Bars, Workers, guarded, no_collection
 from tundish.data.chunks import EMPTY, Chunk
 from tundish.data.encoding import EncodedChunk, Job
 from tundish.data.findings import Finding, Findings
-from tundish.data.records import Problem, Rules, Sample
+from tundish.data.samples import Problem, Rules, Sample
 from tundish.data.share import Progress, Share, prepare_share
 from tundish.data.sources import Source, may_be_table, open_source
 from tundish.data.templates import TEMPLATE_DATE
 from tundish.data.tokenizer import CHATML_ADDED
-from tundish.data.workers import Bars, Workers, guarded, no_collection
 from tundish.errors import DataError, LockHeldError, StageError
-from tundish.locks import locked
-from tundish.paths import make_folder, prepared_dir, write_atomic
 
 log = logging.getLogger(__name__)
 

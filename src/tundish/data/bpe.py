@@ -14,7 +14,7 @@ import orjson
 import tiktoken
 from numpy.typing import NDArray
 
-from tundish.data.workers import no_collection
+from tundish.base.workers import no_collection
 
 Ids = NDArray[np.int32]
 

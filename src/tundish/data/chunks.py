@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, cast
 
-from tundish.data.records import MAX_LINE_BYTES, Problem, Rules, Sample
+from tundish.data.samples import MAX_LINE_BYTES, Problem, Rules, Sample
 from tundish.errors import DataError
 
 CHUNK_BYTES = 1 << 20

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from tundish.base.workers import MEMORY_BYTES, Workers, limited, no_collection, took_memory
 from tundish.data.chunks import EMPTY, Chunk
 from tundish.data.findings import Findings
-from tundish.data.records import Problem, Rules, Sample
+from tundish.data.samples import Problem, Rules, Sample
 from tundish.data.tokenize import Encoded, Encoder, TargetResponses, load_encoder, texts_of
 from tundish.data.tokenizer import LOAD_SECONDS
-from tundish.data.workers import MEMORY_BYTES, Workers, limited, no_collection, took_memory
 from tundish.errors import DataError, WorkerError
-from tundish.spec import TaskType
+from tundish.plan.spec import TaskType
 
 if TYPE_CHECKING:
     from tundish.data.sources import Source

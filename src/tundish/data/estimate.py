@@ -17,17 +17,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tundish.address import local_path
+from tundish.base.text import printable
+from tundish.base.workers import Workers
 from tundish.data import first_samples
 from tundish.data.chunks import Chunk
 from tundish.data.encoding import EncodedChunk, Job, encode_chunks, numbered
 from tundish.data.pack import pack
 from tundish.data.share import Progress
 from tundish.data.sources import Source
-from tundish.data.workers import Workers
 from tundish.errors import DataError
-from tundish.memory import MemoryPlan
-from tundish.text import printable
+from tundish.plan.address import local_path
+from tundish.plan.memory import MemoryPlan
 
 SAMPLED_CHUNKS = 96
 """Chunks, of about a megabyte each, that are tokenized; data with fewer is tokenized as a whole."""

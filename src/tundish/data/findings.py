@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, cast
 
-from tundish.data.records import Problem
-from tundish.text import printable
+from tundish.base.text import printable
+from tundish.data.samples import Problem
 
 SHOWN = 20
 SHOWN_CHARACTERS = 400

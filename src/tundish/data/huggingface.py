@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from tundish.address import Address
+from tundish.base.files import content_root
+from tundish.base.workers import limited, took_memory
 from tundish.data.chunks import Chunk, TableRows
+from tundish.data.delta import BATCH_ROWS, bounded, sample_columns
 from tundish.data.findings import Place
-from tundish.data.records import Rules
+from tundish.data.samples import Rules
 from tundish.data.sources import Source
-from tundish.data.tables import BATCH_ROWS, bounded, sample_columns
-from tundish.data.workers import limited, took_memory
 from tundish.errors import DataError, SpecError
-from tundish.paths import content_root
+from tundish.plan.address import Address
 
 
 @dataclass(frozen=True, slots=True)

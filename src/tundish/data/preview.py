@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tundish.text import printable
+from tundish.base.text import printable
 
 Segment = tuple[str, bool]
 """A text, and whether its tokens are targets."""

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from tundish.address import local_path
+from tundish.base.files import write_atomic
+from tundish.base.text import printable
+from tundish.base.workers import guarded, limited
 from tundish.data import Outcome, Prepared, examine, first_samples
 from tundish.data.encoding import Job, allowed
 from tundish.data.findings import Finding
@@ -16,10 +18,8 @@ from tundish.data.preview import Segment, marked_html, segments
 from tundish.data.share import Progress
 from tundish.data.sources import Source
 from tundish.data.tokenize import texts_of
-from tundish.data.workers import guarded, limited
 from tundish.errors import DataError
-from tundish.paths import write_atomic
-from tundish.text import printable
+from tundish.plan.address import local_path
 
 PLACES_BYTES = 1_500_000
 """Of all places in a report that is written; messages and preview come to it."""

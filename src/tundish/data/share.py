@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tundish.base.workers import Workers
 from tundish.data.encoding import EncodedChunk, Job, encode_chunks, numbered
 from tundish.data.findings import Findings
 from tundish.data.pack import pack
 from tundish.data.sources import Source
 from tundish.data.tokenize import Encoded
-from tundish.data.workers import Workers
 
 COLUMNS = {"tokens": "ndarray:int32", "loss_mask": "ndarray:uint8", "segments": "ndarray:int32"}
 SHARD_BYTES = 1 << 26

@@ -13,13 +13,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-from tundish.address import LINE_SUFFIXES, MOST_FILES, Address, may_be_split
+from tundish.base.text import printable
 from tundish.data.chunks import CHUNK_BYTES, Chunk, Compression, TextFiles, line_blocks, open_lines
 from tundish.data.findings import Place
-from tundish.data.records import Rules
+from tundish.data.samples import Rules
 from tundish.errors import DataError, SpecError
-from tundish.spec import TaskType
-from tundish.text import printable
+from tundish.plan.address import LINE_SUFFIXES, MOST_FILES, Address, may_be_split
+from tundish.plan.spec import TaskType
 
 MAX_EXPANDED_BYTES = 1 << 30
 MAX_RATIO = 200
@@ -342,13 +342,13 @@ def _open_folder(address: Address, rules: Rules) -> Source:
 
 
 def _open_table(uri: str, given: str, rules: Rules) -> Source:
-    from tundish.data.tables import DeltaRows
+    from tundish.data.delta import DeltaRows
 
     return DeltaRows.open(uri, given, rules)
 
 
 def _open_remote(given: str, rules: Rules) -> Source:
-    from tundish.data.remote import fetch_file, fetch_texts
+    from tundish.data.download import fetch_file, fetch_texts
 
     if rules.task_type == TEXT_TASK:
         return _open_folder(Address("path", str(fetch_texts(given)), given), rules)

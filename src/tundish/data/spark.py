@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from tundish.base.workers import Workers, one_thread_each
 from tundish.data.encoding import Job
 from tundish.data.share import Progress, Share, prepare_share
 from tundish.data.sources import Source
-from tundish.data.workers import Workers, one_thread_each
 from tundish.errors import DataError, StageError
 
 PART_BYTES = 1 << 25

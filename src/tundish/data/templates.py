@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
-from tundish.data.records import Messages
-from tundish.data.workers import took_memory
+from tundish.base.workers import took_memory
+from tundish.data.samples import Messages
 from tundish.errors import DataError
 
 TEMPLATE_DATE = "26 Jul 2024"

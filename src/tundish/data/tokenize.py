@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from tundish.base.workers import limited
 from tundish.data.bpe import BytePairEncoder, Ids
-from tundish.data.control import Finder, Known, PlainText
-from tundish.data.records import Messages, PromptResponse, Sample
+from tundish.data.control_tokens import Finder, Known, PlainText
+from tundish.data.samples import Messages, PromptResponse, Sample
 from tundish.data.templates import ChatTemplate, Kept, Rendered
 from tundish.data.tokenizer import LOAD_SECONDS, load_tokenizer, tokenizer_digest
-from tundish.data.workers import limited
 from tundish.errors import DataError
-from tundish.spec import TaskType
+from tundish.plan.spec import TaskType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -3,10 +3,10 @@
 import hashlib
 from typing import TYPE_CHECKING
 
+from tundish.base.model_files import check_files
 from tundish.data.templates import CHATML
 from tundish.errors import SpecError
-from tundish.model_files import check_files
-from tundish.spec import TaskType
+from tundish.plan.spec import TaskType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

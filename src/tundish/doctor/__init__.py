@@ -8,9 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
+from tundish.base.mlflow_client import impatient
 from tundish.doctor import machine, packages, services
 from tundish.doctor.finding import Finding
-from tundish.mlflow_client import impatient
 
 SECONDS = 15.0
 CHECKS: Mapping[str, Callable[[], Finding]] = {

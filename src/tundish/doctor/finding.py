@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from tundish.text import redacted
+from tundish.base.text import redacted
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from tundish import paths
-from tundish.compute import count_gpus
+from tundish.base import files
+from tundish.base import home as places
 from tundish.doctor.finding import Finding
 from tundish.doctor.packages import torch_build
+from tundish.plan.compute import count_gpus
 
 GIB = 1 << 30
 LEAST_SHARED_MEMORY = GIB
@@ -145,9 +146,9 @@ def judge_home(folder: Path, free: int, obstacle: str) -> Finding:
 
 def home() -> Finding:
     """Look at `$TUNDISH_HOME`; it is not created."""
-    folder = paths.home()
-    obstacle = paths.obstacle_to_writing(folder)
-    return judge_home(folder, 0 if obstacle else shutil.disk_usage(paths.existing(folder)).free, obstacle)
+    folder = places.home()
+    obstacle = files.obstacle_to_writing(folder)
+    return judge_home(folder, 0 if obstacle else shutil.disk_usage(files.existing(folder)).free, obstacle)
 
 
 def judge_open_files(limit: int) -> Finding:

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tundish.compute import count_gpus
 from tundish.doctor.finding import Finding
+from tundish.plan.compute import count_gpus
 
 MAIN = ("mosaicml", "llm-foundry", "torch", "transformers", "mlflow", "mosaicml-streaming")
 """Told by version in every report."""

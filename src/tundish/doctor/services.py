@@ -10,11 +10,12 @@ import subprocess
 from collections import defaultdict
 from pathlib import Path
 
+from tundish.base.files import obstacle_to_writing
+from tundish.base.home import default_tracking_uri
+from tundish.base.mlflow_client import ask_registry, check_artifacts, check_file, file_of, open_client, told, why
 from tundish.doctor.finding import Finding
 from tundish.errors import StoreError
-from tundish.mlflow_client import ask_registry, check_artifacts, check_file, file_of, open_client, told, why
-from tundish.paths import default_tracking_uri, obstacle_to_writing
-from tundish.runs.tracking import registry_uri, tracking_uri
+from tundish.tracking.experiment import registry_uri, tracking_uri
 
 SECONDS = (3.0, 4.0)
 """To connect, and to answer."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tundish.checkpoints import StoredTensor
-from tundish.checkpoints.metadata import DTYPE_BYTES
+from tundish.checkpoints.format.metadata import DTYPE_BYTES
 
 ExportDtype = Literal["bfloat16", "float32"]
 _SAFETENSORS = {

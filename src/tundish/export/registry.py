@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tundish.base.mlflow_client import told
 from tundish.errors import StageError, StoreError
-from tundish.mlflow_client import told
-from tundish.models import license_of
-from tundish.spec import RunSpec, TaskType
+from tundish.plan.models import license_of
+from tundish.plan.spec import RunSpec, TaskType
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

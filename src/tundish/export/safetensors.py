@@ -15,17 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
-from tundish.architecture import architecture_in, model_config
-from tundish.checkpoints.archive import BLOCK_BYTES
+from tundish.base.files import existing, new_folder, write_atomic
+from tundish.base.model_files import is_model_folder, license_files, read_bytes, read_json
+from tundish.base.workers import guarded, limited
+from tundish.checkpoints.format.archive import BLOCK_BYTES
 from tundish.data.tokenizer import LOAD_SECONDS, load_tokenizer
-from tundish.data.workers import guarded, limited
 from tundish.errors import CheckpointError, SpecError
 from tundish.export.plan import ExportDtype, Shard, Target, plan
-from tundish.model_files import is_model_folder, license_files, read_bytes, read_json
-from tundish.new_folder import new_folder
-from tundish.paths import existing, write_atomic
-from tundish.spec import TaskType
-from tundish.weights import check_shapes, fit_vocabulary, read_weights
+from tundish.model.architecture import architecture_in, model_config
+from tundish.model.weights import check_shapes, fit_vocabulary, read_weights
+from tundish.plan.spec import TaskType
 
 SHARD_BYTES = 2_000_000_000
 GENERATION = "generation_config.json"

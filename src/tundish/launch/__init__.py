@@ -6,19 +6,18 @@ remembered.
 
 from typing import Any
 
-from tundish.compute import Compute
+from tundish.base.processes import ProcessId
+from tundish.base.run_folder import RunFolder, SlurmJob
 from tundish.errors import RunDamagedError
 from tundish.launch import local, slurm
-from tundish.launch.life import Life
-from tundish.paths import RunPaths
-from tundish.processes import ProcessId
-from tundish.run_folder import RunFolder, SlurmJob
+from tundish.launch.contract import Life
+from tundish.plan.compute import Compute
 
 __all__ = ["Life", "cancel", "is_submitted", "state", "submit"]
 LAUNCHERS: dict[str, Any] = {"local": local, "slurm": slurm}
 
 
-def submit(paths: RunPaths, compute: Compute) -> None:
+def submit(paths: RunFolder, compute: Compute) -> None:
     """Start the run's supervisor, now or when its turn comes.
 
     Raises:
@@ -27,7 +26,7 @@ def submit(paths: RunPaths, compute: Compute) -> None:
     LAUNCHERS[compute.launcher].submit(paths, compute)
 
 
-def state(paths: RunPaths) -> Life | None:
+def state(paths: RunFolder) -> Life | None:
     """What the run's launcher knows of it; None before it was submitted.
 
     Raises:
@@ -37,7 +36,7 @@ def state(paths: RunPaths) -> Life | None:
     return None if record is None else LAUNCHERS[record[0]].state(paths, record[1])
 
 
-def cancel(paths: RunPaths, seconds: float) -> None:
+def cancel(paths: RunFolder, seconds: float) -> None:
     """End the supervisor and all that it has started, within so many seconds.
 
     Raises:
@@ -58,7 +57,7 @@ def is_submitted(paths: RunFolder) -> bool:
         return True  # somebody else has been there
 
 
-def _record(paths: RunPaths) -> tuple[str, ProcessId | SlurmJob] | None:
+def _record(paths: RunFolder) -> tuple[str, ProcessId | SlurmJob] | None:
     if not paths.supervisor.exists():
         slurm.adopt(paths)
     return RunFolder(paths.folder).read_supervisor()

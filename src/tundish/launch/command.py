@@ -4,21 +4,22 @@ import re
 import shlex
 import sys
 
-from tundish.compute import Compute
-from tundish.paths import RUN_VARIABLE, RunPaths
+from tundish.base.home import RUN_VARIABLE
+from tundish.base.run_folder import RunFolder
+from tundish.plan.compute import Compute
 
 STOPPED = 75
 """Exit code of ranks that have saved a checkpoint and ended because they were asked to (EX_TEMPFAIL of sysexits.h)."""
 
 
-def train_command(compute: Compute, paths: RunPaths) -> list[str]:
+def train_command(compute: Compute, paths: RunFolder) -> list[str]:
     """The composer launcher's argv for a run of one node; rank 0 prints to the launcher's own output, the others to
     logs. The launcher chooses a free port.
     """
     return [*_launcher(compute, paths), *_ranks(paths)]
 
 
-def node_script(compute: Compute, paths: RunPaths, *, rank: str, address: str, port: str) -> str:
+def node_script(compute: Compute, paths: RunFolder, *, rank: str, address: str, port: str) -> str:
     """A shell script that starts the composer launcher on one of several nodes.
 
     Args:
@@ -49,17 +50,17 @@ def _word(value: str) -> str:
     return f'"{value}"' if re.fullmatch(r"\$\w+", value) else shlex.quote(value)
 
 
-def _launcher(compute: Compute, paths: RunPaths) -> list[str]:
+def _launcher(compute: Compute, paths: RunFolder) -> list[str]:
     rank_log = str(paths.logs / "train-rank{rank}.log")
     launcher = [sys.executable, "-m", "tundish.launch.launcher", "-n", str(compute.devices_per_node)]
     return [*launcher, "--stdout", rank_log, "--stderr", rank_log]
 
 
-def _ranks(paths: RunPaths) -> list[str]:
+def _ranks(paths: RunFolder) -> list[str]:
     return ["-m", "tundish.train", str(paths.foundry_yaml)]
 
 
-def train_environment(compute: Compute, paths: RunPaths, cores: int) -> dict[str, str]:
+def train_environment(compute: Compute, paths: RunFolder, cores: int) -> dict[str, str]:
     """What every rank needs beside the caller's environment and MLflow's."""
     environment = {"FSDP_VERSION": "2", "TOKENIZERS_PARALLELISM": "false", RUN_VARIABLE: str(paths.events)}
     if compute.device == "cpu":

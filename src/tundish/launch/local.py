@@ -9,20 +9,20 @@ from dataclasses import asdict
 
 import psutil
 
-from tundish.compute import Compute
+from tundish.base.files import is_held, write_atomic
+from tundish.base.processes import ProcessId, command_lines, start, stop_all, stop_tree
+from tundish.base.run_folder import RunFolder
 from tundish.errors import RequestError
-from tundish.launch import queue
-from tundish.launch.life import Life
-from tundish.locks import is_held
-from tundish.paths import RunPaths, write_atomic
-from tundish.processes import ProcessId, command_lines, start, stop_all, stop_tree
+from tundish.launch import devices
+from tundish.launch.contract import Life
+from tundish.plan.compute import Compute
 
-SUPERVISOR = ("-m", "tundish.runs.supervisor")
+SUPERVISOR = ("-m", "tundish.supervise.supervisor")
 
 
-def submit(paths: RunPaths, compute: Compute) -> None:
+def submit(paths: RunFolder, compute: Compute) -> None:
     """Take a place in the line for the devices, and start the supervisor, which waits in it."""
-    queue.enter(paths.folder.name, compute, ProcessId.of(os.getpid()))
+    devices.enter(paths.folder.name, compute, ProcessId.of(os.getpid()))
     command = [sys.executable, *SUPERVISOR, str(paths.folder)]
     process = start(command, paths.log("supervisor"), {}, paths.folder, detached=True)
     try:
@@ -33,25 +33,25 @@ def submit(paths: RunPaths, compute: Compute) -> None:
         raise
 
 
-def is_starting(paths: RunPaths) -> bool:
+def is_starting(paths: RunFolder) -> bool:
     """Whether the run's supervisor is there, though it may not have noted itself yet."""
     return any(command[1:] == [*SUPERVISOR, str(paths.folder)] for command in command_lines())
 
 
-def note(paths: RunPaths, compute: Compute, owner: ProcessId) -> None:
+def note(paths: RunFolder, compute: Compute, owner: ProcessId) -> None:
     """Keep who supervises the run. The supervisor does it too: whoever starts it may be killed in between."""
     write_atomic(paths.supervisor, json.dumps({"launcher": "local", **asdict(owner)}) + "\n")
-    queue.enter(paths.folder.name, compute, owner)
+    devices.enter(paths.folder.name, compute, owner)
 
 
-def state(paths: RunPaths, owner: ProcessId) -> Life:
+def state(paths: RunFolder, owner: ProcessId) -> Life:
     """From the process table, and the line."""
     if not owner.is_here:
         # What it has written is all that can be told here, and whether it still holds its lock.
         return Life(alive=is_held(paths.lock))
     if owner.process() is None:
         return Life(alive=False)
-    place = queue.place(paths.folder.name)
+    place = devices.place(paths.folder.name)
     return Life(alive=True, waiting="" if place is None else _waiting(*place))
 
 
@@ -61,14 +61,14 @@ def _waiting(position: int, others: list[str]) -> str:
     return f"Waits for its devices, number {position} in line{behind}."
 
 
-def cancel(paths: RunPaths, owner: ProcessId, seconds: float) -> None:
+def cancel(paths: RunFolder, owner: ProcessId, seconds: float) -> None:
     """Ask the supervisor to end its stage and itself, and kill what is left."""
     if not owner.is_here and is_held(paths.lock):
         text = f"{paths.folder.name} runs on {owner.host}; a process can only be ended on its own machine."
         raise RequestError(f"{text} Cancel it there.")
     if (process := owner.process()) is not None:
         _end(process, seconds)
-    queue.leave(paths.folder.name)
+    devices.leave(paths.folder.name)
 
 
 def _end(process: psutil.Process, seconds: float) -> None:

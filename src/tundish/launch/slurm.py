@@ -15,12 +15,13 @@ import time
 from collections.abc import Mapping
 
 from tundish import __version__
-from tundish.compute import Compute
+from tundish.base.files import write_atomic
+from tundish.base.home import absolute_environment
+from tundish.base.run_folder import RunFolder, SlurmJob
 from tundish.errors import RequestError, SpecError
 from tundish.launch.command import node_script
-from tundish.launch.life import Life
-from tundish.paths import RunPaths, absolute_environment, write_atomic
-from tundish.run_folder import SlurmJob
+from tundish.launch.contract import Life
+from tundish.plan.compute import Compute
 
 ANSWER_SECONDS = 20.0
 """Slurm's commands wait for a controller that is away for minutes."""
@@ -47,13 +48,13 @@ PASSED_ON = re.compile(
 """Variables of the caller's environment that the job gets. Their values are given to sbatch, never to a file."""
 
 
-def job_script(compute: Compute, paths: RunPaths) -> str:
+def job_script(compute: Compute, paths: RunFolder) -> str:
     """The text of the run's batch script; pure."""
     node = node_script(
         compute, paths, rank="$SLURM_NODEID", address="$SLURM_LAUNCH_NODE_IPADDR", port="$TUNDISH_MASTER_PORT"
     )
     options = "".join(f"#SBATCH --{name}{_value(value)}\n" for name, value in _options(compute, paths).items())
-    supervisor = shlex.join([sys.executable, "-m", "tundish.runs.supervisor", str(paths.folder)])
+    supervisor = shlex.join([sys.executable, "-m", "tundish.supervise.supervisor", str(paths.folder)])
     nodes = f"--nodes={compute.nodes} --ntasks={compute.nodes} --ntasks-per-node=1"
     return f"""\
 #!/bin/bash
@@ -71,7 +72,7 @@ exec {supervisor} -- \\
 """
 
 
-def _options(compute: Compute, paths: RunPaths) -> dict[str, str]:
+def _options(compute: Compute, paths: RunFolder) -> dict[str, str]:
     log = str(paths.log("supervisor"))
     options = {"job-name": paths.folder.name, "nodes": str(compute.nodes), "ntasks-per-node": "1"}
     if compute.device == "gpu":
@@ -94,7 +95,7 @@ def _value(value: str) -> str:
     return '="' + re.sub(r'(["\\])', r"\\\1", value) + '"'
 
 
-def submit(paths: RunPaths, compute: Compute) -> None:
+def submit(paths: RunFolder, compute: Compute) -> None:
     """Write the batch script and give it to sbatch.
 
     Raises:
@@ -122,12 +123,12 @@ def submit(paths: RunPaths, compute: Compute) -> None:
         raise
 
 
-def note(paths: RunPaths, job: str) -> None:
+def note(paths: RunFolder, job: str) -> None:
     """Keep which job the run is. The job does it too: whoever submits it may be killed in between."""
     write_atomic(paths.supervisor, json.dumps({"launcher": "slurm", "job": job}) + "\n")
 
 
-def adopt(paths: RunPaths) -> bool:
+def adopt(paths: RunFolder) -> bool:
     """Whether Slurm has a job of the run that nobody has noted, as whoever submitted it was killed; it is noted."""
     if not paths.job.exists() or paths.supervisor.exists():
         return False
@@ -140,7 +141,7 @@ def adopt(paths: RunPaths) -> bool:
     return job is not None
 
 
-def may_have(paths: RunPaths) -> bool:
+def may_have(paths: RunFolder) -> bool:
     """Whether there is, or may be, a job of the run that nobody has noted."""
     try:
         return paths.job.exists() and _job_of(paths) is not None
@@ -148,12 +149,12 @@ def may_have(paths: RunPaths) -> bool:
         return True
 
 
-def _job_of(paths: RunPaths) -> str | None:
+def _job_of(paths: RunFolder) -> str | None:
     text = _ask("squeue", "--me", "--noheader", f"--name={paths.folder.name}", "--format=%i")
     return next(iter(text.split()), None)
 
 
-def state(paths: RunPaths, supervisor: SlurmJob) -> Life:
+def state(paths: RunFolder, supervisor: SlurmJob) -> Life:
     """From squeue, else from what Slurm remembers of jobs that have ended."""
     job, run = supervisor.job, paths.folder.name
     try:
@@ -173,7 +174,7 @@ def state(paths: RunPaths, supervisor: SlurmJob) -> Life:
     )
 
 
-def cancel(paths: RunPaths, supervisor: SlurmJob, seconds: float) -> None:
+def cancel(paths: RunFolder, supervisor: SlurmJob, seconds: float) -> None:
     """Let the supervisor end its stage and say so; then end what is left of the job.
 
     Raises:

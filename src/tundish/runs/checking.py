@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import yaml
 
-from tundish.address import Address
-from tundish.compute import Compute, count_gpus
 from tundish.errors import DataError, InputError, SpecError, WorkerError
 from tundish.launch import slurm
-from tundish.models import ModelCard
-from tundish.overrides import target_responses
-from tundish.spec import ANSWER_TOKENS, RunSpec, TaskType
+from tundish.plan.address import Address
+from tundish.plan.compute import Compute, count_gpus
+from tundish.plan.models import ModelCard
+from tundish.plan.overrides import target_responses
+from tundish.plan.spec import ANSWER_TOKENS, RunSpec, TaskType
 
 if TYPE_CHECKING:
     from tundish.data.encoding import Job
@@ -74,8 +74,8 @@ def check_data(
     They are prepared, too, unless one has more than `most` bytes: then, and where other arguments are wrong (`parsed`
     is None), a source cannot be opened or the tokenizer not be loaded, only the structure of the rows is checked.
     """
+    from tundish.base.workers import guarded
     from tundish.data.sources import may_be_table
-    from tundish.data.workers import guarded
 
     named, task_type = list(_named(arguments)), arguments.get("task_type") or "CHAT_COMPLETION"
     if parsed is not None and parsed[0].data_prep_cluster_id and rows:
@@ -135,8 +135,8 @@ def _check_data(
 
 def _prompt_problems(spec: RunSpec, job: "Job") -> list[str]:
     """Eval prompts that leave the model no room for an answer."""
+    from tundish.base.workers import guarded, limited
     from tundish.data.encoding import allowed
-    from tundish.data.workers import guarded, limited
 
     if spec.data_prep_cluster_id:
         spec = replace(spec, data_prep_cluster_id=None)

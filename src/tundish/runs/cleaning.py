@@ -8,11 +8,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tundish.base.files import is_held, locked
+from tundish.base.home import copies_dir, downloads_dir, prepared_dir, runs_dir
+from tundish.base.run_folder import RunFolder
 from tundish.checkpoints.places import READ, Place, place_of
 from tundish.errors import LockHeldError, RunDamagedError, RunNotFoundError
-from tundish.locks import is_held, locked
-from tundish.paths import copies_dir, downloads_dir, prepared_dir, runs_dir
-from tundish.run_folder import RunFolder
+from tundish.plan.spec import RunSpec
 from tundish.runs import drafts
 from tundish.runs.reading import read_run, run_names
 from tundish.runs.removing import remove_folder, tree_bytes
@@ -90,7 +91,7 @@ def needs_of_runs() -> Needs:
         links = [paths.data(split) for split in ("train", "eval")]
         needs.folders.update(Path(os.readlink(link)) for link in links if link.is_symlink())
         try:
-            spec, save_folder = paths.read_spec(), paths.read_tracking().save_folder
+            spec, save_folder = RunSpec.read(paths), paths.read_tracking().save_folder
             needs.folders.add(Place(save_folder).local)
             if spec.custom_weights_path:
                 needs.folders.add(place_of(spec.custom_weights_path)[0].local)

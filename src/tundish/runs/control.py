@@ -10,8 +10,12 @@ from pathlib import Path
 
 import psutil
 
-from tundish import events, launch
-from tundish.compute import Compute
+from tundish import launch
+from tundish.base import events
+from tundish.base.files import locked, write_atomic
+from tundish.base.home import RUN_VARIABLE
+from tundish.base.processes import interrupt_waits, processes_with, start
+from tundish.base.run_folder import RunFolder
 from tundish.errors import (
     Interrupted,
     LockHeldError,
@@ -21,17 +25,15 @@ from tundish.errors import (
     SpecError,
     TundishError,
 )
-from tundish.locks import locked
-from tundish.paths import RUN_VARIABLE, write_atomic
-from tundish.processes import interrupt_waits, processes_with, start
-from tundish.run_folder import RunFolder
-from tundish.runs import running, selecting, supervisor
+from tundish.plan.compute import Compute
+from tundish.plan.spec import RunSpec
+from tundish.runs import selecting
 from tundish.runs.checking import machine_problems, same_batches
 from tundish.runs.extending import extension
 from tundish.runs.reading import find_run, read_run
 from tundish.runs.records import RunStatus, TrainingRun
-from tundish.runs.tracking import reopen_tracking
-from tundish.spec import RunSpec
+from tundish.supervise import stage_process, supervisor
+from tundish.tracking.experiment import reopen_tracking
 
 CANCEL_SECONDS = 5.0
 """For the supervisor to end its stage and itself; then it is killed."""
@@ -106,8 +108,8 @@ def _resume(name: str, paths: RunFolder, compute: object, training_duration: obj
         raise RequestError(
             f"{name} is completed; nothing is left to do. Give a longer training_duration, or create another run."
         )
-    spec, longer = paths.read_spec(), None
-    trains = training_duration is not None or not running.is_done(paths, "train")
+    spec, longer = RunSpec.read(paths), None
+    trains = training_duration is not None or not stage_process.is_done(paths, "train")
     if compute is not None:
         spec = _with_compute(spec, compute, paths)
     elif trains and (problems := machine_problems(spec.compute)):
@@ -123,7 +125,7 @@ def _resume(name: str, paths: RunFolder, compute: object, training_duration: obj
     write_atomic(paths.spec, spec.to_json())
     checkpoints = selecting.checkpoints(name)
     where = f"from checkpoint {checkpoints[-1].rpartition('/')[2]}" if checkpoints else "from the beginning"
-    trained = running.is_done(paths, "train")
+    trained = stage_process.is_done(paths, "train")
     how = "Training is done; what comes after it goes on." if trained else f"Training goes on {where}."
     with interrupt_waits(Interrupted(name)):
         paths.supervisor.unlink(missing_ok=True)  # the next one is about to start
@@ -193,7 +195,7 @@ def _is_over(name: str, paths: RunFolder) -> bool:
 
 def _close(paths: RunFolder) -> subprocess.Popen[bytes]:
     """Let MLflow know, from a process that goes on should its store not answer for a while."""
-    command = [sys.executable, "-m", "tundish.runs.stage", "canceled", str(paths.folder)]
+    command = [sys.executable, "-m", "tundish.supervise.stages", "canceled", str(paths.folder)]
     return start(command, paths.log("close"), {}, paths.folder, detached=True)
 
 

@@ -8,27 +8,30 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tundish import __version__, events, launch
-from tundish.address import Address
+from tundish import __version__, launch
+from tundish.base import events
+from tundish.base.files import obstacle_to_writing, write_atomic
+from tundish.base.processes import interrupt_waits
+from tundish.base.run_folder import RunFolder
+from tundish.base.workers import guarded
 from tundish.checkpoints import list_checkpoints
 from tundish.checkpoints.places import Place
 from tundish.data.sources import may_be_table, open_source
-from tundish.data.workers import guarded
 from tundish.errors import CheckpointError, DataError, Interrupted, SpecError
-from tundish.foundry import Destination, isolating_attentions, memory_plan, planned_steps, render
-from tundish.memory import GIB
-from tundish.models import ModelCard
-from tundish.overrides import PATHS, check_overrides, flat, save_root, unused_overrides
-from tundish.paths import RunPaths, obstacle_to_writing, write_atomic
-from tundish.pretrained import check_pretrained
-from tundish.processes import interrupt_waits
+from tundish.model.pretrained import check_pretrained
+from tundish.model.weights import compare_weights, find_weights
+from tundish.plan.address import Address
+from tundish.plan.foundry import Destination, isolating_attentions, memory_plan, planned_steps, render
+from tundish.plan.memory import GIB
+from tundish.plan.models import ModelCard
+from tundish.plan.overrides import PATHS, check_overrides, flat, save_root, unused_overrides
+from tundish.plan.spec import RunSpec, parse_spec
 from tundish.runs import drafts
-from tundish.runs.addresses import checkpoint_address
 from tundish.runs.checking import BarOf, CheckedData, check_data, collected, job_of, machine_problems, no_bar
-from tundish.runs.notes import tell_arguments
+from tundish.runs.checkpoint_addresses import checkpoint_address
 from tundish.runs.reading import read_run
 from tundish.runs.records import TrainingRun
-from tundish.runs.tracking import (
+from tundish.tracking.experiment import (
     MARK,
     check_registry,
     open_tracking,
@@ -36,8 +39,7 @@ from tundish.runs.tracking import (
     tracking_uri,
     uri_problems,
 )
-from tundish.spec import RunSpec, parse_spec
-from tundish.weights import compare_weights, find_weights
+from tundish.tracking.notes import tell_arguments
 
 if TYPE_CHECKING:
     from tundish.data.estimate import Estimate
@@ -196,7 +198,7 @@ def _parse(arguments: Mapping[str, Any]) -> tuple[tuple[RunSpec, ModelCard] | No
 def _render_problems(spec: RunSpec, card: ModelCard) -> Sequence[str]:
     """What could not be trained of what the arguments come to, such as the name of a folder."""
     try:
-        render(spec, card, RunPaths.of(spec.run_name), destination_of(spec), rows=None)
+        render(spec, card, RunFolder.of(spec.run_name), destination_of(spec), rows=None)
     except SpecError as error:
         return error.problems
     return ()
@@ -286,7 +288,7 @@ def render_only(arguments: Mapping[str, Any]) -> str:
         SpecError: an argument is wrong.
     """
     spec, card = parsed_spec(arguments)
-    return render(spec, card, RunPaths.of(spec.run_name), destination_of(spec), rows=None)
+    return render(spec, card, RunFolder.of(spec.run_name), destination_of(spec), rows=None)
 
 
 def parsed_spec(arguments: Mapping[str, Any]) -> tuple[RunSpec, ModelCard]:

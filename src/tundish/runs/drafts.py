@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tundish import launch
+from tundish.base.files import flush_folder, locked, make_folder, write_atomic
+from tundish.base.home import runs_dir
+from tundish.base.run_folder import RunFolder
+from tundish.base.typed_json import parse, read_object
 from tundish.errors import LockHeldError, SpecError, StoreError
-from tundish.launch import queue
-from tundish.locks import locked
-from tundish.paths import flush_folder, make_folder, runs_dir, write_atomic
-from tundish.run_folder import RunFolder
-from tundish.runs.tracking import delete_runs
-from tundish.stored import parse, read_object
+from tundish.launch import devices
+from tundish.tracking.experiment import delete_runs
 
 log = logging.getLogger(__name__)
 BALLAST_BYTES = 1 << 18
@@ -74,7 +74,7 @@ class Draft:
         if self.published.folder.exists() and not self.run.folder.exists():
             self.published.folder.rename(self.run.folder)
         (self.folder / "ballast").unlink(missing_ok=True)
-        queue.leave(self.published.folder.name)
+        devices.leave(self.published.folder.name)
         with suppress(FileNotFoundError, ValueError):  # killed before MLflow was asked
             found = parse(InMLflow, read_object(self.folder / "mlflow.json"))
             delete_runs(found.tracking_uri, found.experiment_name, found.mark)

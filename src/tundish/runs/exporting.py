@@ -5,18 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tundish.address import Address
+from tundish.base.files import make_folder
+from tundish.base.home import copies_dir
+from tundish.base.run_folder import RunFolder
 from tundish.checkpoints import in_order
 from tundish.checkpoints.places import Place, place_of
 from tundish.errors import CheckpointError, RunNotFoundError, SpecError
 from tundish.export.plan import ExportDtype
 from tundish.export.safetensors import Progress, export
-from tundish.paths import copies_dir, make_folder
-from tundish.run_folder import RunFolder
-from tundish.runs.addresses import checkpoint_address
+from tundish.model.weights import fetch_weights
+from tundish.plan.address import Address
+from tundish.plan.spec import RunSpec, TaskType
+from tundish.runs.checkpoint_addresses import checkpoint_address
 from tundish.runs.reading import find_run, run_names, trackings
-from tundish.spec import TaskType
-from tundish.weights import fetch_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def find_exportable(given: str, model: str | None = None) -> Exportable:
             f"{given}: no run of this machine has made it, so its model is not known. Give --model: name or folder of "
             "the model that the training started from."
         )
-    spec = None if paths is None else paths.read_spec()
+    spec = None if paths is None else RunSpec.read(paths)
     return Exportable(
         checkpoint=checkpoint,
         model=model or (spec.model if spec else ""),

@@ -5,16 +5,17 @@ from typing import Any
 
 import yaml
 
+from tundish.base.files import write_atomic
+from tundish.base.run_folder import RunFolder
 from tundish.data import Prepared
 from tundish.errors import SpecError
-from tundish.foundry import Destination, planned_steps, render
-from tundish.models import find_card
-from tundish.overrides import flat
-from tundish.paths import write_atomic
-from tundish.run_folder import RunFolder
-from tundish.runs import running, selecting
+from tundish.plan.foundry import Destination, planned_steps, render
+from tundish.plan.models import find_card
+from tundish.plan.overrides import flat
+from tundish.plan.spec import Duration, RunSpec
+from tundish.runs import selecting
 from tundish.runs.checking import same_batches
-from tundish.spec import Duration, RunSpec
+from tundish.supervise import stage_process
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ def extension(spec: RunSpec, given: object, paths: RunFolder) -> Extension:
         duration = Duration.parse(given)
     except ValueError as error:
         raise SpecError(f"training_duration: {error}") from None
-    checkpoints, trained = selecting.checkpoints(spec.run_name), running.is_done(paths, "train")
+    checkpoints, trained = selecting.checkpoints(spec.run_name), stage_process.is_done(paths, "train")
     anew = f"custom_weights_path={checkpoints[-1]!r}" if checkpoints else f"model={str(paths.export)!r}"
     instead = f"Create a run with {anew} instead, whose optimizer and schedule begin anew."
     if trained and not checkpoints:

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
-from tundish import events, launch
+from tundish import launch
+from tundish.base import events
+from tundish.base.home import runs_dir
+from tundish.base.run_folder import RUN_NAME, RunFolder, Tracking
+from tundish.base.typed_json import moment
 from tundish.errors import RunDamagedError, RunNotFoundError, did_you_mean
 from tundish.launch import Life
-from tundish.paths import RUN_NAME, runs_dir
-from tundish.run_folder import RunFolder, Tracking
+from tundish.plan.spec import RunSpec
 from tundish.runs.records import ObjectList, RunStatus, TrainingEvent, TrainingRun
-from tundish.stored import moment
 
 log = logging.getLogger(__name__)
 START_SECONDS = 30.0
@@ -74,7 +76,7 @@ def read_run(name: str) -> TrainingRun:
         RunDamagedError: a file of its folder cannot be read.
     """
     paths = find_run(name)
-    spec, tracking = paths.read_spec(), paths.read_tracking()
+    spec, tracking = RunSpec.read(paths), paths.read_tracking()
     found, life = _lived(paths)
     status, details = _status(found, life)
     if status in (RunStatus.STARTING, RunStatus.RUNNING) and found[-1].type in BEFORE_STAGES:

@@ -8,9 +8,9 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, SupportsIndex, TypeVar
 
+from tundish.base.events import TERMINAL_TYPES
 from tundish.errors import RequestError
-from tundish.events import TERMINAL_TYPES
-from tundish.runs import tables
+from tundish.runs import html_tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,7 +126,7 @@ class ObjectList(Generic[T]):
         self.data.extend(item)
 
     def _repr_html_(self) -> str:
-        return tables.horizontal(self.data, self.display_columns, self.more_columns)
+        return html_tables.horizontal(self.data, self.display_columns, self.more_columns)
 
     def to_pandas(self) -> "pd.DataFrame":
         """A DataFrame whose columns are the attribute names."""
@@ -170,7 +170,9 @@ class TrainingModelConstants:
     }
 
     def _repr_html_(self) -> str:
-        return tables.vertical({title: tables.text(getattr(self, name)) for name, title in self.COLUMNS.items()})
+        return html_tables.vertical(
+            {title: html_tables.text(getattr(self, name)) for name, title in self.COLUMNS.items()}
+        )
 
 
 @dataclass(repr=False)
@@ -249,7 +251,7 @@ class TrainingRun:
         """One line: what it is, how it stands, what came out of it."""
         numbers = [("train loss", self.train_loss), ("eval loss", self.eval_loss)]
         said = [f"{title} {value:.4g}" for title, value in numbers if value is not None]
-        said += [f"took {tables.duration(self.took)}"] if self.took else []
+        said += [f"took {html_tables.duration(self.took)}"] if self.took else []
         return "  ".join([self.name, self.run_progress, *([self.details] if self.details else []), *said])
 
     @property
@@ -267,7 +269,9 @@ class TrainingRun:
     @property
     def formatted_events(self) -> str:
         """The events as lines of HTML."""
-        return "<br>".join(f"{tables.text(event.type)} {tables.text(event.time)}" for event in self.events or ())
+        return "<br>".join(
+            f"{html_tables.text(event.type)} {html_tables.text(event.time)}" for event in self.events or ()
+        )
 
     @property
     def experiment_path(self) -> str:
@@ -305,9 +309,9 @@ class TrainingRun:
     @property
     def export_dir(self) -> Path | None:
         """The Hugging Face folder, once it is there."""
-        from tundish.paths import RunPaths
+        from tundish.base.run_folder import RunFolder
 
-        folder = RunPaths(self.run_dir).export if self.run_dir else None
+        folder = RunFolder(self.run_dir).export if self.run_dir else None
         return folder if folder and os.path.isdir(folder) else None  # no, too, where it may not be looked at
 
     def refresh(self) -> "TrainingRun":
@@ -352,10 +356,10 @@ class TrainingRun:
         Raises:
             RequestError: MLflow does not answer and nothing is kept, or the run has no metric of that name.
         """
-        from tundish.paths import RunPaths
-        from tundish.runs import metrics
+        from tundish.base.run_folder import RunFolder
+        from tundish.tracking import metrics
 
-        kept = RunPaths(self.run_dir).metrics if self.run_dir else None
+        kept = RunFolder(self.run_dir).metrics if self.run_dir else None
         return metrics.read(*self._mlflow(), key, kept)
 
     def plot(self) -> "Figure":
@@ -364,7 +368,7 @@ class TrainingRun:
         Raises:
             RequestError: MLflow does not answer.
         """
-        from tundish.runs import metrics
+        from tundish.tracking import metrics
 
         return metrics.plot(self.metrics(), f"{self.name}: {self.status.display_name.lower()}")
 
@@ -382,7 +386,7 @@ class TrainingRun:
             "Train Loss": self.train_loss,
             "Eval Loss": self.eval_loss,
             "Tokens per Second": None if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f}",
-            "Registered Model": tables.Link(self.model_uri or "", self.links["registered_version"]),
+            "Registered Model": html_tables.Link(self.model_uri or "", self.links["registered_version"]),
             "Created": self.created_at,
             "Started": self.started_at,
             "Estimated End": self.estimated_end_time,
@@ -402,8 +406,8 @@ class TrainingRun:
             "Data Prep Cluster Id": self.data_prep_cluster_id,
             "MLflow Experiment": self.experiment_path,
             "Experiment Id": self.experiment_id,
-            "MLflow Run": tables.Link(self.run_id or "", self.mlflow_url),
+            "MLflow Run": html_tables.Link(self.run_id or "", self.mlflow_url),
             "Run Folder": self.run_dir,
         }
-        rows = {title: tables.text(value) for title, value in shown.items()}
-        return tables.vertical(rows | {"Events": self.formatted_events or tables.NOTHING})
+        rows = {title: html_tables.text(value) for title, value in shown.items()}
+        return html_tables.vertical(rows | {"Events": self.formatted_events or html_tables.NOTHING})

@@ -10,16 +10,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tundish.base.events import TERMINAL_TYPES
+from tundish.base.files import is_held, locked
+from tundish.base.home import RUN_VARIABLE, mlflow_artifacts_dir
+from tundish.base.mlflow_client import impatient, open_client, quiet, told
+from tundish.base.processes import processes_with
+from tundish.base.run_folder import RunFolder, Tracking
 from tundish.checkpoints.places import Place, hidden
 from tundish.checkpoints.places import remove as remove_at_once
 from tundish.errors import RequestError, RunDamagedError, StoreError
-from tundish.events import TERMINAL_TYPES
-from tundish.launch import queue
-from tundish.locks import is_held, locked
-from tundish.mlflow_client import impatient, open_client, quiet, told
-from tundish.paths import RUN_VARIABLE, mlflow_artifacts_dir
-from tundish.processes import processes_with
-from tundish.run_folder import RunFolder, Tracking
+from tundish.launch import devices
 from tundish.runs.reading import damaged_run, find_run, read_run, run_names
 from tundish.runs.records import TrainingRun
 
@@ -96,7 +96,7 @@ def remove(removal: Removal) -> None:
         if removal.mlflow is not None:
             with _asking(removal.mlflow) as client:
                 client.delete_run(removal.mlflow.run_id)
-        queue.leave(removal.name)
+        devices.leave(removal.name)
         remove_folder(removal.folders[-1])
 
 

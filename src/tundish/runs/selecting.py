@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from tundish.base.home import runs_dir
+from tundish.base.run_folder import RunFolder
 from tundish.checkpoints.places import Place
 from tundish.errors import RequestError, RunDamagedError, RunNotFoundError, SpecError, did_you_mean
-from tundish.paths import RunPaths, runs_dir
 from tundish.runs.reading import damaged_run, find_run, read_run, run_names
 from tundish.runs.records import ObjectList, RunStatus, TrainingRun
 
@@ -193,7 +194,7 @@ def select(wanted: Filter, *, limit: int | None = None, include_details: bool = 
 
 def _newest_first(names: set[str] | None) -> list[str]:
     """The runs' names, those given or all, by when their specs were written: the last file that `create()` writes."""
-    root, spec, made = f"{runs_dir()}/", f"/{RunPaths(runs_dir()).spec.name}", dict[str, int]()
+    root, spec, made = f"{runs_dir()}/", f"/{RunFolder(runs_dir()).spec.name}", dict[str, int]()
     for name in run_names() if names is None else names.intersection(run_names()):
         try:
             made[name] = os.stat(f"{root}{name}{spec}").st_mtime_ns

@@ -14,8 +14,10 @@ from typing import Any, cast
 
 os.environ.setdefault("FSDP_VERSION", "2")
 
-from tundish.paths import RUN_VARIABLE, RunPaths, write_atomic
-from tundish.processes import die_with_starter
+from tundish.base.files import write_atomic
+from tundish.base.home import RUN_VARIABLE
+from tundish.base.processes import die_with_starter
+from tundish.base.run_folder import RunFolder
 
 if __name__ == "__main__":
     # Before the imports, which take a while. The launcher may be deaf to SIGTERM; its ranks are not.
@@ -52,20 +54,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from tundish.checkpoints.places import Place
 from tundish.errors import TundishError
-from tundish.publishing import Checkpoints, Publisher, channels, tell_status
-from tundish.run_folder import RunFolder
-from tundish.runs.notes import tell_plan
+from tundish.tracking.notes import tell_plan
+from tundish.tracking.publishing import Checkpoints, Publisher, channels, tell_status
 from tundish.train.beats import Beats
 from tundish.train.gloo import GlooMean, meet_on_loopback, name_interface
 from tundish.train.guard import has_learned, nothing_learned
 from tundish.train.loader import RowOrder
 from tundish.train.peers import Peers
 from tundish.train.publish import PublishWhileTraining
-from tundish.train.resuming import load_all, load_weights, newest_checkpoint
+from tundish.train.resume import load_all, load_weights, newest_checkpoint
 from tundish.train.run_logger import RunLogger
-from tundish.train.saving import Saver
+from tundish.train.saver import Saver
 from tundish.train.schedule import StepRates
-from tundish.train.stopping import StopWhenAsked
+from tundish.train.stop import StopWhenAsked
 from tundish.train.threads import single_out_gloo
 
 # Its entry point is for stock LLM Foundry; an installation that people edit in does not see new ones.
@@ -231,7 +232,7 @@ def _note(result: dict[str, Any]) -> None:
     run = os.environ.get(RUN_VARIABLE)
     # A refusal may reach another rank first.
     if run and ("error" in result or dist.get_global_rank() == 0):
-        write_atomic(RunPaths(Path(run).parent).result("train"), json.dumps(result) + "\n")
+        write_atomic(RunFolder(Path(run).parent).result("train"), json.dumps(result) + "\n")
 
 
 def _is_done(state: State) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from composer import Callback, Logger, State
 from composer.utils import dist
 
-from tundish.run_folder import Beat
+from tundish.base.run_folder import Beat
 
 BEAT_SECONDS = 2.0
 

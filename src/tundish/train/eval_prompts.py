@@ -17,9 +17,9 @@ from composer.core import get_precision_context
 from composer.utils import dist, reproducibility
 from torch.distributed.fsdp import FSDPModule
 
-from tundish.spec import ANSWER_TOKENS
+from tundish.plan.spec import ANSWER_TOKENS
 from tundish.train.at_checkpoints import AtCheckpoints
-from tundish.train.saving import checkpoint_name
+from tundish.train.saver import checkpoint_name
 
 log = logging.getLogger(__name__)
 

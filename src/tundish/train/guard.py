@@ -10,8 +10,9 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 from torch.distributed.tensor import DTensor
 
+from tundish.base.home import RUN_VARIABLE
+from tundish.base.run_folder import RunFolder
 from tundish.errors import StageError
-from tundish.paths import RUN_VARIABLE, RunPaths
 
 METRICS = "metrics/train/Language"
 LARGEST = 700
@@ -97,7 +98,7 @@ def nothing_learned(state: State) -> StageError:
 
 def _mark() -> Path | None:
     run = os.environ.get(RUN_VARIABLE)
-    return RunPaths(Path(run).parent).learned if run else None
+    return RunFolder(Path(run).parent).learned if run else None
 
 
 def check_loss(loss: float, batch: int, learning_rate: float) -> None:

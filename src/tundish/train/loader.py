@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
-from tundish.processes import die_with
+from tundish.base.processes import die_with
 
 IGNORE_INDEX = -100
 Row = Mapping[str, np.ndarray]

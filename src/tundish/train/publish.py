@@ -2,7 +2,7 @@
 
 from composer import Callback, Logger, State
 
-from tundish.publishing import Publisher
+from tundish.tracking.publishing import Publisher
 
 
 class PublishWhileTraining(Callback):

@@ -9,9 +9,9 @@ from pathlib import Path
 from composer import Callback, Logger, State, TimeUnit
 from composer.utils import dist
 
-from tundish import events
-from tundish.paths import RUN_VARIABLE
-from tundish.train.saving import Saver
+from tundish.base import events
+from tundish.base.home import RUN_VARIABLE
+from tundish.train.saver import Saver
 
 PROGRESS_SECONDS = 2.0, 60.0
 SHOWN = {"loss": "Train loss: {:.4g}", "eval_loss": "Eval loss: {:.4g}", "tokens_per_s": "{:,.0f} tokens/s"}

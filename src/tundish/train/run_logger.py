@@ -14,10 +14,10 @@ from composer import Logger, State
 from composer.loggers import LoggerDestination
 from composer.utils import dist
 
-from tundish.journal import Journal
-from tundish.paths import make_folder, write_atomic
-from tundish.run_folder import RunFolder
-from tundish.text import redacted
+from tundish.base.files import make_folder, write_atomic
+from tundish.base.journal import Journal
+from tundish.base.run_folder import RunFolder
+from tundish.base.text import redacted
 
 log = logging.getLogger(__name__)
 

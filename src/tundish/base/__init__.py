@@ -1,0 +1,1 @@
+"""What all parts stand on: files, processes, text; nothing of training."""

@@ -1,0 +1,260 @@
+"""Files and folders that are complete or absent, and locks between processes.
+
+Names that come from arguments or data are joined through `inside`, which refuses what would leave its root. A lock is
+held on a file by flock: the kernel lets go of it when its holder dies, and who waits is told who holds it.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import math
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+
+from tundish.base.home import home
+from tundish.base.processes import ProcessId
+from tundish.base.text import redacted
+from tundish.errors import LockHeldError, SpecError
+
+log = logging.getLogger(__name__)
+TELL_SECONDS = 2.0
+"""Who waits for a lock so long is told who holds it, and told again after …"""
+TELL_AGAIN_SECONDS = 60.0
+LOCK_NAME = "lock"
+"""The file by which a folder is locked."""
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder below `$TUNDISH_HOME`, and that first: for its user alone, as data, specs and logs are in it.
+
+    A home that is there already stays as its owner has made it; all other folders and files get what the umask leaves.
+    """
+    if not home().exists():
+        home().mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def inside(root: Path, *parts: str) -> Path:
+    """`root` joined with `parts`, made absolute.
+
+    Raises:
+        SpecError: the result would lie outside `root`, by `..`, an absolute part or a link.
+    """
+    real_root = root.resolve()
+    path = root.joinpath(*parts).resolve()
+    if not path.is_relative_to(real_root):
+        raise SpecError(
+            f"{'/'.join(parts)}: leaves {root}. Give a path without '..' and without links to other places."
+        )
+    return path
+
+
+def content_root(folder: Path) -> Path:
+    """What the files of a model's or dataset's folder may be links to: the folder.
+
+    In the hub's cache a snapshot is made of links to files beside it, in the folder of its model or dataset.
+    """
+    real = folder.resolve()
+    is_snapshot = real.parent.name == "snapshots" and real.parents[1].name.startswith(("models--", "datasets--"))
+    return real.parents[1] if is_snapshot else real
+
+
+def obstacle_to_writing(folder: Path) -> str:
+    """Why no file can be made in `folder`, or in the nearest folder above it that exists; empty = it can."""
+    try:
+        with tempfile.TemporaryFile(dir=existing(folder)):
+            return ""
+    except OSError as error:
+        return f"{existing(folder)}: {error.strerror}"
+
+
+def existing(folder: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write beside `path`, flush to disk, rename: a reader sees the old content or the new, never a part."""
+    # On a disk that is shared, a process of another machine may have the same number.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk, the room that it has taken is needed
+        raise
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make sure that names made, moved or removed in a folder are so after a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name `target` when the block ends well, and is gone when it does not.
+
+    A lock is held meanwhile: the kernel frees it when its holder dies, and machines that share the disk see it, which
+    the number of a process would not tell. So what is found half written was left by a process that was killed, and is
+    removed.
+
+    Raises:
+        SpecError: another process makes the same folder, or it is there already.
+    """
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(target):
+        beside = target.with_name(f".{target.name}.tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        try:
+            yield beside
+            if target.is_symlink() or (target.exists() and any(target.iterdir())):
+                raise SpecError(f"{target}: is there already. Remove it, or choose another folder.")
+            flush_folder(beside)
+            beside.rename(target)
+            flush_folder(target.parent)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    try:
+        with locked(target.with_name(f".{target.name}.lock"), timeout=0, temporary=True):
+            yield
+    except LockHeldError as error:
+        raise SpecError(
+            f"{target}: another process is making it, here or on a machine that shares the disk. {error.message}"
+        ) from error
+
+
+@contextmanager
+def locked(path: Path, timeout: float | None = None, *, temporary: bool = False) -> Iterator[None]:
+    """Hold a lock on a file, which is made, or on a folder that exists, by its file `lock`.
+
+    The kernel lets go of it when its holder dies. Who waits is told after a moment who holds it.
+
+    Args:
+        path: of the file or the folder.
+        timeout: seconds; None waits for ever.
+        temporary: the file is removed at the end.
+
+    Raises:
+        LockHeldError: it was not free in time.
+    """
+    file = _lock_file(path)
+    while True:
+        descriptor = _open_lock(file)
+        try:
+            _wait_for(descriptor, file, timeout)
+            if _is_there(descriptor, file):
+                _sign(descriptor)
+                try:
+                    yield
+                finally:
+                    if temporary:
+                        file.unlink(missing_ok=True)
+                return
+            # Removed while it was waited for; another one may have taken its place.
+        finally:
+            os.close(descriptor)
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody holds a lock on a file or a folder, be it on another machine that shares the disk."""
+    try:
+        descriptor = os.open(_lock_file(path), os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def try_lock(descriptor: int, seconds: float) -> bool:
+    """Whether an open file could be locked within so many seconds."""
+    end, pause = time.monotonic() + seconds, 0.005
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if (left := end - time.monotonic()) <= 0:
+                return False
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, 0.1)
+
+
+def _lock_file(path: Path) -> Path:
+    return path / LOCK_NAME if path.is_dir() else path
+
+
+def _open_lock(file: Path) -> int:
+    try:
+        return os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        return os.open(file, os.O_RDONLY)  # another user's, in a shared home: it can be held, not signed
+
+
+def _wait_for(descriptor: int, file: Path, timeout: float | None) -> None:
+    end = math.inf if timeout is None else time.monotonic() + timeout
+    seconds = TELL_SECONDS
+    while not try_lock(descriptor, max(0.0, min(seconds, end - time.monotonic()))):
+        if time.monotonic() >= end:
+            raise LockHeldError(f"{file}: is held by {_holder(file)}. Wait for its end, or end it.")
+        log.warning("Waiting for %s, which is held by %s.", file, _holder(file))
+        seconds = TELL_AGAIN_SECONDS
+
+
+def _is_there(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _sign(descriptor: int) -> None:
+    """Say in the lock who holds it."""
+    command = redacted(" ".join([Path(sys.argv[0]).name, *sys.argv[1:3]]))
+    text = json.dumps({**asdict(ProcessId.of(os.getpid())), "command": command}) + "\n"
+    with contextlib.suppress(OSError):  # a full disk: it is held all the same
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, text.encode(), 0)
+
+
+def _holder(file: Path) -> str:
+    """Who holds a lock, as far as it says."""
+    try:
+        record = json.loads(file.read_text())
+        command, holder = str(record.pop("command")), ProcessId(**record)
+        since = datetime.fromtimestamp(file.stat().st_mtime)
+        if holder.is_here and holder.process() is None:
+            return "another process"  # the one that has signed has ended
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "another process"
+    return f"process {holder.pid} on {holder.host} ({command}) since {since:%Y-%m-%d %H:%M:%S}"

@@ -1,0 +1,458 @@
+"""Processes that do what this one must not, or not alone: what others wrote runs in them, with limits.
+
+Chat templates, tokenizers and damaged data can take all time and memory there is, or end the process that reads them.
+So a forked process does it, and ends as a sentence: `guarded` runs one function in such a process, `Workers` many tasks
+in several. In them, `limited` says how much a piece of work may take, and what is told if it takes more.
+"""
+
+import faulthandler
+import gc
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+
+from tundish.base.processes import die_with
+from tundish.errors import InputError, StageError, WorkerError
+
+Result = TypeVar("Result")
+Bars = Callable[[str], AbstractContextManager[Callable[[int, int | None], None]]]
+"""Makes a progress bar with a title; entered, it is told how much is done, and of how much."""
+
+MEMORY_BYTES = 4 << 30
+"""What a piece of work may take. A text file of the largest size takes three quarters of it."""
+AHEAD = 2
+"""Tasks that a process has been given at a time."""
+QUIT_SECONDS = 3.0
+"""For a process that is asked to end, to remove what it has half written."""
+
+
+class Doing(NamedTuple):
+    """What a process is at, and how much it may take."""
+
+    what: object
+    """What an error says of it; of a sample, its number in its chunk."""
+    seconds: float | None
+    memory: int
+
+
+_NOTHING = Doing("the data", None, MEMORY_BYTES)
+_starter: Connection | None = None
+"""In a process that was started here: the way to its starter."""
+_allowed = MEMORY_BYTES
+"""To the work that this process is at."""
+
+
+@contextmanager
+def limited(what: object, seconds: float | None = None, memory: int | None = None) -> Iterator[None]:
+    """Let the block take so much; a process that takes more ends, and its starter says so.
+
+    A process that nobody here has started is not limited: it is Spark's, or a test's.
+
+    Args:
+        what: it is at, for the error.
+        seconds: of its CPUs' time, so that a busy machine is no reason to end.
+        memory: bytes beyond what it has; None: MEMORY_BYTES.
+    """
+    if _starter is None:
+        yield
+        return
+    global _allowed
+    _allowed = memory = MEMORY_BYTES if memory is None else memory
+    _starter.send(("doing", Doing(what, seconds, memory)))
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    # Address space would not do: what libraries map and never touch counts there.
+    most = min([_data_bytes() + memory, *(limit for limit in before if limit != resource.RLIM_INFINITY)])
+    resource.setrlimit(resource.RLIMIT_DATA, (most, before[1]))
+    # Nothing catches it: no code of C or Rust has to come to an end for it.
+    signal.setitimer(signal.ITIMER_PROF, seconds or 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def took_memory(memory: int | None = None) -> str:
+    """What is said of work that took more memory than it may, behind its name; without a number, the last one's."""
+    return f"took more than {(memory or _allowed) / (1 << 30):.2g} GiB of memory"
+
+
+def _data_bytes() -> int:
+    """Memory of this process that counts towards RLIMIT_DATA."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmData:")[2].split()[0]) << 10
+
+
+def guarded(
+    function: Callable[..., Result], *arguments: Any, progress: Bars | None = None, tables: bool = False
+) -> Result:
+    """What a function gives in a process of its own, which ends with the call.
+
+    It is forked from this one, unless it reads Delta tables and this one has loaded their reader: that works in no
+    process that is forked from one that has used it. Then it is started anew.
+
+    Args:
+        function: its result, or its error, must be picklable; where it reads Delta tables, function and arguments too.
+        arguments: of it.
+        progress: where given, the function is called with `progress=…`, whose bars are drawn by this process.
+        tables: whether it may read Delta tables.
+
+    Raises:
+        WorkerError: the process has ended without result, or taken more than it may.
+    """
+    # What libraries say before they end their process is for the error, not for the terminal.
+    with tempfile.TemporaryFile() as words:
+        named = {} if progress is None else {"progress": _remote_bar}
+        worker = _Worker(
+            (function, arguments, named), words.fileno(), forked=not (tables and "deltalake" in sys.modules)
+        )
+        try:
+            with ExitStack() as bars:
+                tell: Callable[..., None] | None = None
+                while True:
+                    kind, *content = worker.receive()
+                    if kind == "bar" and progress is not None:
+                        tell = bars.enter_context(progress(*content))
+                    elif kind == "tell" and tell is not None:
+                        tell(*content)
+                    elif kind == "end of bar":
+                        bars.close()
+                    elif kind in _ANSWERS:
+                        result = worker.result(kind, content, words.fileno())
+                        break
+        finally:
+            worker.stop(QUIT_SECONDS)
+        words.seek(0)
+        sys.stderr.write(words.read().decode(errors="replace"))
+        return result
+
+
+@contextmanager
+def _remote_bar(title: str) -> Iterator[Callable[[int, int | None], None]]:
+    starter = cast(Connection, _starter)
+    starter.send(("bar", title))
+    yield lambda done, total: starter.send(("tell", done, total))
+    starter.send(("end of bar",))
+
+
+class Workers:
+    """Runs a function over many tasks, in order; several at once when there is more than one task.
+
+    Workers are forked, so that what this process has loaded (tokenizer, Streaming) is there at once. They end with it,
+    however it ends.
+    """
+
+    def __init__(self, count: int | None = None) -> None:
+        import joblib
+
+        # Honors the limits of containers.
+        self.count = count or joblib.cpu_count()
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.stop(0)
+        self._workers.clear()
+
+    def map(
+        self,
+        function: Callable[..., Result],
+        tasks: Iterable[tuple[Any, ...]],
+        again: Callable[..., Result] | None = None,
+    ) -> Iterator[Result]:
+        """Results in the order of the tasks; few tasks are under way at a time, so memory stays bounded.
+
+        Args:
+            function: called with each task; picklable, as tasks and results are.
+            tasks: its arguments.
+            again: does a task in place of `function` where that has ended its process or taken more than it may.
+
+        Raises:
+            WorkerError: a worker has ended so; all results before that task's have been given.
+        """
+        waiting = ((number, task, again is None) for number, task in enumerate(tasks))
+        busy = dict[_Worker, deque[_Task]]()
+        done = dict[int, Callable[[], Result]]()
+        given = 0
+        try:
+            task = next(waiting, None)
+            while task is not None or busy or done:
+                while task is not None and task[0] < given + 3 * self.count and (worker := self._free(busy)):
+                    worker.submit(function, task[1])
+                    busy.setdefault(worker, deque()).append(task)
+                    task = next(waiting, None)
+                for worker in _ready(busy):
+                    kind, *content = worker.receive()
+                    if kind not in _ANSWERS:
+                        continue
+                    number, arguments, last = busy[worker].popleft()
+                    left = list(busy[worker])
+                    if kind in _LOST or not left:
+                        del busy[worker]
+                    if kind in _LOST:
+                        self._workers.remove(worker)
+                        worker.stop(0)
+                        repeated = [] if again is None or last else [(again, (number, arguments, True))]
+                        for what, one in [*repeated, *((function, one) for one in left)]:
+                            other = self._start()
+                            other.submit(what, one[1])
+                            busy[other] = deque([one])
+                    if kind in _LOST and not last:
+                        _last_words(2)  # are no warnings for the user
+                    if kind not in _LOST or last:
+                        done[number] = lambda worker=worker, kind=kind, content=content: worker.result(kind, content)
+                while given in done:
+                    yield done.pop(given)()
+                    given += 1
+        finally:
+            for worker in busy:
+                self._workers.remove(worker)
+                worker.stop(0)
+
+    def _free(self, busy: "dict[_Worker, deque[_Task]]") -> "_Worker | None":
+        """A worker that has nothing to do, or soon will: while it waits for its next task, it does nothing."""
+        least = min(self._workers, key=lambda worker: len(busy.get(worker, ())), default=None)
+        if least is None or (least in busy and len(self._workers) < self.count):
+            return self._start()
+        return least if len(busy.get(least, ())) < AHEAD else None
+
+    def _start(self) -> "_Worker":
+        worker = _Worker()
+        self._workers.append(worker)
+        return worker
+
+
+_Task = tuple[int, tuple[Any, ...], bool]
+"""Number, arguments, and whether it is lost with its process."""
+_LOST = ("ended", "memory")
+_ANSWERS = ("result", "error", *_LOST)
+
+
+class _NewProcess:
+    """A process that is started anew, with what the others have that is used of them.
+
+    Not multiprocessing's own: it would run the caller's script once more.
+    """
+
+    def __init__(self, pipe: Connection, errors: int) -> None:
+        script = "import sys; from tundish.base.workers import serve_anew; serve_anew(*map(int, sys.argv[1:]))"
+        command = [sys.executable, "-P", "-W", "ignore", "-c", script, str(pipe.fileno()), str(os.getpid())]
+        with one_thread_each():
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stderr=errors, pass_fds=[pipe.fileno()], env=dict(os.environ)
+            )
+        self.terminate, self.kill = self._process.terminate, self._process.kill
+
+    @property
+    def exitcode(self) -> int | None:
+        """As of multiprocessing's."""
+        return self._process.poll()
+
+    def join(self, seconds: float | None = None) -> None:
+        """As of multiprocessing's."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+
+
+def serve_anew(pipe: int, parent: int) -> None:
+    """What a process that was started anew does: one task."""
+    _serve(Connection(pipe), parent, None, 2, once=True)
+
+
+class _Worker:
+    """Another process, and the pipe to it."""
+
+    def __init__(
+        self,
+        task: "tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None" = None,
+        errors: int = 2,
+        *,
+        forked: bool = True,
+    ) -> None:
+        context = multiprocessing.get_context("fork")
+        here, there = context.Pipe()
+        self.pipe = cast(Connection, here)
+        """Readable when there is something to receive."""
+        self.doing = _NOTHING
+        self._process: Any
+        if forked:
+            self._process = context.Process(target=_serve, args=(there, os.getpid(), task, errors))
+            with warnings.catch_warnings(), one_thread_each():
+                # Python 3.12 warns of any thread of the parent, those of numpy's BLAS too. The workers use no lock of
+                # such a thread: they run tiktoken, tokenizers and numpy's copying.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._process.start()
+        else:
+            self._process = _NewProcess(cast(Connection, there), errors)
+            self.pipe.send(task)
+        there.close()
+
+    def submit(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        """Have it call a function, after those that it has been given."""
+        try:
+            self.pipe.send((function, arguments, {}))
+        except OSError:  # it has been killed, which is seen when its answer is read
+            pass
+
+    def receive(self) -> tuple[Any, ...]:
+        """The next message; one of _ANSWERS is the last of a task."""
+        while True:
+            try:
+                kind, *content = self.pipe.recv()
+            except (EOFError, OSError):
+                self._process.join()
+                return ("ended",)
+            if kind != "doing":
+                self.doing = _NOTHING if kind in ("result", "error") else self.doing
+                return kind, *content
+            self.doing = content[0]
+            if not self.pipe.poll():
+                return kind, *content
+
+    def result(self, kind: str, content: list[Any], errors: int = 2) -> Any:
+        """What its answer holds, or the error that it is."""
+        if kind == "result":
+            return content[0]
+        raise content[0] if kind == "error" else self._lost(kind, errors)
+
+    def _lost(self, kind: str, errors: int) -> StageError:
+        code, words = self._process.exitcode, _last_words(errors)
+        what, seconds, memory = self.doing
+        if kind == "ended" and code == -signal.SIGKILL:
+            return WorkerError(
+                "a process that prepares data was killed, most likely for want of memory. Give the machine more "
+                "memory, or fewer processors to this process (taskset)."
+            )
+        if kind == "memory" or "memory allocation of" in words:
+            cause = took_memory(memory)
+        elif code == -signal.SIGPROF:
+            cause = f"took more than {seconds:.2g} s of CPU time"
+        else:
+            name = signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
+            cause = f"ended its process ({name}{': ' * bool(words)}{words})"
+        return WorkerError(f"{what} {cause}. Check what it is and where it comes from.", what, cause)
+
+    def stop(self, seconds: float) -> None:
+        """End it: asked first, where it is given time."""
+        self.pipe.close()
+        if seconds:
+            self._process.terminate()
+            self._process.join(seconds)
+        self._process.kill()
+        self._process.join()
+
+
+def _ready(busy: Iterable[_Worker]) -> list[_Worker]:
+    by_pipe = {worker.pipe: worker for worker in busy}
+    return [by_pipe[cast(Connection, pipe)] for pipe in wait(list(by_pipe))]
+
+
+def _last_words(errors: int) -> str:
+    """The last line of a file to which a process has written its errors; nothing where they went to a terminal.
+
+    In a process that was started here, the file is emptied: what is left in the end are warnings for the user.
+    """
+    try:
+        end = os.pread(errors, 4096, max(0, os.fstat(errors).st_size - 4096))
+        if _starter is not None:
+            os.ftruncate(errors, 0)
+            os.lseek(errors, 0, os.SEEK_SET)
+    except OSError:
+        return ""
+    lines = [line for line in end.decode(errors="replace").splitlines() if line.strip()]
+    said = [line for line in lines if "memory allocation of" in line] or lines
+    return said[-1].strip()[:200] if said else ""
+
+
+def _serve(pipe: Connection, parent: int, task: Any, errors: int, *, once: bool = False) -> None:
+    """What a worker does: a task, or tasks until its starter ends it."""
+    global _starter
+    die_with(parent)
+    # The parent is interrupted, and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    once = once or task is not None
+    signal.signal(signal.SIGTERM, _quit if once else signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+    faulthandler.disable()  # it would write a trace of a process that is meant to end to the terminal
+    if errors != 2:
+        os.dup2(errors, 2)
+    _starter = pipe
+    if once:
+        pipe.send(_answer(*(task or pipe.recv())))
+        return
+    # Tasks are read while others are done, lest both ends of the pipe wait for each other.
+    tasks = SimpleQueue[Any]()
+    threading.Thread(target=_read, args=(pipe, tasks), daemon=True).start()
+    while True:
+        pipe.send(_answer(*tasks.get()))
+
+
+def _read(pipe: Connection, tasks: "SimpleQueue[Any]") -> None:
+    try:
+        while True:
+            tasks.put(pipe.recv())
+    except BaseException:  # its starter has closed the pipe, or there is no memory for the task
+        os._exit(1)
+
+
+def _quit(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit
+
+
+def _answer(function: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+    try:
+        return "result", function(*arguments, **named)
+    except MemoryError:
+        return ("memory",)
+    except Exception as error:
+        if not isinstance(error, InputError) and not hasattr(error, "__notes__"):
+            error.add_note("".join(traceback.format_exception(error)))
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            return "error", StageError("".join(traceback.format_exception_only(error)).strip())
+        return "error", error
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """`tokenizers` would start as many threads in each process that is forked here as there are processors."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Python's collector would look at hundreds of thousands of new objects again and again, none of them garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

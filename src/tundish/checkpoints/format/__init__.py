@@ -1,0 +1,1 @@
+"""Reading checkpoint files without running code from them."""

@@ -1,0 +1,184 @@
+"""What the pickle of a `torch.save` archive may hold: one tensor, or an object of numbers, texts and tensors."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from tundish.checkpoints.format.metadata import DTYPE_BYTES, numbers
+from tundish.checkpoints.format.pickles import Call, PlainUnpickler, Record, empty_dict, same
+from tundish.errors import CheckpointError
+
+_STORAGES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+}
+NUMPY_TYPES = "f8 f4 f2 i8 i4 i2 i1 u8 u4 u2 u1 b1".split()
+"""Element types of NumPy arrays in a checkpoint: numbers. Of objects or fields, bytes would be taken for pointers."""
+_NUMPY_STATE = (None, None, None, -1, -1, 0)
+"""What NumPy says of every such type: no subarray, no names, no fields, its own size and alignment, no flags."""
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What the pickle of a tensor says of it."""
+
+    dtype: str
+    key: str
+    numel: int
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the storage is the elements, in their order, and nothing else."""
+        expected = 1
+        for size, stride in zip(reversed(self.size), reversed(self.stride), strict=True):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return not self.numel or (self.offset == 0 and self.numel == math.prod(self.size))
+
+
+def describe(content: bytes) -> Described:
+    """What a pickle says that holds one tensor.
+
+    Raises:
+        CheckpointError: it holds something else; `.message` has no place in it.
+    """
+    found = _Unpickler(content, _TENSOR_NAMES).load()
+    if type(found) is not _Tensor:
+        raise CheckpointError("it is no pickle of a tensor")
+    return found.described
+
+
+def describe_all(content: bytes, sizes: Mapping[str, int]) -> dict[str, Described]:
+    """What a pickle says that holds tensors by their names, and nothing else.
+
+    Args:
+        content: the pickle.
+        sizes: bytes of each storage that the archive has, by its key.
+
+    Raises:
+        CheckpointError: it holds something else; `.message` has no place in it.
+    """
+    found = _Unpickler(content, _STATE_NAMES, sizes).load()
+    if type(found) is not dict or not all(type(name) is str for name in cast(dict[Any, Any], found)):
+        raise CheckpointError("it holds no tensors by their names")
+    if not all(type(tensor) is _Tensor for tensor in cast(dict[str, Any], found).values()):
+        raise CheckpointError("it holds other things than tensors")
+    return {name: tensor.described for name, tensor in cast(dict[str, _Tensor], found).items()}
+
+
+def check_object(content: bytes, sizes: Mapping[str, int]) -> None:
+    """Look through a pickle before PyTorch's `weights_only` reads it, which believes sizes and calls what it allows.
+
+    Args:
+        content: the pickle.
+        sizes: bytes of each storage that the archive has, by its key.
+
+    Raises:
+        CheckpointError: it is damaged or unsafe; `.message` has no place in it.
+    """
+    _Unpickler(content, _OBJECT_NAMES, sizes).load()
+
+
+class _Unpickler(PlainUnpickler):
+    def __init__(self, content: bytes, names: Mapping[str, Any], sizes: Mapping[str, int] | None = None) -> None:
+        super().__init__(content, names)
+        self.sizes = sizes
+
+    def persistent_load(self, pid: Any) -> "_Storage":
+        kind, dtype, key, _location, numel = pid
+        if kind != "storage" or type(dtype) is not str or type(key) is not str:
+            raise ValueError("it names a storage in another way than PyTorch does")
+        (numel,) = numbers((numel,))
+        if self.sizes is not None and self.sizes.get(key) != numel * DTYPE_BYTES[dtype]:
+            raise ValueError(f"a storage of {numel:,} elements has {self.sizes.get(key, 0):,} bytes")
+        return _Storage(dtype, key, numel)
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    dtype: str
+    key: str
+    numel: int
+
+
+class _Tensor(Record):
+    def __init__(self, storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> None:
+        super().__init__()
+        if type(storage) is not _Storage or type(size) is not tuple or type(stride) is not tuple:
+            raise ValueError("a tensor is not made of what PyTorch makes it of")
+        (at,) = numbers((offset,))
+        found = Described(storage.dtype, storage.key, storage.numel, at, numbers(size), numbers(stride))
+        if len(found.size) != len(found.stride) or math.prod(found.size) > storage.numel:
+            raise ValueError(f"a tensor {found.size} has {storage.numel:,} elements")
+        self.described = found
+
+
+class _NumpyType(Record):
+    def __init__(self, code: Any = None, *more: Any) -> None:
+        super().__init__()
+        if type(code) is not str or code not in NUMPY_TYPES or not all(type(flag) in (bool, int) for flag in more):
+            raise ValueError("a NumPy array is not of numbers")
+        self.bytes = int(code[1:])
+
+    def build(self, state: Any) -> None:
+        if type(state) is not tuple or state[:1] != (3,) or state[1] not in ("<", "|") or state[2:] != _NUMPY_STATE:
+            raise ValueError("a NumPy type has another state than numbers have")
+
+
+class _Array(Record):
+    def __init__(self, kind: Any = None, size: Any = None, code: Any = None) -> None:
+        super().__init__()
+        if kind != "ndarray" or size != (0,) or code != b"b":
+            raise ValueError("a NumPy array is not made as NumPy makes it")
+
+    def build(self, state: Any) -> None:
+        _version, shape, dtype, is_fortran, content = cast(tuple[Any, ...], state)
+        plain = type(dtype) is _NumpyType and type(content) is bytes and type(is_fortran) is bool
+        if not plain or math.prod(numbers(shape)) * dtype.bytes != len(content):
+            raise ValueError("a NumPy array has other bytes than its shape says")
+
+
+def _encoded(text: Any, encoding: Any) -> bytes:
+    """Stands for what protocol 2 has for bytes."""
+    if type(text) is not str or encoding != "latin1":
+        raise ValueError("bytes are encoded in another way than pickle does")
+    return text.encode("latin1")
+
+
+_TENSOR_NAMES: Mapping[str, Any] = {
+    "torch._utils._rebuild_tensor_v2": Call(_Tensor),
+    "collections.OrderedDict": Call(empty_dict),
+    **{f"torch.{name}": dtype for name, dtype in _STORAGES.items()},
+}
+_STATE_NAMES: Mapping[str, Any] = {
+    **_TENSOR_NAMES,
+    # Of a parameter, the tensor.
+    "torch._utils._rebuild_parameter": Call(lambda tensor, *_: tensor),
+}
+_OBJECT_NAMES: Mapping[str, Any] = {
+    **_TENSOR_NAMES,
+    **{f"torch.{dtype}": dtype for dtype in DTYPE_BYTES},
+    "torch._utils._rebuild_parameter": Call(Record),
+    "torch.Size": Call(same),
+    "torch.device": Call(Record),
+    "torch.torch_version.TorchVersion": Call(Record),
+    "datetime.timedelta": Call(Record),
+    "_codecs.encode": Call(_encoded),
+    **dict.fromkeys(("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"), Call(_Array)),
+    "numpy.ndarray": "ndarray",
+    "numpy.dtype": Call(_NumpyType),
+}

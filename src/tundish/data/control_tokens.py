@@ -1,0 +1,117 @@
+"""Control tokens: found in texts, counted in what a template writes, kept text in what people write."""
+
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tundish.data.bpe import Ids
+from tundish.data.samples import Messages
+from tundish.data.templates import CLOSE, MARK, OPEN
+
+BORDER_LETTERS = 4
+"""A text between turns with fewer letters and digits says too little to be looked for in messages."""
+
+
+class Finder:
+    """Finds any of some words in a text, fast where there is none."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        longest_first = sorted(words, key=lambda word: (-len(word), word))
+        self._starts = sorted({word[:2] for word in longest_first})
+        self._words = longest_first
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches any of the words, the longest at a place."""
+        return re.compile("|".join(map(re.escape, self._words)) or r"(?!)")
+
+    def find(self, text: str) -> str | None:
+        """The first of the words that stands in the text."""
+        if not any(start in text for start in self._starts):
+            return None
+        found = self.pattern.search(text)
+        return None if found is None else found[0]
+
+
+class Known(NamedTuple):
+    """What a chat template writes around contents."""
+
+    added: frozenset[str]
+    """Control tokens."""
+    control: int
+    """How many of them."""
+    borders: tuple[str, ...]
+    """Texts between two contents that are no tokens: in a content, nothing could tell them from a turn."""
+
+    @classmethod
+    def of(cls, fixed: tuple[str, ...], control: Finder) -> "Known":
+        """From the texts around and between contents."""
+        tokens = [token for text in fixed for token in control.pattern.findall(text)]
+        plain = (text for text in fixed[1:-1] if control.find(text) is None)
+        borders = dict.fromkeys(text for text in plain if sum(letter.isalnum() for letter in text) >= BORDER_LETTERS)
+        return cls(frozenset(tokens), len(tokens), tuple(borders))
+
+
+class PlainText:
+    """Ids of chats in whose messages control tokens are text.
+
+    While such a chat is templated and tokenized, a mark stands for each of them; a second tokenizer knows the marks as
+    tokens, so that everything around them is tokenized as it is around a token. Then each gives way to the ids of the
+    words as a text.
+    """
+
+    def __init__(self, serialized: str, control: Sequence[str]) -> None:
+        self._serialized = serialized
+        # A message's own noncharacters too, lest they look like marks.
+        words = [*control, OPEN, CLOSE]
+        self._marks = {word: MARK.format(number) for number, word in enumerate(words)}
+        self._finder = Finder(words)
+
+    def mask(self, messages: Messages, control: Finder) -> tuple[Messages, bool]:
+        """The messages with marks, and whether there are any."""
+        if all(control.find(message["content"]) is None for message in messages):
+            return messages, False
+        masked = [
+            {**message, "content": self._finder.pattern.sub(self._mark, message["content"])} for message in messages
+        ]
+        return masked, True
+
+    def _mark(self, found: "re.Match[str]") -> str:
+        return self._marks[found[0]]
+
+    @functools.cached_property
+    def _backend(self) -> Any:
+        from tokenizers import AddedToken, Tokenizer
+
+        backend = Tokenizer.from_str(self._serialized)
+        # No special ones, so that they stay tokens where those are read as text.
+        backend.add_tokens([AddedToken(mark, normalized=False) for mark in self._marks.values()])
+        return backend
+
+    @functools.cached_property
+    def _words(self) -> dict[int, Ids]:
+        """The ids of each word as a text, by the id of its mark."""
+        return {self._backend.token_to_id(mark): self._as_text(word) for word, mark in self._marks.items()}
+
+    def _as_text(self, word: str) -> Ids:
+        self._backend.encode_special_tokens = True
+        try:
+            # Cut, it is no token; and it is tokenized as what follows one, as it will.
+            texts = [self._marks[word] + part for part in (word[:1], word[1:])]
+            parts = [self._backend.encode(text, add_special_tokens=False).ids for text in texts]
+        finally:
+            self._backend.encode_special_tokens = False
+        mark = self._backend.token_to_id(self._marks[word])
+        return np.array([number for part in parts for number in part[part.index(mark) + 1 :]], dtype=np.int32)
+
+    def encode(self, text: str) -> Ids:
+        """Ids of a templated text, those of marks included."""
+        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def unmask(self, ids: Ids) -> Ids:
+        """Ids with the words in place of the marks."""
+        parts = (self._words.get(number, np.array([number], dtype=np.int32)) for number in ids.tolist())
+        return np.concatenate([np.zeros(0, np.int32), *parts])

@@ -1,0 +1,244 @@
+"""A snapshot of a Delta table, read row batch by row batch.
+
+Only the columns of a sample are read; others are dropped, as the managed service did.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote
+
+from tundish.base.text import printable
+from tundish.base.workers import limited
+from tundish.data.chunks import Chunk, TableRows
+from tundish.data.findings import Place
+from tundish.data.samples import Rules
+from tundish.data.sources import Source, groups
+from tundish.errors import DataError, SpecError
+
+BATCH_ROWS = 256
+BATCH_BYTES = 1 << 30
+"""Of memory, for a batch of rows; those of the usual size take a thousandth."""
+READABLE = {"deletionVectors", "timestampNtz", "v2Checkpoint", "vacuumProtocolCheck", "domainMetadata"}
+"""Delta reader features that change nothing of what is read here, and deletion vectors, which are applied."""
+
+
+def sample_columns(columns: Sequence[str], rules: Rules, given: str) -> list[str]:
+    """The columns of a table that make a sample.
+
+    Raises:
+        SpecError: they are not there.
+    """
+    if rules.task_type == "CHAT_COMPLETION":
+        needed, found = "messages", ["messages"]
+    else:
+        responses = [name for name in ("response", "completion") if name in columns]
+        needed, found = "prompt and response (or completion, not both)", ["prompt", *responses]
+        if len(responses) != 1:
+            found = []
+    if not found or not set(found) <= set(columns):
+        text = f"found the columns {', '.join(columns) or 'none'}; {rules.task_type} needs {needed}."
+        raise SpecError(f"{given}: {text} Rename the columns, or choose another task_type.")
+    return found
+
+
+def bounded(place: Place, batches: Iterator[Any]) -> Iterator[TableRows]:
+    """Arrow batches or tables as chunks, each in bounded memory: a file of few bytes can hold texts of any length.
+
+    Raises:
+        DataError: one takes more.
+    """
+    before = 0
+    while True:
+        try:
+            with limited(f"{place.of(before + 1)}: the reader of tables", memory=BATCH_BYTES):
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                rows = TableRows.of(batch)
+        except MemoryError as error:
+            raise DataError(
+                f"{place.of(before + 1)}: this row and those after it take more than {BATCH_BYTES >> 20:,} MiB. "
+                "Shorten their texts, or write the table anew without dictionaries."
+            ) from error
+        before += rows.units
+        if rows.units:
+            yield rows
+
+
+def _batch_rows(metadata: Any) -> int:
+    """How many rows of a Parquet file to read at a time: fewer of long ones."""
+    size = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    return max(1, min(BATCH_ROWS, (BATCH_BYTES >> 4) * metadata.num_rows // max(1, size)))
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaRows:
+    """The rows of one version of a Delta table, or of some of its files; deleted ones are left out."""
+
+    uri: str
+    version: int
+    name: str
+    """As the caller gave it."""
+    rules: Rules
+    columns: tuple[str, ...]
+    files: tuple[tuple[str, int], ...]
+    """Names below `uri`, sorted, and their sizes in bytes."""
+    size: int | None
+    """Rows, before deletion vectors; None where the table does not count them."""
+    snapshot: str
+    """SHA-256 over the table's id and the files of the version, which never change."""
+
+    @classmethod
+    def open(cls, uri: str, given: str, rules: Rules) -> "DeltaRows":
+        """The newest version of the table at a path or URI.
+
+        Raises:
+            SpecError: there is no table, it lacks the columns, or it uses what cannot be read.
+        """
+        from deltalake.exceptions import DeltaError
+
+        try:
+            with limited(f"{given}: the reader of the table's log"):
+                table = _delta_table(uri)
+            _check_protocol(table, given)
+            columns = sample_columns([field.name for field in table.schema().fields], rules, given)
+            actions = table.get_add_actions()
+            columns_of_files = (actions[name].to_pylist() for name in ("path", "size_bytes", "num_records"))
+            files = sorted(zip(*columns_of_files, strict=True))
+        except (DeltaError, OSError) as error:
+            found = f"there is no Delta table to read at {uri} ({_reason(error)})"
+            raise SpecError(f"{given}: {found}. Check the name.") from error
+        if partitioned := set(columns) & set(table.metadata().partition_columns):
+            found = f"the table is partitioned by {', '.join(sorted(partitioned))}, which is part of a sample"
+            raise SpecError(f"{given}: {found}. Copy the rows into a table without partitions.")
+        named = tuple((_checked_name(uri, path, given), size) for path, size, _ in files)
+        facts = json.dumps([str(table.metadata().id), [[path, size] for path, size, _ in files], table.version()])
+        counts = [count for _, _, count in files]
+        rows = None if None in counts else sum(counts)
+        digest = hashlib.sha256(facts.encode()).hexdigest()
+        return cls(uri, table.version(), given, rules, tuple(columns), named, rows, digest)
+
+    @property
+    def place(self) -> Place:
+        """See Source."""
+        return Place(f"{self.name} (version {self.version})", "row")
+
+    def digest(self) -> str:
+        """See Source."""
+        return self.snapshot
+
+    def state(self) -> object:
+        """See Source; a version never changes."""
+        return self.version
+
+    def chunks(self) -> Iterator[Chunk]:
+        """See Source."""
+        try:
+            yield from bounded(self.place, self._batches())
+        except DataError:
+            raise
+        except (OSError, ValueError) as error:
+            found = f"a file of the table cannot be read ({' '.join(str(error).split())[:300]})"
+            raise DataError(f"{self.name}: {printable(found)}. Restore the table, or copy it again.") from error
+
+    def _batches(self) -> Iterator[Any]:
+        import pyarrow.parquet as pq
+
+        table = _delta_table(self.uri, self.version)
+        files = _filesystem(table)
+        deleted = _deletions(table)
+        if unknown := sorted(set(deleted) - {name for name, _ in _named(table)}):
+            raise ValueError(f"rows are deleted from {unknown[0]}, which is none of its files")
+        for name, _ in self.files:
+            with files.open_input_file(name) as file:
+                kept, first = deleted.get(name), 0
+                opened = pq.ParquetFile(file)
+                for batch in opened.iter_batches(_batch_rows(opened.metadata), columns=list(self.columns)):
+                    yield batch if kept is None else batch.filter(_part(kept, first, batch.num_rows))
+                    first += batch.num_rows
+
+    def parts(self, size: int) -> list[Source]:
+        """See Source; whole files."""
+        return [replace(self, files=group) for group in groups(self.files, size)] or [self]
+
+
+def _delta_table(uri: str, version: int | None = None) -> Any:
+    from deltalake import DeltaTable
+
+    endpoint = os.environ.get("S3_ENDPOINT_URL")
+    options = None
+    if endpoint and uri.startswith("s3://"):
+        options = {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": str(endpoint.startswith("http:")).lower()}
+    return DeltaTable(uri, version=version, storage_options=options)
+
+
+def _reason(error: Exception) -> str:
+    """The first and the last cause that an error names; a store's is an XML document in colours."""
+    text = str(error).strip() or repr(error)
+    causes = re.split(r"\s*\x1b\[31m↳\x1b\[0m\s*", text)
+    code = re.search(r"<Code>(\w+)</Code>", causes[-1])
+    last = causes[-1] if code is None else code[1]
+    return printable(": ".join(dict.fromkeys(one.splitlines()[0][:200] for one in (causes[0], last))))
+
+
+def _check_protocol(table: Any, given: str) -> None:
+    unknown = sorted(set[str](table.protocol().reader_features or ()) - READABLE)
+    if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
+        unknown = sorted({*unknown, "columnMapping"})
+    if unknown:
+        found = f"the table uses {', '.join(unknown)}; readable are {', '.join(sorted(READABLE))}"
+        raise SpecError(f"{given}: {found}. Copy the rows into a plain table: CREATE TABLE … AS SELECT.")
+
+
+def _named(table: Any) -> list[tuple[str, int]]:
+    actions = table.get_add_actions()
+    sizes = actions["size_bytes"].to_pylist()
+    return [(unquote(path), size) for path, size in zip(actions["path"].to_pylist(), sizes, strict=True)]
+
+
+def _checked_name(uri: str, path: str, given: str) -> str:
+    """A data file's name below the table; the log of a table can name any file of the machine, or a link to one."""
+    name = unquote(path)
+    outside = ":" in name.split("/")[0] or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
+    if "://" not in uri and not outside:
+        outside = not (Path(uri) / name).resolve().is_relative_to(Path(uri).resolve())
+    if outside:
+        raise SpecError(f"{given}: its log names {name!r}, outside the table. Copy the rows into a table of its own.")
+    return name
+
+
+def _filesystem(table: Any) -> Any:
+    import pyarrow.fs as pa_fs
+    from deltalake.fs import DeltaStorageHandler
+
+    return pa_fs.PyFileSystem(DeltaStorageHandler.from_table(table._table))
+
+
+def _part(kept: Any, first: int, count: int) -> Any:
+    """`count` of the marks from `first` on; rows after the last mark are kept."""
+    import pyarrow as pa
+
+    marks = kept.slice(first, count).to_pylist()
+    return pa.array(marks + [True] * (count - len(marks)))
+
+
+def _deletions(table: Any) -> Mapping[str, Any]:
+    """For each file with deleted rows, an Arrow array that says of each row whether it is kept."""
+    import pyarrow as pa
+
+    if "deletionVectors" not in (table.protocol().reader_features or ()):
+        return {}
+    found: dict[str, Any] = {}
+    root = table.table_uri.rstrip("/") + "/"
+    for batch in table.deletion_vectors():
+        rows = pa.record_batch(batch)
+        for path, kept in zip(rows["filepath"].to_pylist(), rows["selection_vector"], strict=True):
+            plain = path.removeprefix("file://") if not root.startswith("file://") else path
+            found[unquote(plain.removeprefix(root))] = kept.values
+    return found

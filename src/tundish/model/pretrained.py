@@ -1,0 +1,318 @@
+"""Weights of a model's folder, compared with what its config asks for, before anything waits for them.
+
+transformers fills what is missing with random numbers and leaves out what it does not know. Only headers are read here,
+no weights; a pickle is read as data.
+"""
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from tundish.base.model_files import VOCABULARIES, VOCABULARY_BYTES, is_model_folder, open_file, read_json
+from tundish.checkpoints.format.archive import Archive
+from tundish.checkpoints.format.contents import describe_all
+from tundish.checkpoints.format.metadata import LARGEST_NUMBER, Part
+from tundish.errors import CheckpointError, SpecError
+from tundish.model.architecture import Architecture, architecture_of
+from tundish.plan.models import find_card
+
+FORMS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Names of weights; of several, transformers takes the first."""
+OTHER_FORMS = ("*.safetensors", "*.gguf", "*.pth", "*.pt", "*.bin", "*.h5", "*.msgpack", "*.onnx")
+INDEX_BYTES = HEADER_BYTES = 16 << 20
+"""The largest index that is known, of 91,000 tensors, has nine million."""
+PICKLE_BYTES = 64 << 20
+LFS = b"version https://git-lfs"
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of an element, in the words of safetensors and of torch. Weights in other types are quantized."""
+SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of a file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def check_pretrained(model: str) -> None:
+    """Make sure that a run can begin with the weights of a model; of one of the hub's, those in this machine's cache.
+
+    Raises:
+        SpecError: with all that is wrong with them.
+    """
+    folder = Path(model) if is_model_folder(model) else _snapshot(model)
+    if folder is None:
+        return
+    problems = list[str]()
+    if reason := _no_base_model(folder):
+        raise SpecError(f"model: {folder}: {reason}")
+    stored = _read_stored(folder, problems)
+    if not problems:
+        problems.extend(_quantized(folder, stored))
+    if not problems:
+        problems.extend(_differences(folder, stored, architecture_of(str(folder))))
+    problems.extend(_tokens_problems(folder))
+    if problems:
+        raise SpecError(problems)
+
+
+def _snapshot(model: str) -> Path | None:
+    """Where a model of the hub lies in its cache; None unless all of it is there: transformers fetches what is not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        config = try_to_load_from_cache(model, "config.json")
+    except (OSError, ValueError):  # no name of the hub
+        return None
+    folder = Path(config).parent if isinstance(config, str) else None
+    if folder is None or not _has_tokenizer(folder) or (form := _form(folder)) is None:
+        return None
+    if form.endswith(".index.json"):
+        with suppress(SpecError):  # a damaged one is told, where no file is missing
+            named = read_json(folder, form, INDEX_BYTES).get("weight_map")
+            files = cast(dict[str, Any], named).values() if isinstance(named, dict) else ()
+            return folder if all((folder / str(file)).exists() for file in files) else None
+    return folder
+
+
+def _no_base_model(folder: Path) -> str | None:
+    """Why the folder holds something else than weights that can be trained."""
+    config = read_json(folder, "config.json")
+    if quantization := config.get("quantization_config"):
+        method = cast(dict[str, Any], quantization).get("quant_method") if isinstance(quantization, dict) else None
+        return (
+            f"its weights are quantized ({method or 'quantization_config in config.json'}), which cannot be trained. "
+            "Give the model that they were made from."
+        )
+    if (folder / "adapter_config.json").exists():
+        return "holds an adapter (adapter_config.json). Merge it into its base model, and give the merged model."
+    return None
+
+
+def _read_stored(folder: Path, problems: list[str]) -> dict[str, Stored]:
+    """Name, shape and type of every tensor that transformers would load."""
+    if (form := _form(folder)) is None:
+        others = sorted({path.name for pattern in OTHER_FORMS for path in folder.glob(pattern)})
+        found = f" {_some(others)} is not what transformers loads." if others else ""
+        names = f"{', '.join(FORMS[:-1])} or {FORMS[-1]}"
+        problems.append(f"model: {folder}: there are no weights.{found} Allowed is {names}. Complete the folder.")
+        return {}
+    read = _read_safetensors if "safetensors" in form else _read_pickle
+    try:
+        if not form.endswith(".index.json"):
+            return read(folder, form)
+        weight_map = _weight_map(folder, form)
+    except SpecError as error:
+        problems.extend(error.problems)
+        return {}
+    files = dict[str, dict[str, Stored]]()
+    for name in sorted(set(weight_map.values())):
+        try:
+            files[name] = read(folder, name)
+        except SpecError as error:
+            problems.extend(error.problems)
+    return {name: files[file][name] for name, file in weight_map.items() if name in files.get(file, ())}
+
+
+def _form(folder: Path) -> str | None:
+    """The file by which transformers finds the weights."""
+    return next((name for name in FORMS if (folder / name).is_symlink() or (folder / name).exists()), None)
+
+
+def _weight_map(folder: Path, index: str) -> dict[str, str]:
+    """The file of each tensor; all files are there."""
+    where = f"model: {folder / index}"
+    found = read_json(folder, index, INDEX_BYTES).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in cast(dict[str, Any], found).values()):
+        raise SpecError(f"{where}: weight_map does not say the file of each weight. Use the model's original file.")
+    weight_map = cast(dict[str, str], found)
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not ((folder / file).is_symlink() or (folder / file).exists())]
+    if missing:
+        raise SpecError(
+            f"{where}: files that it names are missing, {len(missing)} of {len(files)}: {_some(missing)}. "
+            "Complete the folder."
+        )
+    return weight_map
+
+
+def _read_safetensors(folder: Path, name: str) -> dict[str, Stored]:
+    """What the header of a safetensors file says, which agrees with the file's size.
+
+    The format: https://huggingface.co/docs/safetensors.
+    """
+    where = f"model: {folder / name}"
+    with open_file(folder, name) as file:
+        begin, size = _begin(where, file)
+        length = int.from_bytes(begin[:8], "little")
+        if length > HEADER_BYTES or begin[8:9] != b"{":
+            raise SpecError(f"{where}: is no safetensors file. Copy the model's original file once more.")
+        file.seek(8)
+        header = file.read(length)
+    if len(header) < length:
+        raise SpecError(f"{where}: is cut off in its header. Copy the file once more.")
+    stored, places = dict[str, Stored](), [(0, 0)]
+    try:
+        for tensor, entry in json.loads(header).items():
+            if tensor != "__metadata__":
+                stored[tensor] = Stored(_shape(entry["shape"]), str(entry["dtype"]))
+                places.append(_place(tensor, stored[tensor], entry["data_offsets"]))
+        places.sort()
+        if any(end != start for (_, end), (start, _) in itertools.pairwise(places)):
+            raise ValueError("bytes belong to two tensors, or to none")
+    except (RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
+        text = f"its header is damaged ({' '.join(str(error).split())[:100]})"
+        raise SpecError(f"{where}: {text}. Copy the model's original file once more.") from error
+    if (wanted := 8 + length + places[-1][1]) != size:
+        what = "is cut off" if size < wanted else "is damaged"
+        raise SpecError(f"{where}: {what}: it has {size:,} bytes instead of {wanted:,}. Copy the file once more.")
+    return stored
+
+
+def _place(name: str, tensor: Stored, offsets: Any) -> tuple[int, int]:
+    start, end = _shape(offsets)
+    wanted = math.prod(tensor.shape) * FLOATS.get(tensor.dtype, 0)
+    if end < start or (end - start != wanted and tensor.dtype in FLOATS):
+        raise ValueError(f"{name} has {end - start:,} bytes instead of {wanted:,}")
+    return start, end
+
+
+def _shape(given: Any) -> tuple[int, ...]:
+    if type(given) is not list or not all(
+        type(number) is int and 0 <= number < LARGEST_NUMBER for number in cast(list[Any], given)
+    ):
+        raise ValueError("sizes are no numbers")
+    return tuple(cast(list[int], given))
+
+
+def _read_pickle(folder: Path, name: str) -> dict[str, Stored]:
+    """What the pickle of a `torch.save` archive says; it is read as data."""
+    where, path = f"model: {folder / name}", folder / name
+    with open_file(folder, name) as file:
+        _, size = _begin(where, file)
+    try:
+        with Archive(Part((), (), path, 0, size)) as archive:
+            sizes = {key.removeprefix("data/"): entry.file_size for key, entry in archive.names.items()}
+            found = describe_all(archive.content(archive.names.get("data.pkl"), PICKLE_BYTES), sizes)
+    except CheckpointError as error:
+        text = error.message.removeprefix(f"{path}, byte 0: ").partition(". ")[0]
+        raise SpecError(f"{where}: {text}. Copy it once more, or save the model as safetensors.") from error
+    return {tensor: Stored(facts.size, facts.dtype) for tensor, facts in found.items()}
+
+
+def _begin(where: str, file: BinaryIO) -> tuple[bytes, int]:
+    """First bytes and size of a file with weights."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    begin = file.read(len(LFS))
+    if begin == LFS:
+        raise SpecError(f"{where}: is a Git LFS pointer instead of the file. Run `git lfs pull` in the model's folder.")
+    if size < len(LFS):
+        raise SpecError(f"{where}: is {'cut off' if size else 'empty'}. Copy the model's original file once more.")
+    return begin, size
+
+
+def _quantized(folder: Path, stored: Mapping[str, Stored]) -> Iterator[str]:
+    names = [name for name, tensor in stored.items() if tensor.dtype not in FLOATS and "rotary_emb" not in name]
+    if names:
+        types = ", ".join(sorted({stored[name].dtype for name in names}))
+        yield (
+            f"model: {folder}: its weights are quantized, which cannot be trained: {_some(names)} in {types}. "
+            "Give the model that they were made from."
+        )
+
+
+def _differences(folder: Path, stored: Mapping[str, Stored], asked: Architecture) -> Iterator[str]:
+    """What transformers would fill with random numbers, fail on, or leave out."""
+    where = f"model: {folder}"
+    if wrapper := _wrapper(stored, asked):
+        yield (
+            f"{where}: the names of its weights begin with {wrapper!r}, which another program has put there; "
+            "transformers knows none of them. Save the model without it."
+        )
+        return
+    # A model that was saved without its head.
+    begin = "" if any(name.startswith(asked.prefix) for name in stored) else f"{asked.prefix}."
+    names = {begin + name: name for name in stored}
+    found = {name: stored[given].shape for name, given in names.items()}
+    missing = [name for name in asked.shapes if name not in found and not _matches(name, asked.optional)]
+    if missing:
+        tied = " If it is tied to the embeddings, config.json must say so." if missing == ["lm_head.weight"] else ""
+        yield (
+            f"{where}: lacks {len(missing)} of the {len(asked.shapes)} weights that its config.json asks for: "
+            f"{_some(missing)}. They would be random numbers.{tied} Complete the weights, or correct config.json."
+        )
+    shapes = {**asked.tied, **asked.shapes}
+    other = [
+        f"{name} {list(found[name])} instead of {list(shape)}"
+        for name, shape in shapes.items()
+        if found.get(name, shape) != shape
+    ]
+    if other:
+        text = f"{len(other)} of its {len(found)} weights: {_some(other)}"
+        yield f"{where}: its config.json asks for other shapes of {text}. Give weights and config of one model."
+    surplus = [given for name, given in names.items() if name not in shapes and not _matches(name, asked.surplus)]
+    if surplus:
+        text = f"{len(surplus)} of its {len(found)} weights: {_some(surplus)}"
+        yield (
+            f"{where}: its config.json does not ask for {text}. They would be left out. Give weights and config of one "
+            "model."
+        )
+
+
+def _wrapper(stored: Mapping[str, Stored], asked: Architecture) -> str | None:
+    """What another program has put before the names."""
+    name = next(iter(asked.shapes))
+    wrappers = {given.removesuffix(name) for given in stored if given.endswith(name)}
+    return None if "" in wrappers or len(wrappers) != 1 else wrappers.pop()
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _tokens_problems(folder: Path) -> Iterator[str]:
+    """A tokenizer that is not there, or ids that have no row in the embedding."""
+    if not _has_tokenizer(folder):
+        yield f"model: {folder}: there is no tokenizer. Allowed is tokenizer.json. Complete the folder."
+    rows = find_card(str(folder)).vocabulary_size
+    tokens = _tokens(folder)
+    if tokens > rows:
+        yield (
+            f"model: {folder}: its tokenizer has ids up to {tokens - 1:,}, and its embedding {rows:,} rows "
+            "(vocab_size in config.json). Resize the model's embedding, or use the tokenizer that belongs to it."
+        )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(Path(path.name).match(pattern) for path in folder.iterdir() for pattern in VOCABULARIES)
+
+
+def _tokens(folder: Path) -> int:
+    """One more than the highest id that the tokenizer's files name; 0 where there is no tokenizer.json."""
+    if not (folder / "tokenizer.json").exists():
+        return 0
+    content = read_json(folder, "tokenizer.json", VOCABULARY_BYTES)
+    try:
+        vocabulary: Any = content["model"]["vocab"]
+        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
+        ids += [token["id"] for token in content.get("added_tokens") or ()]
+        if (folder / "tokenizer_config.json").exists():
+            ids += map(int, read_json(folder, "tokenizer_config.json").get("added_tokens_decoder") or ())
+        return 1 + max(number for number in cast(list[Any], ids) if type(number) is int)
+    except (KeyError, TypeError, ValueError):
+        return 0  # told when it is loaded
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = [name if len(name) <= 120 and name.isprintable() else ascii(name)[:120] for name in names[:SHOWN]]
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(shown) + more

@@ -1,0 +1,1 @@
+"""What a run is to do, as values: pure, and light to import."""

@@ -1,0 +1,163 @@
+"""Compute: where to train and on how many devices."""
+
+import dataclasses
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from tundish.base.text import INSTEAD_OF_SECRETS, names_secret, redacted
+from tundish.errors import did_you_mean
+
+PLANNED_GIB = 80.0
+"""Of a GPU where none can be asked."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compute:
+    """Where to train and on how many devices."""
+
+    device: Literal["gpu", "cpu"]
+    """What trains; default: gpu where there is one."""
+    devices_per_node: int
+    """Processes on each node: one a GPU, or ranks that share the processor; default: all GPUs, else 1."""
+    nodes: int = 1
+    """Machines that train together; default 1."""
+    launcher: Literal["local", "slurm"] = "local"
+    """What starts the run: this machine (default), or Slurm."""
+    device_memory_gib: float = PLANNED_GIB
+    """Of one device; on a CPU, a rank's share of the machine's."""
+    time_limit: str | None = None
+    """Of a Slurm job, as sbatch takes it: `12:00:00`, `2-00:00:00`; default: the partition's own."""
+    grace_s: int = 300
+    """Seconds before a Slurm job's time limit at which it saves a checkpoint and goes back into the queue."""
+    sbatch: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Further options of sbatch, by their names without dashes: partition, account …"""
+
+    @property
+    def devices(self) -> int:
+        """World size."""
+        return self.nodes * self.devices_per_node
+
+    @classmethod
+    def parse(cls, value: object) -> "Compute":
+        """Read a mapping of these fields; absent ones come from this machine.
+
+        Raises:
+            ValueError: an unknown key or a value that is not allowed.
+        """
+        if isinstance(value, Compute):
+            return value
+        if not isinstance(value or {}, Mapping):
+            raise ValueError(
+                f"found {value!r}; allowed is a mapping. For example {{'device': 'cpu', 'devices_per_node': 2}}."
+            )
+        given = dict(cast(Mapping[str, Any], value or {}))
+        known = [f.name for f in dataclasses.fields(cls)]
+        if unknown := sorted(set(given) - set(known)):
+            raise ValueError(f"found unknown key {', '.join(unknown)}; allowed are {', '.join(known)}.")
+        for key, allowed in (("device", ("gpu", "cpu")), ("launcher", ("local", "slurm"))):
+            if key in given and given[key] not in allowed:
+                raise ValueError(f"found {key} {given[key]!r}; allowed is {' or '.join(allowed)}.")
+        elsewhere = given.get("launcher") == "slurm"
+        if elsewhere and "devices_per_node" not in given:
+            raise ValueError("devices_per_node is missing; with launcher 'slurm', say how many GPUs of a node to use.")
+        gpus = count_gpus()
+        device = given.setdefault("device", "gpu" if gpus or elsewhere else "cpu")
+        given.setdefault("devices_per_node", gpus if device == "gpu" and gpus else 1)
+        for key in ("nodes", "devices_per_node", "grace_s"):
+            if type(given.get(key, 1)) is not int or given.get(key, 1) < 1:
+                raise ValueError(f"found {key} {given[key]!r}; allowed is a whole number from 1.")
+        memory = given.setdefault("device_memory_gib", _device_memory_gib(device, given["devices_per_node"], elsewhere))
+        if type(memory) not in (int, float) or not 0 < memory < 1e6:
+            raise ValueError(f"found device_memory_gib {memory!r}; allowed is a number above 0.")
+        _check_job(given)
+        return cls(**given)
+
+
+TIME_LIMIT = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
+JOB_OPTIONS = frozenset(
+    "account comment constraint cpus-per-gpu cpus-per-task dependency deadline exclude "
+    "exclusive gres gpus-per-node hint licenses mail-type mail-user mem mem-per-cpu mem-per-gpu network nice nodelist "
+    "oversubscribe partition prefer priority qos reservation switches tmp wckey begin".split()
+)
+"""Options of sbatch that a caller may set; the others are tundish's to set, or change what the script means."""
+
+
+def _check_job(given: dict[str, Any]) -> None:
+    """Make text of the values of `sbatch`.
+
+    Raises:
+        ValueError: what would not be one option of the job, or is there without Slurm.
+    """
+    options = given.get("sbatch", {})
+    unused = [name for name in ("sbatch", "time_limit", "grace_s") if given.get(name) not in (None, {})]
+    if given.get("launcher") != "slurm" and unused:
+        raise ValueError(f"found {', '.join(unused)}; of use only with launcher 'slurm'. Add it, or leave them out.")
+    limit = given.get("time_limit")
+    if limit is not None and not TIME_LIMIT.fullmatch(str(limit)):
+        raise ValueError(f"found time_limit {limit!r}; allowed is text like '12:00:00' or '2-00:00:00'.")
+    given["time_limit"] = None if limit is None else str(limit)
+    if limit is not None and _seconds(str(limit)) <= (grace := given.get("grace_s", 300)):
+        text = f"found time_limit {limit!r}; a run needs more than the {grace} s of grace_s before its end."
+        raise ValueError(f"{text} Raise time_limit, or lower grace_s.")
+    if not isinstance(options, Mapping):
+        raise ValueError(f"found sbatch {options!r}; allowed is a mapping. For example {{'partition': 'gpu'}}.")
+    chosen = cast(Mapping[object, object], options)
+    texts = {str(name).lstrip("-"): "" if value is True else str(value) for name, value in chosen.items()}
+    for name, value in texts.items():
+        if name not in JOB_OPTIONS:
+            instead = f" {INSTEAD_OF_SECRETS}" if names_secret(name) else ""
+            text = f"found option {name!r} in sbatch; allowed are {', '.join(sorted(JOB_OPTIONS))}.{instead}"
+            raise ValueError(f"{text}{did_you_mean(name, JOB_OPTIONS)}")
+        if not re.fullmatch(r"[\w.,:=@%/+*&|()\[\]-]*", value, re.ASCII):
+            raise ValueError(f"found {value!r} as {name} in sbatch; allowed is text without blanks and quotes.")
+        if redacted(value) != value:
+            text = f"found a secret as {name} in sbatch, which the job's script would show."
+            raise ValueError(f"{text} {INSTEAD_OF_SECRETS}")
+    given["sbatch"] = texts
+
+
+def _seconds(limit: str) -> int:
+    """Of a time limit as Slurm reads it: `minutes`, `minutes:seconds`, `hours:minutes:seconds`, `days-hours:…`."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    hours_first = bool(dash) or len(parts) == 3
+    hours, minutes, seconds = ([*parts, 0, 0] if hours_first else [0, *parts, 0])[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs of this machine that this process may use; torch is not loaded."""
+    found = [path.name for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(number) for number in range(len(found))]
+    # CUDA stops at the first entry that names none.
+    entries = takewhile(lambda entry: entry not in ("", "-1"), (entry.strip() for entry in visible.split(",")))
+    return list(entries)[: len(found)]
+
+
+def count_gpus() -> int:
+    """GPUs of this machine that this process may use."""
+    return len(visible_gpus())
+
+
+def _device_memory_gib(device: str, devices_per_node: int, elsewhere: bool) -> float:
+    """GiB of one device of this machine; of a GPU elsewhere, what is planned for."""
+    if device == "gpu" and elsewhere:
+        return PLANNED_GIB
+    if device == "cpu":
+        import psutil
+
+        return round(psutil.virtual_memory().total / devices_per_node / (1 << 30), 1)
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+        return round(min(float(mebibytes) for mebibytes in found) / 1024, 1)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return PLANNED_GIB

@@ -1,0 +1,207 @@
+"""How much memory a step of training takes on one device, from the architecture's numbers; chooses the microbatch.
+
+The counts are those of full-parameter training under FSDP2 with float32 weights, gradients and momentum (DecoupledLionW
+keeps one), and of what autograd saves in transformers' decoder layers. Parts that follow from shapes are counted; what
+a device keeps for itself is the reserve. Checked against measured peaks in tests/train/test_memory.py. The accounting
+by state, activation and temporary follows Rajbhandari et al., ZeRO (2020), and Korthikanti et al. (2022).
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from tundish.plan.models import ModelCard
+
+GIB = 1 << 30
+STATE_BYTES = 12
+"""Of one parameter: weight, gradient and momentum, float32."""
+GRADIENT_BYTES = MOMENT_BYTES = 4
+USABLE_SHARE = 0.92
+"""Of a device's memory; the rest is lost between blocks."""
+CONTEXT_BYTES = int(1.5 * GIB)
+"""What a GPU's driver, kernels and communication take."""
+ENOUGH_TOKENS = 16_384
+"""In one forward pass: more make a step no faster."""
+
+Device = Literal["gpu", "cpu"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What a step is given."""
+
+    card: ModelCard
+    context_length: int
+    """Tokens in a row; rows are taken to be full."""
+    devices: int
+    """Over which weights, gradients and momentum are sharded."""
+    rows_per_device: int
+    """In an optimizer step."""
+    device: Device
+    """On a GPU is computed in bfloat16, on a CPU in float32."""
+    attention: str
+    """The implementation, see `train.attention`."""
+    moments: int = 1
+    """Numbers that the optimizer keeps of each weight: DecoupledLionW one, those of Adam's kind two."""
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number that is computed with."""
+        return 2 if self.device == "gpu" else 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """How a step is done: values of LLM Foundry's keys of the same names, `microbatch` aside."""
+
+    microbatch: int
+    """Rows in one forward pass of a device."""
+    activation_checkpointing: bool = False
+    """Whether the layers' activations are computed again instead of kept."""
+    reshard_after_forward: bool = True
+    """Whether layers are gathered once more on the way back instead of kept whole."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMemory:
+    """What one device holds at the peak of a step, in bytes."""
+
+    choice: Choice
+    accumulates: bool
+    """Whether a step has several microbatches."""
+    states: int
+    """This device's share of weights, gradients and momentum."""
+    gradients: int
+    """The part of `states` that is not there before the first backward pass of a step."""
+    passing: int
+    """Layers that are whole while they are computed."""
+    gathered: int
+    """Layers that are whole when the backward pass begins."""
+    activations: int
+    """What the backward pass needs of the forward pass."""
+    logits: int
+    """Scores over the vocabulary, and what the loss makes of them."""
+
+    @property
+    def peak(self) -> int:
+        """Where the backward pass begins: all of it; without gradients where no earlier microbatch has made any.
+
+        At its end there are no activations, but gradients of what is gathered, before they are shared out.
+        """
+        begin = self.states - self.gradients * (not self.accumulates) + self.activations + self.logits
+        return max(self.gathered + begin, self.states + 2 * self.passing)
+
+
+def step_memory(setting: Setting, choice: Choice) -> StepMemory:
+    """The memory of one step."""
+    card, width = setting.card, setting.width
+    tokens = choice.microbatch * setting.context_length
+    one = tokens * _layer_bytes(card, width) + _attention_bytes(setting, choice.microbatch)
+    again = card.layers * tokens * card.hidden_size * width + one
+    share = math.ceil(card.parameters / setting.devices)
+    root = _root_parameters(card)
+    # Embeddings and head stay whole for the whole pass; of the layers, one and the next.
+    passing = width * (root + 2 * ((card.parameters - root) // card.layers))
+    return StepMemory(
+        choice=choice,
+        accumulates=choice.microbatch < setting.rows_per_device,
+        states=share * (STATE_BYTES + MOMENT_BYTES * (setting.moments - 1)),
+        gradients=share * GRADIENT_BYTES,
+        passing=passing,
+        gathered=passing if choice.reshard_after_forward else width * card.parameters,
+        activations=(again if choice.activation_checkpointing else card.layers * one)
+        + _mask_bytes(setting, choice.microbatch),
+        # Scores, their float32 copy where they are none, log-probabilities, and the gradients of both.
+        logits=tokens * card.vocabulary_size * (width + (4 if width < 4 else 0) + 4 + 4),
+    )
+
+
+def candidates(setting: Setting, fixed: Mapping[str, Any]) -> Iterator[StepMemory]:
+    """What could be chosen, best first: no layer computed twice, then as many rows at once as make a step faster.
+
+    `fixed`: fields of `Choice` that somebody else has chosen.
+    """
+    most = max(1, min(setting.rows_per_device, math.ceil(ENOUGH_TOKENS / setting.context_length)))
+    sizes = [size for size in range(most, 0, -1) if setting.rows_per_device % size == 0]
+    for checkpointing in (False, True):
+        for size in sizes:
+            choice = replace(Choice(microbatch=size, activation_checkpointing=checkpointing), **fixed)
+            yield step_memory(setting, choice)
+
+
+def usable(memory: int, device: Device) -> int:
+    """Bytes of a device's memory that a step may take."""
+    return int(memory * USABLE_SHARE) - (CONTEXT_BYTES if device == "gpu" else 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """What could be chosen for a run, and what is."""
+
+    candidates: list[StepMemory]
+    chosen: StepMemory
+    """The best that fits, else the smallest."""
+    fits: bool
+    device_memory: int
+    """Bytes of one device."""
+
+    def lines(self) -> Iterator[str]:
+        """A table of the candidates."""
+        yield "  memory of a device at the peak of a step, in GiB; layers kept, or computed again on the way back"
+        yield "    microbatch  layers  states  gathered  activations  logits    peak"
+        for one in self.candidates:
+            parts = (one.states, one.gathered, one.activations, one.logits, one.peak)
+            numbers = [f"{part / GIB:.2f}" for part in parts]
+            columns = [text.rjust(width) for text, width in zip(numbers, (6, 8, 11, 6, 6), strict=True)]
+            layers = "again" if one.choice.activation_checkpointing else "kept"
+            whole = "" if one.choice.reshard_after_forward else ", weights gathered once"
+            mark = f"  ← chosen{whole}" if one == self.chosen else ""
+            yield f"    {one.choice.microbatch:>10}  {layers:>6}  {'  '.join(columns)}{mark}"
+        if not self.fits:
+            yield f"    none fits into the {self.device_memory / GIB:.1f} GiB of a device; the smallest is chosen"
+
+
+def plan(setting: Setting, device_memory: int, fixed: Mapping[str, Any] | None = None) -> MemoryPlan:
+    """Choose for devices of `device_memory` bytes; `fixed`: see `candidates`."""
+    fixed = fixed or {}
+    found = list(dict.fromkeys(candidates(setting, fixed)))
+    limit = usable(device_memory, setting.device)
+    best = next((one for one in found if one.peak <= limit), None)
+    chosen = best or min(found, key=lambda one: one.peak)
+    if best is not None and setting.device == "cpu" and "reshard_after_forward" not in fixed:
+        # Gathering is copying here: once instead of twice makes a small model's step a tenth faster. On a GPU it is
+        # done beside the computing.
+        kept = step_memory(setting, replace(best.choice, reshard_after_forward=False))
+        chosen = kept if kept.peak <= limit else best
+        found[found.index(best)] = chosen
+    return MemoryPlan(candidates=found, chosen=chosen, fits=best is not None, device_memory=device_memory)
+
+
+def _root_parameters(card: ModelCard) -> int:
+    """Embeddings, head and last norm: what FSDP2 gathers with the model itself."""
+    return card.vocabulary_size * card.hidden_size * (1 if card.tied_embeddings else 2) + card.hidden_size
+
+
+def _layer_bytes(card: ModelCard, width: int) -> int:
+    """What autograd saves of one layer for one token, attention scores aside."""
+    inner = card.heads * (card.head_size or card.hidden_size // card.heads)
+    # A norm keeps its float32 input, the normalized input, and what it hands on.
+    norms = 2 * card.hidden_size * (4 + 2 * width)
+    # Rotated queries; keys and values repeated for every head; the result as it comes and as it is projected.
+    attention = 5 * inner * width
+    # Gate, its activation, the upward projection, and their product; of every expert that a token takes.
+    feed_forward = 4 * card.feed_forward_size * card.experts_per_token * width
+    return norms + attention + feed_forward
+
+
+def _attention_bytes(setting: Setting, microbatch: int) -> int:
+    """Scores that only `eager` keeps: before and after the softmax, in float32 and as computed."""
+    if setting.attention != "eager":
+        return 0
+    return microbatch * setting.card.heads * setting.context_length**2 * (4 + 2 * setting.width)
+
+
+def _mask_bytes(setting: Setting, microbatch: int) -> int:
+    """The float32 mask that keeps samples apart, shared by all layers."""
+    return microbatch * setting.context_length**2 * 4 if setting.attention in ("sdpa", "eager") else 0

@@ -1,0 +1,348 @@
+"""RunSpec: the checked arguments of `create()`.
+
+`parse_spec` is the door: strings become values here, once, and all problems are reported together. Nothing behind it
+sees an unchecked argument.
+"""
+
+import dataclasses
+import getpass
+import json
+import math
+import os
+import re
+import secrets
+import string
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from tundish import __version__
+from tundish.base.run_folder import RUN_NAME, RunFolder
+from tundish.base.text import holds_secret
+from tundish.base.typed_json import NewerError, moment, object_of, parse
+from tundish.errors import SpecError
+from tundish.plan.address import Address, Takes
+from tundish.plan.compute import Compute
+from tundish.plan.models import ModelCard, find_card
+from tundish.plan.overrides import PATHS, flat
+
+TaskType = Literal["CHAT_COMPLETION", "INSTRUCTION_FINETUNE", "CONTINUED_PRETRAIN"]
+TASK_PREFIXES: Mapping[TaskType, str] = {
+    "CHAT_COMPLETION": "chat",
+    "INSTRUCTION_FINETUNE": "ift",
+    "CONTINUED_PRETRAIN": "cpt",
+}
+DEFAULT_CONTEXT_LENGTH = 8192
+SPEC_VERSION = 1
+"""Of `spec.json`'s format; raised when an older tundish would read a newer one's file wrongly."""
+MOST_PROMPTS = 1_000
+PROMPT_CHARACTERS = 4_000_000
+"""Of all eval prompts together."""
+ANSWER_TOKENS = 100
+"""At most, of an answer to an eval prompt: the managed service's setting."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Duration:
+    """How long to train."""
+
+    value: int
+    unit: Literal["ep", "ba", "tok"]
+    """Composer's unit: epochs, batches or tokens."""
+
+    @classmethod
+    def parse(cls, text: object) -> "Duration":
+        """Read `3ep`, `100ba` or `1_000_000tok`.
+
+        Raises:
+            ValueError: it is none of these, or not positive.
+        """
+        match = re.fullmatch(r"\s*([0-9]+(?:_[0-9]+)*)\s*(ep|ba|tok)\s*", str(text)[:40])
+        if match is None or int(match[1]) == 0:
+            raise ValueError(
+                f"found {text!r}; allowed is a positive whole number and ep, ba or tok. "
+                "For example '3ep', '100ba' or '1_000_000tok'."
+            )
+        return cls(value=int(match[1]), unit=cast(Any, match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.value}{self.unit}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSpec:
+    """Everything that a run is asked to do. Made by `parse_spec` only."""
+
+    run_name: str
+    created_by: str
+    created_at: str
+    """ISO 8601 with zone."""
+    model: str
+    """Canonical name of a supported model, or the absolute path of a Hugging Face folder."""
+    train_data_path: str
+    """`Address.text`, as that of the other paths: absolute, or a name."""
+    register_to: str
+    experiment_path: str
+    task_type: TaskType
+    eval_data_path: str | None = None
+    eval_prompts: tuple[str, ...] = ()
+    custom_weights_path: str | None = None
+    training_duration: Duration
+    learning_rate: float
+    """Peak."""
+    context_length: int
+    """Tokens in a row."""
+    validate_inputs: bool = True
+    data_prep_cluster_id: str | None = None
+    """Spark master that prepares the data; None: this machine."""
+    compute: Compute
+    overrides: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """LLM-Foundry keys, all of them dotted; merged last."""
+
+    @property
+    def registered_name(self) -> str:
+        """`catalog.schema.name`; the run's own name where only `catalog.schema` was given."""
+        return self.register_to if self.register_to.count(".") == 2 else f"{self.register_to}.{self.run_name}"
+
+    @classmethod
+    def read(cls, run: RunFolder) -> "RunSpec":
+        """What a run's folder says that it is to do.
+
+        Raises:
+            RunDamagedError: it does not.
+            RunNotFoundError: the folder is gone.
+        """
+
+        def parsed(text: bytes) -> RunSpec:
+            spec = cls.from_json(text)
+            if spec.run_name != run.folder.name:
+                raise ValueError(f"is of the run {spec.run_name!r}: this folder was copied, or renamed from it")
+            return spec
+
+        return run.read(run.spec, parsed)
+
+    def to_json(self) -> str:
+        """The content of `spec.json`."""
+        content = {"version": SPEC_VERSION, **dataclasses.asdict(self)}
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "RunSpec":
+        """Read what `to_json` wrote.
+
+        Raises:
+            NewerError: a newer tundish has written it.
+            ValueError: it is something else.
+        """
+        content = object_of(text)
+        version = content.pop("version", 1)
+        if type(version) is int and version > SPEC_VERSION:
+            raise NewerError(
+                f"was written by a newer version of tundish (format {version}; tundish {__version__} reads up to "
+                f"{SPEC_VERSION})"
+            )
+        spec = parse(cls, content)
+        try:
+            moment(spec.created_at)
+        except ValueError as error:
+            raise ValueError(f"'created_at': {error}") from None
+        return spec
+
+
+def parse_spec(arguments: Mapping[str, Any], *, created_at: str) -> tuple[RunSpec, ModelCard]:
+    """Check the arguments of `create()` and make values of them.
+
+    Raises:
+        SpecError: with every problem of the call.
+    """
+    problems: list[str] = []
+
+    def check(name: str, read: Callable[[Any], Any]) -> Any:
+        try:
+            return read(arguments.get(name))
+        except SpecError as error:
+            problems.extend(f"{name}: {problem.removeprefix(f'{name}: ')}" for problem in error.problems)
+        except (ValueError, TypeError) as error:
+            problems.append(f"{name}: {error}")
+        return None
+
+    card = check("model", _read_model)
+    task_type: TaskType = check("task_type", _read_task) or "CHAT_COMPLETION"
+    user = _user()
+    name = check("run_name", lambda given: _read_run_name(given, task_type, card))
+    values: dict[str, Any] = {
+        "run_name": name,
+        "task_type": task_type,
+        "train_data_path": check("train_data_path", lambda given: _address(given, "data") or _required_text(None)),
+        "register_to": check("register_to", _read_register_to),
+        "experiment_path": check("experiment_path", _optional_text) or f"/Users/{user}/{name}",
+        "eval_data_path": check("eval_data_path", lambda given: _address(given, "data")),
+        "eval_prompts": check("eval_prompts", _read_prompts),
+        "custom_weights_path": check("custom_weights_path", lambda given: _address(given, "checkpoint")),
+        "training_duration": check("training_duration", lambda given: Duration.parse(given or "1ep")),
+        "learning_rate": check("learning_rate", lambda given: _read_learning_rate(given, card)),
+        "context_length": check("context_length", lambda given: _read_context_length(given, card)),
+        "validate_inputs": check("validate_inputs", _read_switch),
+        "data_prep_cluster_id": check("data_prep_cluster_id", _read_cluster),
+        "compute": check("compute", Compute.parse),
+        "overrides": check("overrides", _read_overrides),
+    }
+    if problems:
+        raise SpecError(problems)
+    spec = RunSpec(created_by=user, created_at=created_at, model=card.name, **values)
+    return spec, card
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        # A container's user that has no entry in the password file.
+        return str(os.getuid())
+
+
+def _read_model(given: object) -> ModelCard:
+    address = _address(given, "model")
+    if address is None:
+        raise ValueError("is missing. Give a supported model's name or a folder of a Hugging Face model.")
+    card = find_card(address)
+    # A folder's card has the folder that a link leads to.
+    return card if "${" not in card.name else _fail(f"found {card.name!r}; '${{' is not allowed in it. Rename it.")
+
+
+def _address(given: object, takes: Takes) -> str | None:
+    """What spec.json keeps of a path or name."""
+    if given is None or given == "":
+        return None
+    if not isinstance(given, str | Path):
+        raise ValueError(f"found {type(given).__name__}; allowed is text.")
+    return Address.parse(given, takes).text
+
+
+def _fail(text: str) -> Any:
+    raise ValueError(text)
+
+
+def _required_text(given: object) -> str:
+    missing = "is missing." if given is None else f"found {given!r}; needed is a text that is not empty."
+    return _optional_text(given) or _fail(missing)
+
+
+def _optional_text(given: object) -> str | None:
+    if given is None or given == "":
+        return None
+    if not isinstance(given, str | Path):
+        raise ValueError(f"found {type(given).__name__}; allowed is text.")
+    # LLM Foundry resolves ${…} in its YAML, environment variables included.
+    return str(given) if "${" not in str(given) else _fail(f"found {str(given)!r}; '${{' is not allowed in it.")
+
+
+def _read_task(given: object) -> TaskType:
+    allowed = get_args(TaskType)
+    if not given:
+        return "CHAT_COMPLETION"
+    return cast(TaskType, given) if given in allowed else _fail(f"found {given!r}; allowed is {', '.join(allowed)}.")
+
+
+def _read_run_name(given: object, task_type: TaskType, card: ModelCard | None) -> str:
+    if given is None:
+        source = card.name if card else "model"
+        slug = re.sub(r"[^a-z0-9]+", "-", source.rstrip("/").rsplit("/", 1)[-1].lower()).strip("-")[:60]
+        suffix = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(6))
+        return f"{TASK_PREFIXES[task_type]}-{slug or 'model'}-{suffix}"
+    name = _required_text(given)
+    if not RUN_NAME.fullmatch(name):
+        raise ValueError(
+            f"found {name!r}; allowed are up to 100 letters, digits, '-' and '_', the first not '-' or '_'."
+        )
+    if RunFolder.of(name).folder.exists():
+        raise ValueError(f"there is a run {name!r} already. Choose another name, or leave it out to get a new one.")
+    return name
+
+
+def _read_register_to(given: object) -> str:
+    text = _required_text(given)
+    parts = text.split(".")
+    if len(parts) not in (2, 3) or not all(re.fullmatch(r"[\w-]+", part) for part in parts):
+        raise ValueError(
+            f"found {text!r}; allowed is 'catalog.schema' or 'catalog.schema.name', "
+            "each part of letters, digits, '_' and '-'. Every registry gets a name of three parts, as Unity Catalog "
+            "asks for; the run's name is the third where none is given."
+        )
+    return text
+
+
+def _read_prompts(given: object) -> tuple[str, ...]:
+    if given is None:
+        return ()
+    listed = isinstance(given, Iterable) and not isinstance(given, str)
+    prompts = tuple(islice(cast(Iterable[Any], given), MOST_PROMPTS + 1)) if listed else ()
+    if not listed or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+        raise ValueError("allowed is a list of texts that are not empty. For example ['What is MLflow?'].")
+    length = sum(map(len, prompts))
+    if len(prompts) > MOST_PROMPTS or length > PROMPT_CHARACTERS:
+        found = f"more than {MOST_PROMPTS:,}" if len(prompts) > MOST_PROMPTS else f"{length:,} characters of"
+        raise ValueError(
+            f"found {found} prompts; allowed are {MOST_PROMPTS:,} of {PROMPT_CHARACTERS:,} characters in all: each is "
+            "answered at every checkpoint. Give fewer; as data, eval_data_path takes any number."
+        )
+    if any("${" in prompt or prompt == "???" for prompt in prompts):
+        raise ValueError("'${' and '???' are not allowed: LLM Foundry would resolve them. Write it in another way.")
+    return prompts
+
+
+def _read_learning_rate(given: object, card: ModelCard | None) -> float:
+    if given is None or given == "":
+        return card.learning_rate if card else math.nan
+    try:
+        rate = math.nan if isinstance(given, bool) else float(cast(Any, given))
+    except (TypeError, ValueError):
+        rate = math.nan
+    return rate if 0 < rate < math.inf else _fail(f"found {given!r}; allowed is a number above 0. For example '5e-7'.")
+
+
+def _read_context_length(given: object, card: ModelCard | None) -> int:
+    maximum = card.max_context_length if card else DEFAULT_CONTEXT_LENGTH
+    if given is None:
+        return min(DEFAULT_CONTEXT_LENGTH, maximum)
+    if type(given) is not int or given < 8:
+        raise ValueError(f"found {given!r}; allowed is a whole number from 8.")
+    if card and given > maximum:
+        raise ValueError(f"found {given}; {card.name} takes at most {maximum} tokens. Give {maximum} or less.")
+    return given
+
+
+def _read_switch(given: object) -> bool:
+    if given is None or isinstance(given, bool):
+        return given is not False
+    raise ValueError(f"found {given!r}; must be true or false.")
+
+
+def _read_cluster(given: object) -> str | None:
+    text = _optional_text(given)
+    if text is not None and not re.fullmatch(r"(spark|sc)://.+|local(\[(\d+|\*)\])?", text):
+        raise ValueError(
+            f"found {text!r}; allowed is spark://host:port, sc://host:port, or local[4] for 4 processes. Leave it out, "
+            "and this machine prepares the data."
+        )
+    if text is not None and holds_secret(text):
+        raise ValueError(f"found {text!r}; it holds a password or token, which would be written into the run's files.")
+    return text
+
+
+def _read_overrides(given: object) -> Mapping[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in cast(Any, given)):
+        raise ValueError("allowed is a mapping of LLM-Foundry keys. For example {'global_train_batch_size': 8}.")
+    overrides = flat(cast(Any, given))
+    for key in PATHS:
+        if key in overrides:
+            takes = "folder" if key == "save_folder" else "file"
+            try:
+                overrides[key] = _address(overrides[key], takes) or _required_text(None)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
+    return overrides

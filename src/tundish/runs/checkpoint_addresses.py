@@ -1,0 +1,67 @@
+"""Where the checkpoint is that a user names: a path of this machine, a URI, or an MLflow run's artifact."""
+
+from pathlib import Path
+
+from tundish.base.home import default_tracking_uri
+from tundish.base.mlflow_client import artifact_address, open_client, told
+from tundish.checkpoints.manifest import base_model
+from tundish.errors import SpecError, StoreError
+from tundish.plan.address import ARTIFACTS, Address
+from tundish.plan.spec import RunSpec
+from tundish.runs.reading import trackings
+from tundish.tracking.experiment import tracking_uri
+
+
+def checkpoint_address(address: Address) -> str:
+    """The path or URI of a checkpoint, a `.symlink` or a `.pt` file.
+
+    `dbfs:/databricks/mlflow-tracking/<experiment>/<run>/artifacts/…` is where that run's checkpoints are, wherever its
+    save_folder was; for a run that this machine does not know, the tracking server is asked.
+
+    Raises:
+        SpecError: it names an MLflow run that nobody knows.
+    """
+    if address.kind != "artifact":
+        return address.text
+    _, mlflow_run, _, path = address.text.removeprefix(f"dbfs:{ARTIFACTS}").split("/", 3)
+    return _of_run(mlflow_run, path) or _of_store(address.text, mlflow_run, path)
+
+
+def trained_from(checkpoint: Path, address: str) -> str | None:
+    """The model that a checkpoint's training began from: its manifest says it, or its run; None where neither does.
+
+    Args:
+        checkpoint: on this machine.
+        address: where it is kept.
+    """
+    if checkpoint.is_dir() and (said := base_model(checkpoint)) is not None:
+        return said
+    for paths, tracking in trackings():
+        if tracking.save_folder == address.rstrip("/").rpartition("/")[0]:
+            return RunSpec.read(paths).model
+    return None
+
+
+def _of_run(mlflow_run: str, path: str) -> str | None:
+    """In the save_folder of the run of this machine that has the MLflow run."""
+    for paths, tracking in trackings():
+        below = f"{paths.folder.name}/checkpoints/"
+        if tracking.run_id == mlflow_run and path.startswith(below):
+            return f"{tracking.save_folder}/{path.removeprefix(below)}"
+    return None
+
+
+def _of_store(given: str, mlflow_run: str, path: str) -> str:
+    try:
+        # Not a checkpoint in particular: whatever lies in the default store's folders.
+        return Address.parse(given, "file").text
+    except SpecError as missing:
+        if tracking_uri() == default_tracking_uri():
+            raise
+        try:
+            client = open_client(tracking_uri())
+            with told(tracking_uri()):
+                root = str(client.get_run(mlflow_run).info.artifact_uri)
+        except StoreError as error:
+            raise SpecError(f"{given}: {error.message}") from missing
+        return f"{artifact_address(root, tracking_uri())}/{path}"

@@ -1,0 +1,1 @@
+"""The process that takes a run through its stages."""

@@ -1,0 +1,183 @@
+"""One stage of a run in its own process: `python -m tundish.supervise.stages NAME RUN_FOLDER`.
+
+Training is not here: the composer launcher starts it. A stage writes its event after its deed, and its result, or the
+sentence that says why it failed, into the run folder.
+"""
+
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tundish.base import events
+from tundish.base.files import locked, write_atomic
+from tundish.base.mlflow_client import impatient
+from tundish.base.run_folder import RunFolder, Tracking
+from tundish.base.text import size_text
+from tundish.checkpoints.places import Place, remove
+from tundish.data import Prepared, prepare_guarded
+from tundish.data.report import facts
+from tundish.errors import StageError, TundishError
+from tundish.model.pretrained import check_pretrained
+from tundish.model.weights import check_weights, fetch_weights
+from tundish.plan.foundry import Destination, planned_steps, render
+from tundish.plan.models import find_card
+from tundish.plan.spec import RunSpec
+from tundish.runs.checking import job_of
+from tundish.runs.checkpoint_addresses import trained_from
+from tundish.tracking.experiment import end_tracking
+from tundish.tracking.notes import tell_files
+from tundish.tracking.publishing import Checkpoints, Publisher, channels, publish_all, wait_seconds
+
+TOLD_SECONDS = 2.0
+"""Between two words on how far a stage is."""
+
+
+def main(stage: str, folder: str) -> int:
+    """Run a stage; 0 = done, 1 = failed for a reason that the result file gives."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
+    paths = RunFolder(Path(folder))
+    if stage.startswith("close-"):
+        _close(paths, stage.removeprefix("close-"))
+        return 0
+    if stage == "canceled":
+        return _canceled(paths)
+    stages = {"prepare": prepare_stage, "export": export_stage, "register": register_stage}
+    try:
+        result = stages[stage](paths, RunSpec.read(paths), paths.read_tracking())
+    except TundishError as error:
+        write_atomic(paths.result(stage), json.dumps({"error": error.message}) + "\n")
+        return 1
+    write_atomic(paths.result(stage), json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def _canceled(paths: RunFolder) -> int:
+    """Close the MLflow run of a canceled run, unless that goes on again by now."""
+    with locked(paths.folder):
+        if paths.read_events()[-1].type in events.TERMINAL_TYPES:
+            _close(paths, "KILLED")
+    return 0
+
+
+def _close(paths: RunFolder, status: str) -> None:
+    """Send what points MLflow does not have yet, if it can be reached, and close its run; checkpoints may take long."""
+    with impatient(seconds=5, retries=0):
+        Publisher([way for way in channels(paths) if not isinstance(way, Checkpoints)], None).attempt()
+        end_tracking(paths.read_tracking(), status)
+    tell_files(paths)
+
+
+def prepare_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:
+    """Training and evaluation data, and the YAML that now knows the number of rows."""
+    card = find_card(spec.model)
+    check_pretrained(spec.model)  # once more: the folder may have changed since
+    found: dict[str, Prepared] = {}
+    for split, given in (("train", spec.train_data_path), ("eval", spec.eval_data_path)):
+        if given is not None:
+            tell = _teller(paths, f"Preparing the {split} data: {{share:.0%}}.")
+            cluster, system_message = spec.data_prep_cluster_id, card.system_message
+            found[split] = prepare_guarded(given, job_of(spec), cluster, tell, system_message=system_message)
+            link = paths.data(split)
+            link.parent.mkdir(exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(found[split].folder)
+    train = found["train"]
+    weights = None if spec.custom_weights_path is None else fetch_weights(spec.custom_weights_path)
+    if weights is not None:
+        check_weights(weights, spec.model)
+    destination = Destination(
+        save_folder=tracking.save_folder,
+        tracking_uri=tracking.tracking_uri,
+        experiment_name=tracking.experiment_name,
+        load_path=None if weights is None else str(weights),
+    )
+    write_atomic(paths.foundry_yaml, render(spec, card, paths, destination, train.rows))
+    text = " ".join(f"{split.capitalize()} data: {facts(data)}" for split, data in found.items())
+    for split, data in found.items():
+        if count := sum(len(warning["where"]) for warning in data.warnings):
+            text += f" {count:,} samples of the {split} data have warnings; `tundish validate` tells them."
+    if train.chatml_added:
+        text += " The tokenizer has no chat template; ChatML is used, and saved with the export."
+    batch_size, steps = planned_steps(spec, train.rows, train.tokens)
+    about = "about " if spec.training_duration.unit == "tok" else ""
+    text += f" A step takes {batch_size:,} row(s), the run {about}{steps:,} step(s)."
+    if weights is not None and spec.custom_weights_path is not None:
+        base = trained_from(weights, spec.custom_weights_path)
+        if base is not None and base != spec.model:
+            text += (
+                f" WARNING: the checkpoint of custom_weights_path was trained from {base}, not from {spec.model}. The "
+                "shapes of its weights match; if these are two models, vocabulary and template may not."
+            )
+    planned = {"batch_size": batch_size, "steps": steps}
+    events.append(paths.events, "DATA_VALIDATED", text, rows=train.rows, tokens=train.tokens, **planned)
+    return {split: data.folder for split, data in found.items()} | planned
+
+
+def _teller(paths: RunFolder, text: str) -> Callable[[int, int | None], None]:
+    """Shows people who look at the run how far a stage is: `text` with `share` and, for bytes, `size`."""
+    told = 0.0
+
+    def tell(done: int, total: int | None) -> None:
+        nonlocal told
+        if total and time.monotonic() - told > TOLD_SECONDS:
+            told = time.monotonic()
+            _say(paths, text.format(share=done / total, size=size_text(total)))
+
+    return tell
+
+
+def _say(paths: RunFolder, text: str) -> None:
+    if paths.scratch.is_dir():  # a supervisor runs the stage
+        write_atomic(paths.doing, text)
+
+
+def export_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:
+    """The Hugging Face folder of the last checkpoint."""
+    from tundish.export.safetensors import export
+
+    checkpoint = Place(tracking.save_folder).newest()
+    if checkpoint is None:
+        raise StageError(f"there is no complete checkpoint in {tracking.save_folder}.")
+    if paths.export.exists():  # of a run whose supervisor was killed right after it
+        remove([paths.export])
+    done, tell, lock = 0, _teller(paths, "Exporting the model: {share:.0%} of {size}."), threading.Lock()
+
+    def written(count: int, total: int) -> None:
+        nonlocal done
+        with lock:  # several threads write
+            done += count
+            tell(done, total)
+
+    export(checkpoint, spec.model, spec.task_type, paths.export, progress=written)
+    return {"checkpoint": str(checkpoint), "export": str(paths.export)}
+
+
+def register_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:
+    """The model version in MLflow."""
+    from tundish.export.registry import register
+
+    write_atomic(paths.doing, "Sending MLflow what it does not have yet.")
+    publish_all(paths, wait_seconds())
+    size = sum(file.stat().st_size for file in paths.export.rglob("*") if file.is_file())
+    begun = f"{datetime.now(UTC):%H:%M} UTC"
+    _say(paths, f"Registering {spec.registered_name}: copying {size_text(size)} since {begun}.")
+    name, version = register(
+        paths.export,
+        spec,
+        mlflow_run_id=tracking.run_id,
+        tracking_uri=tracking.tracking_uri,
+        registry_uri=tracking.registry_uri or tracking.tracking_uri,
+        model_path=tracking.model_path,
+    )
+    tell_files(paths)
+    return {"name": name, "version": version}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2]))

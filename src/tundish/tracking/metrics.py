@@ -1,0 +1,130 @@
+"""A run's metrics: all points as a DataFrame, and the losses as a picture."""
+
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+
+from tundish.base.journal import Journal
+from tundish.base.mlflow_client import impatient, open_client, quiet, told
+from tundish.errors import RequestError, StoreError, did_you_mean
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
+TRAIN_LOSS = "loss/train/total"
+EVAL_LOSS = "metrics/eval/LanguageCrossEntropy"
+"""Composer's names; both are the mean over target tokens, in nats."""
+COLUMNS = ["key", "step", "time", "value"]
+MANY_POINTS = 100
+"""A line of more is drawn faintly, with its moving average above it."""
+TRAIN_COLOR, EVAL_COLOR = "#2f6f8f", "#c1440e"
+
+
+def read(tracking_uri: str, run_id: str, key: str | None = None, kept: Path | None = None) -> "pd.DataFrame":
+    """All points of all metrics, or of one: a row a point, by key, step and time.
+
+    They come from MLflow; while that is away, from the run's disk.
+
+    A run that went on from a checkpoint has two points for the steps that it took twice.
+
+    Args:
+        tracking_uri: of the store.
+        run_id: MLflow's.
+        key: Composer's name of a metric; None = all.
+        kept: the run's own file of them, which need not be there.
+
+    Raises:
+        RequestError: MLflow does not answer and there is no such file, or the run has no metric of that name.
+    """
+    import pandas as pd
+
+    try:
+        names, points = _of_mlflow(tracking_uri, run_id, key)
+    except StoreError as error:
+        text = f"MLflow does not give the metrics of run {run_id}: {error.message}"
+        if kept is None or not kept.is_file():
+            raise RequestError(text) from error
+        log.warning("%s These are those of the run's own disk.", text)
+        points = list(_of_disk(kept))
+        names = sorted({name for name, *_ in points})
+        points = [point for point in points if key in (None, point[0])]
+    if key is not None and key not in names and names:
+        near = did_you_mean(key, names)
+        raise RequestError(f"found no metric {key!r} in the run; there are {', '.join(names)}.{near}")
+    frame = pd.DataFrame(points, columns=pd.Index(COLUMNS))
+    frame["time"] = pd.to_datetime(frame["time"], unit="ms", utc=True)
+    frame = frame.astype({"key": str, "step": "int64", "value": "float64"})
+    return frame.sort_values(["key", "step", "time"], kind="stable", ignore_index=True)
+
+
+Point = tuple[str, int, int, float]
+"""Key, step, milliseconds and value."""
+
+
+def _of_mlflow(tracking_uri: str, run_id: str, key: str | None) -> tuple[list[str], list[Point]]:
+    """The names of all metrics, and the points of those that are asked for."""
+    client = open_client(tracking_uri)
+    with told(tracking_uri), quiet(), impatient():
+        names = sorted(client.get_run(run_id).data.metrics)
+        wanted = [name for name in names if key in (None, name)]
+        points = [point for name in wanted for point in client.get_metric_history(run_id, name)]
+    return names, [(one.key, one.step, one.timestamp, one.value) for one in points]
+
+
+def _of_disk(file: Path) -> Iterator[Point]:
+    for record in Journal(file):
+        for name, value in record["metrics"].items():
+            yield name, record["step"], record["time"], value
+
+
+class LossPlot(Figure):
+    """A figure that a notebook shows, whether pyplot has been set up in it or not."""
+
+    def _repr_png_(self) -> bytes:
+        sink = io.BytesIO()
+        self.savefig(sink, format="png", dpi=120)
+        return sink.getvalue()
+
+
+def plot(metrics: "pd.DataFrame", title: str) -> Figure:
+    """Training and evaluation loss by batch.
+
+    Args:
+        metrics: as `read` gives them; other metrics are left out.
+        title: above the picture.
+    """
+    figure = LossPlot(figsize=(8, 4.5), layout="constrained")
+    axes: Any = figure.add_subplot()
+    train, evaluation = _line(metrics, TRAIN_LOSS), _line(metrics, EVAL_LOSS)
+    if len(train) > MANY_POINTS:
+        window = max(5, len(train) // 50)
+        axes.plot(train.index, train, color=TRAIN_COLOR, linewidth=0.6, alpha=0.3)
+        mean: Any = train.rolling(window, min_periods=1, center=True).mean()
+        axes.plot(mean.index, mean, color=TRAIN_COLOR, label=f"training (mean of {window:,} batches)")
+    elif len(train):
+        axes.plot(train.index, train, color=TRAIN_COLOR, marker="o", markersize=3, label="training")
+    if len(evaluation):
+        axes.plot(evaluation.index, evaluation, color=EVAL_COLOR, marker="D", markersize=4, label="evaluation")
+    if len(train) or len(evaluation):
+        axes.legend(frameon=False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    else:
+        axes.text(0.5, 0.5, "No loss has been logged yet.", ha="center", va="center", transform=axes.transAxes)
+    axes.set_xlabel("batch (optimizer steps done)")
+    axes.set_ylabel("loss (nats per target token)")
+    axes.set_title(title, fontsize=11, parse_math=False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _line(metrics: "pd.DataFrame", key: str) -> Any:
+    """The values of a metric as a Series by step; of a step that was taken twice, the later one."""
+    return metrics[metrics["key"] == key].groupby("step")["value"].last()
