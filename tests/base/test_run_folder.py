@@ -17,6 +17,7 @@ from tundish import cli
 from tundish import foundation_model as fm
 from tundish.base.run_folder import RunFolder
 from tundish.errors import RunDamagedError, RunNotFoundError
+from tundish.plan.spec import RunSpec
 
 MakeRun = Callable[..., RunFolder]
 Damage = Callable[[RunFolder], None]
@@ -274,7 +275,7 @@ def test_a_run_that_is_gone_is_not_a_damaged_one(make_run: MakeRun) -> None:
     """A run that is removed while the list is made would be shown as damaged."""
     run = make_run("ift-1", ("COMPLETED", "done"))
     shutil.rmtree(run.folder)
-    for read in (run.read_spec, run.read_tracking, run.read_events):
+    for read in (lambda: RunSpec.read(run), run.read_tracking, run.read_events):
         with pytest.raises(RunNotFoundError, match="there is no run 'ift-1'"):
             read()
 

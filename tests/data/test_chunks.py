@@ -24,7 +24,7 @@ def small() -> Iterator[SetSizes]:
 
         def set_sizes(chunk: int, line: int = 1 << 25) -> None:
             patch.setattr("tundish.data.chunks.CHUNK_BYTES", chunk)
-            for module in ("chunks", "records"):
+            for module in ("chunks", "samples"):
                 patch.setattr(f"tundish.data.{module}.MAX_LINE_BYTES", line)
 
         yield set_sizes

@@ -124,7 +124,7 @@ def test_a_line_that_is_too_long_is_refused_by_number(
     tmp_path: Path, suffix: str, small_chunks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would be held in memory many times over; or the lines after it be told by wrong numbers."""
-    for module in ("chunks", "records"):
+    for module in ("chunks", "samples"):
         monkeypatch.setattr(f"tundish.data.{module}.MAX_LINE_BYTES", 1000)
     lines = [_line("x" * (5000 if n in (4, 11) else 100)) for n in range(1, 21)]
     lines[14] = b"{\n"
@@ -209,7 +209,7 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_a_line_without_end_ends_the_reading(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk of zeros, or a few megabytes of them compressed, would be read for hours."""
-    for module in ("chunks", "records"):
+    for module in ("chunks", "samples"):
         monkeypatch.setattr(f"tundish.data.{module}.MAX_LINE_BYTES", 1000)
     monkeypatch.setattr("tundish.data.chunks.CHUNK_BYTES", 100)
     monkeypatch.setattr("tundish.data.chunks.MAX_PASSED_BYTES", 5000)
