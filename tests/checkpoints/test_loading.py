@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.checkpoints.processes import start
 
-from tundish.checkpoints import read_tensors
+from tundish.checkpoints.folder import read_tensors
 from tundish.checkpoints.loading import load, read_model_file
 from tundish.errors import CheckpointError
 
@@ -178,7 +178,7 @@ def _rank(rank: int, world: int, port: int, folder: Path, how: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    from tundish.checkpoints.places import Place
+    from tundish.checkpoints.save_folder import SaveFolder
     from tundish.checkpoints.saving import Staged, write_checkpoint
 
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
@@ -194,7 +194,7 @@ def _rank(rank: int, world: int, port: int, folder: Path, how: str) -> None:
             dist.all_gather_object(found, given)
             return found
 
-        write_checkpoint(staged, Place(str(folder.parent)), exchange, rank == 0)
+        write_checkpoint(staged, SaveFolder(str(folder.parent)), exchange, rank == 0)
     else:
         dcp.save(state, checkpoint_id=folder)
     dist.barrier()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tundish.checkpoints import check_complete, list_checkpoints, read_checkpoint
+from tundish.checkpoints.folder import check_complete, list_checkpoints, read_checkpoint
 from tundish.checkpoints.manifest import (
     LARGEST_MANIFEST,
     MANIFEST,

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from tests.checkpoints.processes import start
 
-from tundish.checkpoints import CHECKPOINT_LINK, list_checkpoints, read_tensors
+from tundish.checkpoints.folder import CHECKPOINT_LINK, list_checkpoints, read_tensors
 from tundish.checkpoints.manifest import problems, read_manifest
-from tundish.checkpoints.places import Place
+from tundish.checkpoints.save_folder import SaveFolder
 from tundish.checkpoints.saving import Staged, clean, write_checkpoint
 from tundish.errors import CheckpointError
 
@@ -40,7 +40,7 @@ def _state(number: int, elements: int = 1000) -> dict[str, Any]:
     return {"state": {"model": model, "timestamp": {"batch": number}}}
 
 
-def _save(place: Place, number: int, elements: int = 1000, keep: int = 0) -> Path:
+def _save(place: SaveFolder, number: int, elements: int = 1000, keep: int = 0) -> Path:
     folder = place.local / f"ep1-ba{number}"
     write_checkpoint(Staged(_state(number, elements), folder, copy=False), place, lambda given: [given], True)
     if keep:
@@ -70,7 +70,7 @@ def _latest(folder: Path) -> str:
 
 def _go_on(folder: Path) -> None:
     """As each attempt of a run does: put in order what was killed, then save one after another."""
-    place = Place(str(folder))
+    place = SaveFolder(str(folder))
     clean(folder)
     number = max(_numbers(folder), default=0)
     if number:
@@ -132,7 +132,7 @@ def test_a_kill_at_any_moment_leaves_complete_checkpoints(tmp_path: Path) -> Non
 
 def test_a_checkpoint_is_never_written_over(tmp_path: Path) -> None:
     """A run with the number of another one would destroy what it could go back to."""
-    place = Place(str(tmp_path / "checkpoints"))
+    place = SaveFolder(str(tmp_path / "checkpoints"))
     folder = _save(place, 1)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(CheckpointError, match=r"ep1-ba1: is there already; a checkpoint is never written over\. Move"):
@@ -148,7 +148,7 @@ def test_a_checkpoint_is_never_written_over(tmp_path: Path) -> None:
 def test_a_copy_is_what_was_staged(tmp_path: Path) -> None:
     """Training goes on while a checkpoint is written: it would hold weights of two batches."""
     state = _state(1)
-    place = Place(str(tmp_path / "checkpoints"))
+    place = SaveFolder(str(tmp_path / "checkpoints"))
     staged = Staged(state, place.local / "ep1-ba1", copy=True)
     for tensor in state["state"]["model"].values():
         tensor.fill_(-1)
@@ -158,7 +158,7 @@ def test_a_copy_is_what_was_staged(tmp_path: Path) -> None:
 
 def test_only_complete_checkpoints_are_counted_and_removed(tmp_path: Path) -> None:
     """Half a checkpoint would take the place of the one that a resume needs."""
-    place = Place(str(tmp_path / "checkpoints"))
+    place = SaveFolder(str(tmp_path / "checkpoints"))
     for number in range(1, 6):
         _save(place, number)
     (place.local / "ep1-ba5" / "__0_0.distcp").unlink()
@@ -180,7 +180,7 @@ def test_only_complete_checkpoints_are_counted_and_removed(tmp_path: Path) -> No
 
 def test_checkpoints_of_an_earlier_attempt_are_counted(tmp_path: Path) -> None:
     """Each attempt of a run would keep as many as it may, until the disk is full."""
-    place = Place(str(tmp_path / "checkpoints"))
+    place = SaveFolder(str(tmp_path / "checkpoints"))
     for number in (1, 2, 10):
         process = start(_save, place, number)
         process.join(60)
@@ -191,7 +191,7 @@ def test_checkpoints_of_an_earlier_attempt_are_counted(tmp_path: Path) -> None:
 
 def test_old_checkpoints_go_after_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill between the two would leave nothing to go on from."""
-    place = Place(str(tmp_path / "checkpoints"))
+    place = SaveFolder(str(tmp_path / "checkpoints"))
     _save(place, 1, keep=1)
     with _full_disk(2000), pytest.raises(CheckpointError):
         _save(place, 2, keep=1)
@@ -217,7 +217,7 @@ def _full_disk(size: int) -> Iterator[None]:
 )
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, elements: int, size: int) -> None:
     """The checkpoint before would be lost with the one that found no room, or a rest of it fill the disk for good."""
-    place = Place(str(tmp_path / "checkpoints"))
+    place = SaveFolder(str(tmp_path / "checkpoints"))
     _save(place, 1)
     with _full_disk(size), pytest.raises(CheckpointError) as error:
         _save(place, 2, elements)
@@ -230,7 +230,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, elements: int, size: 
 
 def test_a_disk_that_is_full_at_the_end_leaves_what_was_there(tmp_path: Path) -> None:
     """The ranks' files may fit, and the metadata not."""
-    place = Place(str(tmp_path / "checkpoints"))
+    place = SaveFolder(str(tmp_path / "checkpoints"))
     _save(place, 1)
     staged = Staged(_state(2), place.local / "ep1-ba2", copy=False)
     share = staged.write()
@@ -243,7 +243,7 @@ def test_a_rank_s_failure_is_told_to_all(tmp_path: Path) -> None:
     """The others would wait for two hours, or say that all is well."""
     from tundish.checkpoints.saving import Share
 
-    place = Place(str(tmp_path / "checkpoints"))
+    place = SaveFolder(str(tmp_path / "checkpoints"))
     told: list[Any] = []
 
     def exchange(given: Any) -> list[Any]:
@@ -262,7 +262,7 @@ def test_a_rank_s_failure_is_told_to_all(tmp_path: Path) -> None:
 
 def test_a_link_that_cannot_be_moved_is_told_to_all(tmp_path: Path) -> None:
     """The first rank would end with a traceback and the others wait for two hours."""
-    place, told = Place(str(tmp_path / "checkpoints")), []
+    place, told = SaveFolder(str(tmp_path / "checkpoints")), []
     (place.local / CHECKPOINT_LINK).mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"ep1-ba1: cannot be written \(Is a directory\)"):
         write_checkpoint(
@@ -276,7 +276,7 @@ def test_a_link_that_cannot_be_moved_is_told_to_all(tmp_path: Path) -> None:
 
 def test_the_rest_of_a_removal_is_no_obstacle(tmp_path: Path) -> None:
     """A removal that was interrupted once would end each run that comes to the same checkpoint."""
-    place = Place(str(tmp_path / "checkpoints"))
+    place = SaveFolder(str(tmp_path / "checkpoints"))
     for number in (1, 2):
         shutil.copytree(_save(place, number), place.local / f".ep1-ba{number}.tmp")
     place.keep_newest(1)
@@ -286,14 +286,14 @@ def test_the_rest_of_a_removal_is_no_obstacle(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     """A traceback would reach the user."""
     (tmp_path / "file").write_text("x")
-    place = Place(str(tmp_path / "file" / "checkpoints"))
+    place = SaveFolder(str(tmp_path / "file" / "checkpoints"))
     with pytest.raises(CheckpointError, match="cannot be written"):
         _save(place, 1)
 
 
 def test_readers_never_see_half_a_checkpoint(tmp_path: Path) -> None:
     """An export or `get_checkpoints()` at the wrong moment would take one that is being written or removed."""
-    place = Place(str(tmp_path / "checkpoints"))
+    place = SaveFolder(str(tmp_path / "checkpoints"))
     seen: list[int] = []
     errors: list[BaseException] = []
     done = threading.Event()
@@ -321,7 +321,7 @@ def test_readers_never_see_half_a_checkpoint(tmp_path: Path) -> None:
 
 def test_what_is_no_half_checkpoint_is_not_removed(tmp_path: Path) -> None:
     """Somebody's own files beside the checkpoints would be gone after a resume."""
-    place = Place(str(tmp_path / "checkpoints"))
+    place = SaveFolder(str(tmp_path / "checkpoints"))
     _save(place, 1)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "note").write_text("mine")
@@ -341,7 +341,7 @@ def test_what_pytorch_reads_itself_is_what_was_saved(tmp_path: Path) -> None:
     import torch
     import torch.distributed.checkpoint as dcp
 
-    folder = _save(Place(str(tmp_path / "checkpoints")), 3)
+    folder = _save(SaveFolder(str(tmp_path / "checkpoints")), 3)
     given = _state(0)
     dcp.load(given, checkpoint_id=folder, no_dist=True)
     assert given["state"]["model"]["model.2"].equal(torch.full((1000,), 32.0))

@@ -1,6 +1,6 @@
 """export/plan.py: every tensor has one place, and no file is larger than it should be."""
 
-from tundish.checkpoints import StoredTensor
+from tundish.checkpoints.format.tensors import StoredTensor
 from tundish.export.plan import plan
 
 

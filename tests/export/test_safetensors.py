@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tundish.base.files import new_folder
-from tundish.checkpoints import StoredTensor, read_tensors
+from tundish.checkpoints.folder import read_tensors
 from tundish.checkpoints.format.archive import find_bytes
+from tundish.checkpoints.format.tensors import StoredTensor
 from tundish.data.templates import CHATML
 from tundish.errors import CheckpointError, SpecError
 from tundish.export import safetensors

@@ -11,7 +11,7 @@ from tests.launch.hosts import ADDRESSES, can, cut, on_hosts, two_hosts
 from tests.runs.processes import wait_until
 
 from tundish.base import events
-from tundish.checkpoints import list_checkpoints
+from tundish.checkpoints.folder import list_checkpoints
 from tundish.cli import main
 
 WriteLines = Callable[[Path, Iterable[object]], Path]

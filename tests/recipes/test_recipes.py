@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tundish.checkpoints.verifying import verify
+from tundish.checkpoints.folder import verify
 
 pytestmark = pytest.mark.slow
 
@@ -154,7 +154,7 @@ def test_the_export_is_the_last_checkpoint(run_recipe: Callable[[str], Finished]
     import torch
     from safetensors.torch import load_file
 
-    from tundish.checkpoints import list_checkpoints, read_tensors
+    from tundish.checkpoints.folder import list_checkpoints, read_tensors
 
     finished = run_recipe("instruction_finetune")
     stored = read_tensors(list_checkpoints(Path(finished.tracking["save_folder"]))[-1])
@@ -256,7 +256,7 @@ def _check_stock_checkpoint(folder: Path, model: str, finished: Finished) -> Non
     import torch
     from safetensors.torch import load_file
 
-    from tundish.checkpoints import list_checkpoints
+    from tundish.checkpoints.folder import list_checkpoints
     from tundish.export.safetensors import export
 
     newest = list_checkpoints(folder)[-1]

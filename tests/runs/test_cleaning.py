@@ -11,7 +11,7 @@ from tundish.base import events
 from tundish.base.files import locked
 from tundish.base.home import copies_dir, downloads_dir, prepared_dir, runs_dir
 from tundish.base.run_folder import RunFolder, Tracking
-from tundish.checkpoints.places import Place
+from tundish.checkpoints.save_folder import SaveFolder
 from tundish.runs import cleaning
 
 MakeRun = Callable[..., RunFolder]
@@ -98,7 +98,9 @@ def test_copies_of_checkpoints_go_when_no_run_knows_them(home: Path, make_run: M
     content = {field: getattr(paths.read_tracking(), field) for field in Tracking.__slots__}
     Tracking(**content | {"save_folder": address}).write(paths)
     make_run("chat-2", *ENDED, custom_weights_path="s3://bucket/other/ep1-ba2")
-    own, first, unknown = (_folder(Place(uri).local) for uri in (address, "s3://bucket/other", "s3://bucket/third"))
+    own, first, unknown = (
+        _folder(SaveFolder(uri).local) for uri in (address, "s3://bucket/other", "s3://bucket/third")
+    )
     if broken:
         paths.spec.write_text("{")
     assert _clean() == ([] if broken else ["checkpoints"])

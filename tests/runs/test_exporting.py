@@ -29,7 +29,7 @@ def save(tiny_model: Path) -> Callable[[Path, float], Path]:
     import torch
     from safetensors.torch import load_file
 
-    from tundish.checkpoints.places import Place
+    from tundish.checkpoints.save_folder import SaveFolder
     from tundish.checkpoints.saving import Staged, write_checkpoint
 
     weights = load_file(tiny_model / "model.safetensors")
@@ -37,7 +37,7 @@ def save(tiny_model: Path) -> Callable[[Path, float], Path]:
     def make(folder: Path, value: float) -> Path:
         model = {f"model.{name}": torch.full_like(tensor, value) for name, tensor in weights.items()}
         staged = Staged({"state": {"model": model, "run_name": "ift-1"}}, folder, copy=False)
-        write_checkpoint(staged, Place(str(folder.parent)), lambda given: [given], is_first=True)
+        write_checkpoint(staged, SaveFolder(str(folder.parent)), lambda given: [given], is_first=True)
         return folder
 
     return make
@@ -163,9 +163,9 @@ def test_what_is_in_a_store_is_verified_there(
     save: Callable[[Path, float], Path], bucket: Any, capsys: Capture, home: Path
 ) -> None:
     """This machine's copy would be praised while the store's is damaged; or one damaged one would hide the others."""
-    from tundish.checkpoints.places import Place
+    from tundish.checkpoints.save_folder import SaveFolder
 
-    place = Place(bucket.uri("kept"))
+    place = SaveFolder(bucket.uri("kept"))
     for name in ("ep0-ba5", "ep1-ba10"):
         place.publish(save(place.local / name, 0.5))
     key = "kept/ep1-ba10/__0_0.distcp"

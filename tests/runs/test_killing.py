@@ -19,7 +19,7 @@ from tundish import foundation_model as fm
 from tundish.base import events
 from tundish.base.home import prepared_dir
 from tundish.base.run_folder import RunFolder
-from tundish.checkpoints.verifying import verify
+from tundish.checkpoints.folder import verify
 from tundish.supervise.stage_process import is_done
 
 WriteLines = Callable[[Path, Iterable[object]], Path]

@@ -18,7 +18,7 @@ from tundish.base.files import write_atomic
 from tundish.base.home import RUN_VARIABLE
 from tundish.base.processes import processes_with
 from tundish.base.run_folder import RunFolder
-from tundish.checkpoints.places import Place
+from tundish.checkpoints.save_folder import SaveFolder
 from tundish.errors import RequestError, SpecError, StageError
 from tundish.supervise import stage_process
 from tundish.tracking.experiment import check_registry, open_tracking
@@ -140,7 +140,7 @@ def test_a_large_upload_may_take_longer(make_run: Callable[..., RunFolder]) -> N
     paths = make_run("chat-1", ("CREATED", "waits"))
     local = paths.read_tracking()
     stored = replace(local, save_folder="s3://lab/chat-1/checkpoints")
-    for folder, size in ((paths.export, 140), (Place(stored.save_folder).local / "ep1-ba1", 420)):
+    for folder, size in ((paths.export, 140), (SaveFolder(stored.save_folder).local / "ep1-ba1", 420)):
         folder.mkdir(parents=True)
         with open(folder / "weights", "wb") as file:
             file.truncate(size * 10**9)

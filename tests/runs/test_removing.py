@@ -155,10 +155,10 @@ def test_a_removal_that_was_interrupted_can_be_done_again(make_run: MakeRun, mon
     (save_folder / "ep1-ba2").mkdir(parents=True)
     (plan,) = removing.plan(["chat-1"], local=True)
     rmtree = removing.shutil.rmtree
-    monkeypatch.setattr("tundish.checkpoints.places.shutil.rmtree", _interrupt)
+    monkeypatch.setattr("tundish.checkpoints.save_folder.shutil.rmtree", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         removing.remove(plan)
-    monkeypatch.setattr("tundish.checkpoints.places.shutil.rmtree", rmtree)
+    monkeypatch.setattr("tundish.checkpoints.save_folder.shutil.rmtree", rmtree)
     assert not save_folder.exists() and fm.get("chat-1").status.value == "FAILED"
     removing.remove(removing.plan(["chat-1"], local=True)[0])
     assert os.listdir(paths.folder.parent) == [] and not save_folder.parent.exists()

@@ -14,7 +14,7 @@ import pytest
 from tundish.base import events
 from tundish.base.journal import Journal
 from tundish.base.run_folder import RunFolder
-from tundish.checkpoints.places import Place
+from tundish.checkpoints.save_folder import SaveFolder
 from tundish.errors import StageError, StoreError, TundishError
 from tundish.tracking.experiment import open_tracking
 from tundish.tracking.publishing import (
@@ -102,7 +102,7 @@ def _checkpoint(paths: RunFolder, number: int) -> Path:
     """A complete checkpoint that waits on this machine."""
     from tundish.checkpoints.manifest import FileFacts, write_manifest
 
-    folder = Place(paths.read_tracking().save_folder).local / f"ep1-ba{number}"
+    folder = SaveFolder(paths.read_tracking().save_folder).local / f"ep1-ba{number}"
     folder.mkdir(parents=True)
     for name in (".metadata", "__0_0.distcp"):
         (folder / name).write_bytes(b"x" * number)
@@ -275,7 +275,7 @@ def test_checkpoints_that_wait_for_a_store_do_not_fill_the_disk(
     checkpoints = [_checkpoint(paths, number) for number in (1, 2, 3, 4)]
     for keep, left in ((-1, 4), (2, 2)):
         with pytest.raises(TundishError, match="nothing listens there"):
-            Checkpoints(Place(address), keep).send()
+            Checkpoints(SaveFolder(address), keep).send()
         assert [folder.is_dir() for folder in checkpoints] == [False] * (4 - left) + [True] * left
 
 

@@ -180,7 +180,7 @@ def prepared(file: Path) -> Any:
 
 def weights(file: Path) -> dict[str, Any]:
     """The newest checkpoint's tensors of a run's file, optimizer state included."""
-    from tundish.checkpoints import list_checkpoints, read_tensors
+    from tundish.checkpoints.folder import list_checkpoints, read_tensors
 
     newest = list_checkpoints(file.parent / "checkpoints")[-1]
     return {name: tensor.read() for name, tensor in read_tensors(newest).items()}

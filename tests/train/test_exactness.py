@@ -10,7 +10,7 @@ import pytest
 import yaml
 from tests.train.conftest import Trained, counted, prepared, weights
 
-from tundish.checkpoints import list_checkpoints
+from tundish.checkpoints.folder import list_checkpoints
 
 pytestmark = pytest.mark.slow
 

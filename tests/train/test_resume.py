@@ -14,7 +14,7 @@ import pytest
 from tests.train.conftest import weights
 
 from tundish.base.events import read
-from tundish.checkpoints import list_checkpoints
+from tundish.checkpoints.folder import list_checkpoints
 
 pytestmark = pytest.mark.slow
 

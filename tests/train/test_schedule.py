@@ -13,7 +13,7 @@ import pytest
 import yaml
 from tests.train.conftest import Trained, weights
 
-from tundish.checkpoints import MODEL_PREFIX
+from tundish.checkpoints.folder import MODEL_PREFIX
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ import pytest
 from tests.train.conftest import weights
 
 from tundish.base.run_folder import RunFolder
-from tundish.checkpoints import list_checkpoints
+from tundish.checkpoints.folder import list_checkpoints
 from tundish.launch.command import STOPPED
 
 pytestmark = pytest.mark.slow

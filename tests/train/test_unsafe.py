@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tundish.checkpoints import CHECKPOINT_LINK, list_checkpoints
+from tundish.checkpoints.folder import CHECKPOINT_LINK, list_checkpoints
 
 pytestmark = [
     pytest.mark.slow,

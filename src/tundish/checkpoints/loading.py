@@ -25,9 +25,10 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 from typing_extensions import override
 
-from tundish.checkpoints import MODEL_PREFIX, read_checkpoint, read_part
+from tundish.checkpoints.folder import MODEL_PREFIX, read_checkpoint
 from tundish.checkpoints.format.metadata import Layout, Part
 from tundish.checkpoints.format.objects import load_file, read_object
+from tundish.checkpoints.format.tensors import read_part
 from tundish.errors import CheckpointError, TundishError
 
 

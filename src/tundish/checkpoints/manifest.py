@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tundish.base.files import inside, write_atomic
-from tundish.errors import CheckpointError, SpecError
+from tundish.base.files import write_atomic
+from tundish.checkpoints.format.names import member
+from tundish.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -44,27 +45,6 @@ def write_manifest(folder: Path, files: Mapping[str, FileFacts], base_model: str
     content |= {} if base_model is None else {"base_model": base_model}
     content["files"] = {name: asdict(facts) for name, facts in sorted(files.items())}
     write_atomic(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
-
-
-def member(folder: Path, name: str) -> Path:
-    """The path of a file that a checkpoint names; it need not be there.
-
-    Raises:
-        CheckpointError: it would lie outside of the folder, or no file can have that name.
-    """
-    try:
-        if not name.isprintable():
-            raise ValueError("it has control characters")
-        path = inside(folder, name)
-        path.is_file()  # says whether the system takes such a name
-        return path
-    except SpecError as error:
-        raise CheckpointError(f"{folder}: {error.message} Do not use this checkpoint.") from error
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: names a file {name[:120]!a}, which cannot be one ({type(error).__name__}). "
-            "Do not use this checkpoint."
-        ) from error
 
 
 def read_manifest(folder: Path) -> dict[str, FileFacts] | None:

@@ -27,11 +27,11 @@ from torch.futures import Future
 from typing_extensions import override
 
 from tundish.base.files import flush_folder, write_atomic
-from tundish.checkpoints import CHECKPOINT_LINK, NAME, list_checkpoints
+from tundish.checkpoints.folder import CHECKPOINT_LINK, NAME, list_checkpoints
 from tundish.checkpoints.format.metadata import METADATA
 from tundish.checkpoints.format.pickles import reason
 from tundish.checkpoints.manifest import FileFacts, write_manifest
-from tundish.checkpoints.places import Place, hidden
+from tundish.checkpoints.save_folder import SaveFolder, hidden
 from tundish.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ class Staged(StorageWriter):
         return True
 
 
-def write_checkpoint(staged: Staged, place: Place, exchange: Exchange, is_first: bool) -> None:
+def write_checkpoint(staged: Staged, place: SaveFolder, exchange: Exchange, is_first: bool) -> None:
     """Write what is staged, on every rank; afterwards the checkpoint is on this machine and `latest` names it.
 
     What belongs elsewhere is published by somebody else: training does not wait for a store.

@@ -32,8 +32,8 @@ def checkpoints(arguments: argparse.Namespace) -> int:
 
 
 def _verify(given: str, *, as_json: bool) -> int:
+    from tundish.checkpoints.folder import verify
     from tundish.checkpoints.manifest import MANIFEST
-    from tundish.checkpoints.verifying import verify
     from tundish.runs.exporting import local_checkpoints
 
     found: list[dict[str, object]] = []

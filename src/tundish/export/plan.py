@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tundish.checkpoints import StoredTensor
 from tundish.checkpoints.format.metadata import DTYPE_BYTES
+from tundish.checkpoints.format.tensors import StoredTensor
 
 ExportDtype = Literal["bfloat16", "float32"]
 _SAFETENSORS = {

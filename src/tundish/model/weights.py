@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tundish.checkpoints import MODEL_PREFIX, StoredTensor, check_complete, read_tensors
+from tundish.checkpoints.folder import MODEL_PREFIX, check_complete, read_tensors
 from tundish.checkpoints.format.metadata import read_shapes
 from tundish.checkpoints.format.pickles import shown
-from tundish.checkpoints.places import place_of
+from tundish.checkpoints.format.tensors import StoredTensor
+from tundish.checkpoints.save_folder import save_folder_of
 from tundish.errors import CheckpointError, SpecError
 from tundish.model.architecture import Shapes, architecture_of, hollow
 
@@ -33,7 +34,7 @@ def find_weights(address: str) -> str:
         CheckpointError: the folder is incomplete, its metadata names what no checkpoint needs, or its store cannot be
             asked.
     """
-    place, name = place_of(address)
+    place, name = save_folder_of(address)
     if name.endswith(".symlink"):
         # What it names lies beside it, wherever both have been moved to.
         name = place.read_link(name).rstrip("/").rpartition("/")[2]
@@ -62,7 +63,7 @@ def fetch_weights(address: str) -> Path:
         SpecError: there is nothing of that kind.
         CheckpointError: they are damaged, or cannot be fetched.
     """
-    place, name = place_of(find_weights(address))
+    place, name = save_folder_of(find_weights(address))
     return place.fetch(name)
 
 
@@ -73,7 +74,7 @@ def compare_weights(address: str, model: str) -> None:
         SpecError: there is nothing of that kind.
         CheckpointError: they are damaged or unsafe, cannot be fetched, or are another model's.
     """
-    place, name = place_of(find_weights(address))
+    place, name = save_folder_of(find_weights(address))
     if not place.is_remote:
         return check_weights(place.local / name, model)
     if name.endswith(".pt"):

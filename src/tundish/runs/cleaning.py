@@ -11,7 +11,7 @@ from pathlib import Path
 from tundish.base.files import is_held, locked
 from tundish.base.home import copies_dir, downloads_dir, prepared_dir, runs_dir
 from tundish.base.run_folder import RunFolder
-from tundish.checkpoints.places import READ, Place, place_of
+from tundish.checkpoints.save_folder import READ, SaveFolder, save_folder_of
 from tundish.errors import LockHeldError, RunDamagedError, RunNotFoundError
 from tundish.plan.spec import RunSpec
 from tundish.runs import drafts
@@ -92,9 +92,9 @@ def needs_of_runs() -> Needs:
         needs.folders.update(Path(os.readlink(link)) for link in links if link.is_symlink())
         try:
             spec, save_folder = RunSpec.read(paths), paths.read_tracking().save_folder
-            needs.folders.add(Place(save_folder).local)
+            needs.folders.add(SaveFolder(save_folder).local)
             if spec.custom_weights_path:
-                needs.folders.add(place_of(spec.custom_weights_path)[0].local)
+                needs.folders.add(save_folder_of(spec.custom_weights_path)[0].local)
             if not links[0].is_symlink() and not read_run(name).status.is_terminal():
                 needs.preparing = True
         except RunDamagedError:

@@ -14,8 +14,8 @@ from tundish.base.files import obstacle_to_writing, write_atomic
 from tundish.base.processes import interrupt_waits
 from tundish.base.run_folder import RunFolder
 from tundish.base.workers import guarded
-from tundish.checkpoints import list_checkpoints
-from tundish.checkpoints.places import Place
+from tundish.checkpoints.folder import list_checkpoints
+from tundish.checkpoints.save_folder import SaveFolder
 from tundish.data.sources import may_be_table, open_source
 from tundish.errors import CheckpointError, DataError, Interrupted, SpecError
 from tundish.model.pretrained import check_pretrained
@@ -93,7 +93,7 @@ def _check_save_folder(spec: RunSpec) -> None:
     root = save_root(spec.overrides)
     if root is None:
         return
-    place = Place(planned_save_folder(spec.run_name, spec.experiment_path, root))
+    place = SaveFolder(planned_save_folder(spec.run_name, spec.experiment_path, root))
     try:
         found = [*place.list(), *map(str, list_checkpoints(place.local))]
     except CheckpointError as error:

@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 from tundish.base.files import make_folder
 from tundish.base.home import copies_dir
 from tundish.base.run_folder import RunFolder
-from tundish.checkpoints import in_order
-from tundish.checkpoints.places import Place, place_of
+from tundish.checkpoints.folder import in_order
+from tundish.checkpoints.save_folder import SaveFolder, save_folder_of
 from tundish.errors import CheckpointError, RunNotFoundError, SpecError
 from tundish.export.plan import ExportDtype
 from tundish.export.safetensors import Progress, export
@@ -47,13 +47,13 @@ def find_exportable(given: str, model: str | None = None) -> Exportable:
     address = ""
     if given in run_names():
         paths = find_run(given)
-        checkpoint = Place(paths.read_tracking().save_folder).newest()
+        checkpoint = SaveFolder(paths.read_tracking().save_folder).newest()
         if checkpoint is None:
             raise CheckpointError(f"{given}: has no complete checkpoint yet. Wait for its first CHECKPOINT_SAVED.")
     else:
         address = _address(given)
         checkpoint = fetch_weights(address)
-        paths = _run_with(place_of(address)[0].address)
+        paths = _run_with(save_folder_of(address)[0].address)
     if paths is None and model is None:
         raise SpecError(
             f"{given}: no run of this machine has made it, so its model is not known. Give --model: name or folder of "
@@ -92,9 +92,9 @@ def local_checkpoints(given: str) -> Iterator[tuple[str, Path | CheckpointError]
         CheckpointError: the store cannot be asked.
     """
     if is_run := given in run_names():
-        place = Place(find_run(given).read_tracking().save_folder)
+        place = SaveFolder(find_run(given).read_tracking().save_folder)
     else:
-        place = Place(_address(given).rstrip("/"))
+        place = SaveFolder(_address(given).rstrip("/"))
     if not place.is_remote:
         # Damaged ones too, which a list of complete ones leaves out.
         if not place.local.is_dir() and not is_run:
@@ -104,7 +104,7 @@ def local_checkpoints(given: str) -> Iterator[tuple[str, Path | CheckpointError]
         return
     names = [address.rpartition("/")[2] for address in place.list()]
     if not names and not is_run:
-        place, name = place_of(place.address)
+        place, name = save_folder_of(place.address)
         names = [name]
     for name in names:
         with TemporaryDirectory(dir=make_folder(copies_dir()), prefix=".verify-") as scratch:

@@ -16,8 +16,8 @@ from tundish.base.home import RUN_VARIABLE, mlflow_artifacts_dir
 from tundish.base.mlflow_client import impatient, open_client, quiet, told
 from tundish.base.processes import processes_with
 from tundish.base.run_folder import RunFolder, Tracking
-from tundish.checkpoints.places import Place, hidden
-from tundish.checkpoints.places import remove as remove_at_once
+from tundish.checkpoints.save_folder import SaveFolder, hidden
+from tundish.checkpoints.save_folder import remove as remove_at_once
 from tundish.errors import RequestError, RunDamagedError, StoreError
 from tundish.launch import devices
 from tundish.runs.reading import damaged_run, find_run, read_run, run_names
@@ -87,7 +87,7 @@ def remove(removal: Removal) -> None:
     with locked(paths.folder, LOCK_SECONDS):  # nobody resumes it meanwhile
         _refuse_going_on(paths)
         if removal.elsewhere is not None:
-            Place(removal.elsewhere).clear()
+            SaveFolder(removal.elsewhere).clear()
         for folder in removal.folders[:-1]:
             remove_folder(folder)
             if folder.parent.name == removal.name:  # made for the checkpoints alone
@@ -118,7 +118,7 @@ def _plan_one(paths: RunFolder, local: bool) -> Removal:
         notes.append("Where its checkpoints and its MLflow run are cannot be read: they stay.")
         return _removal(run, folders, notes)
     _refuse_needed(name, tracking.save_folder)
-    place, elsewhere = Place(tracking.save_folder), None
+    place, elsewhere = SaveFolder(tracking.save_folder), None
     if place.local.parent.name == name or place.is_remote:
         folders.insert(0, place.local)
     else:

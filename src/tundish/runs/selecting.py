@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tundish.base.home import runs_dir
 from tundish.base.run_folder import RunFolder
-from tundish.checkpoints.places import Place
+from tundish.checkpoints.save_folder import SaveFolder
 from tundish.errors import RequestError, RunDamagedError, RunNotFoundError, SpecError, did_you_mean
 from tundish.runs.reading import damaged_run, find_run, read_run, run_names
 from tundish.runs.records import ObjectList, RunStatus, TrainingRun
@@ -212,4 +212,4 @@ def checkpoints(name: str) -> list[str]:
         RunDamagedError: its folder does not say where they are.
         CheckpointError: they are on another machine that cannot be asked.
     """
-    return Place(find_run(name).read_tracking().save_folder).list()
+    return SaveFolder(find_run(name).read_tracking().save_folder).list()

@@ -18,7 +18,7 @@ from tundish.base import events
 from tundish.base.home import RUN_VARIABLE
 from tundish.base.processes import start, stop_tree
 from tundish.base.run_folder import RunFolder
-from tundish.checkpoints import places
+from tundish.checkpoints.save_folder import SaveFolder
 from tundish.errors import StageError
 from tundish.launch.command import STOPPED, train_command, train_environment
 from tundish.plan.spec import RunSpec
@@ -128,7 +128,7 @@ def run_stage(paths: RunFolder, stage: str, place: Place) -> None:
 
 def _register_seconds(paths: RunFolder) -> float:
     """How long a registration may take: the upload of a large model lasts hours, a server that hangs for ever."""
-    place = places.Place(paths.read_tracking().save_folder)
+    place = SaveFolder(paths.read_tracking().save_folder)
     folders = [paths.export, *([place.local] if place.is_remote else [])]
     size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
     return REGISTER_SECONDS + size / REGISTER_BYTES_PER_SECOND

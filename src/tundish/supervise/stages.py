@@ -19,7 +19,7 @@ from tundish.base.files import locked, write_atomic
 from tundish.base.mlflow_client import impatient
 from tundish.base.run_folder import RunFolder, Tracking
 from tundish.base.text import size_text
-from tundish.checkpoints.places import Place, remove
+from tundish.checkpoints.save_folder import SaveFolder, remove
 from tundish.data import Prepared, prepare_guarded
 from tundish.data.report import facts
 from tundish.errors import StageError, TundishError
@@ -141,7 +141,7 @@ def export_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[st
     """The Hugging Face folder of the last checkpoint."""
     from tundish.export.safetensors import export
 
-    checkpoint = Place(tracking.save_folder).newest()
+    checkpoint = SaveFolder(tracking.save_folder).newest()
     if checkpoint is None:
         raise StageError(f"there is no complete checkpoint in {tracking.save_folder}.")
     if paths.export.exists():  # of a run whose supervisor was killed right after it

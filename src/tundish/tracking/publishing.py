@@ -17,8 +17,8 @@ from tundish.base import events
 from tundish.base.journal import Journal
 from tundish.base.mlflow_client import impatient, told
 from tundish.base.run_folder import RunFolder, Tracking
-from tundish.checkpoints import list_checkpoints
-from tundish.checkpoints.places import Place, remove
+from tundish.checkpoints.folder import list_checkpoints
+from tundish.checkpoints.save_folder import SaveFolder, remove
 from tundish.errors import StageError, StoreError, TundishError
 from tundish.plan.foundry import checkpoints_to_keep
 
@@ -117,7 +117,7 @@ class Checkpoints:
         keep: so many are left there; less than 1: all.
     """
 
-    def __init__(self, place: Place, keep: int) -> None:
+    def __init__(self, place: SaveFolder, keep: int) -> None:
         self.place, self.keep = place, keep
         self._done: set[str] = set()
 
@@ -139,7 +139,7 @@ def channels(paths: RunFolder) -> list[Channel]:
     """All ways of a run."""
     tracking = paths.read_tracking()
     found: list[Channel] = [Metrics(paths, tracking), Artifacts(paths, tracking)]
-    place = Place(tracking.save_folder)
+    place = SaveFolder(tracking.save_folder)
     if place.is_remote:
         found.append(Checkpoints(place, checkpoints_to_keep(paths.foundry_yaml.read_text())))
     return found

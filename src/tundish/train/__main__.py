@@ -52,7 +52,7 @@ from llmfoundry.utils.config_utils import (
 )
 from omegaconf import DictConfig, OmegaConf
 
-from tundish.checkpoints.places import Place
+from tundish.checkpoints.save_folder import SaveFolder
 from tundish.errors import TundishError
 from tundish.tracking.notes import tell_plan
 from tundish.tracking.publishing import Checkpoints, Publisher, channels, tell_status
@@ -88,7 +88,7 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     dist.initialize_dist(get_device(None), timeout=config.dist_timeout)
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         single_out_gloo()
-    place = Place(config.save_folder) if config.save_folder else None
+    place = SaveFolder(config.save_folder) if config.save_folder else None
     checkpoint = newest_checkpoint(place) if place else None
     validate_config(config)
     reproducibility.seed_all(config.seed)
@@ -149,7 +149,7 @@ def _logger(name: str, kwargs: dict[str, Any]) -> LoggerDestination:
     return build_logger(name, kwargs)
 
 
-def _publisher(config: TrainConfig, place: Place | None) -> Publisher | None:
+def _publisher(config: TrainConfig, place: SaveFolder | None) -> Publisher | None:
     """Of the first rank: sends on what waits on the disk."""
     if dist.get_global_rank():
         return None
@@ -160,7 +160,7 @@ def _publisher(config: TrainConfig, place: Place | None) -> Publisher | None:
     return Publisher([Checkpoints(place, config.save_num_checkpoints_to_keep)], None) if place and elsewhere else None
 
 
-def _saver(config: TrainConfig, place: Place) -> Saver:
+def _saver(config: TrainConfig, place: SaveFolder) -> Saver:
     keep = config.save_num_checkpoints_to_keep
     base = config.model.get("pretrained_model_name_or_path")
     return Saver(place, config.save_interval, keep, list(config.save_ignore_keys or ()), base)

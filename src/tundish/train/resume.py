@@ -13,12 +13,12 @@ from composer.utils.checkpoint import glob_filter
 
 from tundish.base import events
 from tundish.base.home import RUN_VARIABLE
-from tundish.checkpoints import read_checkpoint
+from tundish.checkpoints.folder import read_checkpoint
 from tundish.checkpoints.format.metadata import Layout
 from tundish.checkpoints.format.objects import read_object
 from tundish.checkpoints.format.pickles import reason, shown
 from tundish.checkpoints.loading import load
-from tundish.checkpoints.places import Place
+from tundish.checkpoints.save_folder import SaveFolder
 from tundish.checkpoints.saving import clean
 from tundish.errors import CheckpointError
 from tundish.train.saver import patient_group
@@ -26,7 +26,7 @@ from tundish.train.saver import patient_group
 ALGORITHMS = ("state", "algorithms")
 
 
-def newest_checkpoint(place: Place) -> Path | None:
+def newest_checkpoint(place: SaveFolder) -> Path | None:
     """This machine's copy of the checkpoint to go on from, the same on every rank; None = begin.
 
     What a killed process has left half done is put in order.

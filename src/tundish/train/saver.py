@@ -16,7 +16,7 @@ from composer.utils import dist, reproducibility
 from composer.utils.checkpoint import glob_filter
 from torch.distributed.tensor import DTensor
 
-from tundish.checkpoints.places import Place
+from tundish.checkpoints.save_folder import SaveFolder
 from tundish.checkpoints.saving import Staged, write_checkpoint
 from tundish.errors import CheckpointError
 
@@ -38,7 +38,7 @@ class Saver(CheckpointSaver):
     """
 
     def __init__(
-        self, place: Place, interval: Any, keep: int, ignore_keys: list[str] | None, base_model: str | None
+        self, place: SaveFolder, interval: Any, keep: int, ignore_keys: list[str] | None, base_model: str | None
     ) -> None:
         folder = str(place.local)
         super().__init__(folder, save_interval=interval, ignore_keys=ignore_keys, remote_file_name=None)
@@ -53,7 +53,7 @@ class Saver(CheckpointSaver):
         """A file that is trained by hand may leave the MLflow run's id to Composer, which knows it by now."""
         super().init(state, logger)
         if not self.place.is_remote:
-            self.place = Place(self.folder)
+            self.place = SaveFolder(self.folder)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """A run that goes on has the checkpoint of this batch: at the end of an epoch it would be saved once more."""

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from tundish.checkpoints import read_part
 from tundish.checkpoints.format import archive, objects
 from tundish.checkpoints.format.metadata import Part
+from tundish.checkpoints.format.tensors import read_part
 from tundish.errors import CheckpointError
 
 pytestmark = [

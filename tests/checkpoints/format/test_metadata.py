@@ -298,7 +298,7 @@ def test_parts_as_ranks_write_them_are_read(tmp_path: Path, change: Change, shap
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import MetadataIndex
 
-    from tundish.checkpoints import read_tensors
+    from tundish.checkpoints.folder import read_tensors
 
     cells = {
         "rows": [((0, 0), (3, 4)), ((3, 0), (3, 4))],

@@ -12,8 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from tundish.checkpoints.format.names import member
 from tundish.checkpoints.format.pickles import Call, PlainUnpickler, Record, empty_dict, reason, same, shown
-from tundish.checkpoints.manifest import member
 from tundish.errors import CheckpointError
 
 METADATA = ".metadata"

@@ -1,4 +1,4 @@
-"""checkpoints/__init__.py: real DCP checkpoints are read and listed."""
+"""checkpoints/folder.py: real DCP checkpoints are read and listed."""
 
 import os
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tundish.checkpoints import list_checkpoints, read_tensors
+from tundish.checkpoints.folder import list_checkpoints, read_tensors
 from tundish.errors import CheckpointError
 
 # Of PyTorch's own, on saving: it saves from a single process, which is wanted here, and uses its own old storage class.

@@ -17,7 +17,7 @@ from typing import TypeVar
 from tundish.base.files import locked, make_folder, write_atomic
 from tundish.base.home import copies_dir
 from tundish.base.mlflow_client import artifacts_at, told
-from tundish.checkpoints import CHECKPOINT_LINK, NAME, check_complete, in_order, list_checkpoints
+from tundish.checkpoints.folder import CHECKPOINT_LINK, NAME, check_complete, in_order, list_checkpoints
 from tundish.checkpoints.format.metadata import METADATA
 from tundish.checkpoints.format.pickles import shown
 from tundish.checkpoints.manifest import problems, read_manifest
@@ -33,7 +33,7 @@ READ = "read"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SaveFolder:
     """A folder of checkpoints."""
 
     address: str
@@ -234,10 +234,10 @@ def remove(folders: Sequence[Path]) -> None:
         shutil.rmtree(hidden(path))
 
 
-def place_of(address: str) -> tuple[Place, str]:
+def save_folder_of(address: str) -> tuple[SaveFolder, str]:
     """The folder that a checkpoint or file lies in, and its name there."""
     parent, _, name = address.rstrip("/").rpartition("/")
-    return Place(parent), name
+    return SaveFolder(parent), name
 
 
 def _check_copy(folder: Path) -> None:

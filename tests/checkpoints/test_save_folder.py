@@ -1,4 +1,4 @@
-"""checkpoints/places.py: checkpoints in an object store and on an MLflow server, both real, on this machine."""
+"""checkpoints/save_folder.py: checkpoints in an object store and on an MLflow server, both real, on this machine."""
 
 import os
 import shutil
@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from tests.s3 import Bucket
 
-from tundish.checkpoints import CHECKPOINT_LINK, list_checkpoints
+from tundish.checkpoints.folder import CHECKPOINT_LINK, list_checkpoints
 from tundish.checkpoints.manifest import FileFacts, problems, write_manifest
-from tundish.checkpoints.places import Place, place_of
+from tundish.checkpoints.save_folder import SaveFolder, save_folder_of
 from tundish.errors import CheckpointError
 from tundish.model.weights import compare_weights, fetch_weights, find_weights
 from tundish.tracking.publishing import Checkpoints
@@ -30,7 +30,7 @@ pytestmark = [
 class Store:
     """Where checkpoints are kept, and a way to look and to write there that is not ours."""
 
-    place: Place
+    place: SaveFolder
     put: Callable[[str, bytes], None]
     """Key below the folder of checkpoints, content."""
     keys: Callable[[], set[str]]
@@ -50,7 +50,7 @@ def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
         def put(key: str, content: bytes) -> None:
             bucket.put(prefix + key, content)
 
-        return Store(Place(bucket.uri(prefix.rstrip("/"))), put, keys)
+        return Store(SaveFolder(bucket.uri(prefix.rstrip("/"))), put, keys)
     server, artifacts = request.getfixturevalue("mlflow_server")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     folder = artifacts / tmp_path.name / "checkpoints"
@@ -62,7 +62,7 @@ def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
     def names() -> set[str]:
         return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
-    return Store(Place(f"mlflow-artifacts:/{tmp_path.name}/checkpoints"), write, names)
+    return Store(SaveFolder(f"mlflow-artifacts:/{tmp_path.name}/checkpoints"), write, names)
 
 
 def _make(folder: Path, number: int) -> Path:
@@ -95,7 +95,7 @@ def test_what_was_published_is_listed_and_fetched(store: Store, monkeypatch: pyt
     assert place.read_link(CHECKPOINT_LINK) == find_weights(link) == f"{place.address}/ep1-ba10"
     assert fetch_weights(link) == place.local / "read" / newest.name, "not where its own run removes older ones"
     assert problems(fetch_weights(f"{place.address}/ep1-ba9")) == []
-    assert place_of(f"{place.address}/ep1-ba9/") == (place, "ep1-ba9")
+    assert save_folder_of(f"{place.address}/ep1-ba9/") == (place, "ep1-ba9")
 
 
 def test_what_is_newer_here_is_used_and_put_there_by_who_publishes(store: Store) -> None:
@@ -113,7 +113,7 @@ def test_what_is_newer_here_is_used_and_put_there_by_who_publishes(store: Store)
 def test_a_store_that_is_away_costs_nothing_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is tried once more, or exported, would wait for a store that it does not need."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    place = Place("http://127.0.0.1:1/api/2.0/mlflow-artifacts/artifacts/1/ab/artifacts/ift-1/checkpoints")
+    place = SaveFolder("http://127.0.0.1:1/api/2.0/mlflow-artifacts/artifacts/1/ab/artifacts/ift-1/checkpoints")
     with pytest.raises(CheckpointError, match="nothing listens there"):
         place.newest()
     kept = [_make(place.local, number) for number in (1, 2)]
@@ -126,7 +126,7 @@ def test_a_store_that_is_away_costs_nothing_that_is_here(monkeypatch: pytest.Mon
 def test_a_web_address_that_is_no_mlflow_server_s_is_told() -> None:
     """MLflow's client says `not enough values to unpack`."""
     with pytest.raises(CheckpointError, match=r"it is not in an MLflow server's artifacts.*Copy the address"):
-        Place("http://127.0.0.1:1/x").list()
+        SaveFolder("http://127.0.0.1:1/x").list()
 
 
 def test_what_is_newer_there_is_fetched(store: Store) -> None:
@@ -180,7 +180,7 @@ def test_odd_names_in_the_store_are_not_written_here(store: Store, name: str, tm
 @pytest.mark.parametrize("key", ["../out.distcp", "../../out.distcp", "/out.distcp", "a/../../../out.distcp", ".."])
 def test_keys_do_not_leave_the_copy(bucket: Bucket, tmp_path: Path, key: str) -> None:
     """Whoever may write to the bucket could write any file of this machine."""
-    place = Place(bucket.uri("lab/checkpoints"))
+    place = SaveFolder(bucket.uri("lab/checkpoints"))
     place.publish(_make(place.local, 1))
     shutil.rmtree(place.local)
     bucket.put(f"lab/checkpoints/ep1-ba1/{key}", b"escaped")
@@ -255,19 +255,19 @@ def test_a_kill_while_publishing_leaves_no_half_checkpoint(store: Store, after: 
     assert place.list()[-1].endswith("/ep1-ba2") and place.read_link(CHECKPOINT_LINK).endswith("/ep1-ba2")
 
 
-def _publish_and_die(place: Place, folder: Path, after: int) -> None:
+def _publish_and_die(place: SaveFolder, folder: Path, after: int) -> None:
     """In a process of its own: put so many files, then be killed."""
-    put: Any = Place._put
+    put: Any = SaveFolder._put
     done: list[Path] = []
 
-    def counted(self: Place, file: Path, below: str) -> None:
+    def counted(self: SaveFolder, file: Path, below: str) -> None:
         if len(done) == after:
             os.kill(os.getpid(), signal.SIGKILL)
         done.append(file)
         put(self, file, below)
 
     signal.alarm(60)  # should the fork have broken something
-    Place._put = counted  # type: ignore[method-assign]
+    SaveFolder._put = counted  # type: ignore[method-assign]
     try:
         place.publish(folder)
     finally:
@@ -276,7 +276,7 @@ def _publish_and_die(place: Place, folder: Path, after: int) -> None:
 
 def test_a_store_that_is_not_there_is_told(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client's trace would reach the user, without the path that is wrong."""
-    place = Place(f"s3://no-{bucket.name}/checkpoints")
+    place = SaveFolder(f"s3://no-{bucket.name}/checkpoints")
     for ask in (place.list, place.newest, lambda: place.read_link(CHECKPOINT_LINK), lambda: place.holds("ep1-ba1")):
         with pytest.raises(CheckpointError) as error:
             ask()
@@ -292,7 +292,7 @@ def test_the_weights_of_a_store_are_compared_by_their_metadata_alone(
     import torch.distributed.checkpoint as dcp
     from safetensors.torch import load_file
 
-    place = Place(bucket.uri("kept"))
+    place = SaveFolder(bucket.uri("kept"))
     weights = {f"state.model.model.{name}": t for name, t in load_file(tiny_model / "model.safetensors").items()}
     for number, head in ((1, weights["state.model.model.lm_head.weight"]), (2, torch.zeros(400, 64))):
         state = weights | {"state.model.model.lm_head.weight": head}
