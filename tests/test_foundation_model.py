@@ -1,11 +1,15 @@
 """foundation_model.py: a notebook changes its import line and nothing else."""
 
+import dataclasses
 import inspect
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tundish import foundation_model as fm
+from tundish.base.run_folder import RunFolder
 
 ORIGINAL_CREATE: dict[str, Any] = {
     "model": inspect.Parameter.empty,
@@ -67,4 +71,17 @@ def test_models_are_what_callers_do_with_them() -> None:
 def test_every_verb_is_public() -> None:
     """`from tundish.foundation_model import *` would leave a verb out."""
     verbs = {name for name, verb in vars(fm).items() if inspect.isfunction(verb) and verb.__module__ == fm.__name__}
-    assert {name for name in verbs if not name.startswith("_")} == set(fm.__all__)
+    assert {name for name in verbs if not name.startswith("_")} == set(fm.__all__) - {"TrainingRun"}
+
+
+def test_every_verb_returns_runs_that_have_verbs(make_run: Callable[..., RunFolder]) -> None:
+    """`fm.list()[0].wait()` would raise AttributeError, or a pickled run could not be read again."""
+    make_run("ift-1", ("CREATED", "waits"), ("COMPLETED", "done"))
+    run = fm.get("ift-1")
+    again = [run.refresh(), run.wait(), fm.list()[0], pickle.loads(pickle.dumps(run)), dataclasses.replace(run)]
+    assert [type(one) for one in again] == [fm.TrainingRun] * 5 and again[-1] == run
+    assert {(one.name, one.status, one.run_id, one.completed_at) for one in again} == {
+        (run.name, run.status, run.run_id, run.completed_at)
+    }
+    assert repr(run) == "TrainingRun(name='ift-1', status=COMPLETED, details='done')"
+    assert [event.message for event in run.get_events()] == ["waits", "done"] and run.cancel() == 0

@@ -15,7 +15,8 @@ import pytest
 
 from tundish import errors
 from tundish import foundation_model as fm
-from tundish.runs.records import ObjectList, RunStatus, TrainingEvent, TrainingModelConstants, TrainingRun
+from tundish.foundation_model import TrainingRun
+from tundish.runs.records import ObjectList, RunStatus, TrainingEvent, TrainingModelConstants
 
 VERBS = ("create", "get", "list", "cancel", "get_events", "get_checkpoints", "get_models")
 RECORDS = (TrainingRun, TrainingEvent, TrainingModelConstants)

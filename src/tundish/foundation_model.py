@@ -1,28 +1,35 @@
-"""The public verbs: `from tundish import foundation_model as fm`.
+"""The public verbs, and the run objects they return: `from tundish import foundation_model as fm`.
 
-The first parameters, their defaults and what comes back are those of the original client; a notebook changes its
-import line. Each verb is a few calls into the parts that do the work.
+The first parameters, their defaults and the returned objects are those of the original client, so that a notebook
+changes only its import line. Each verb is a few calls into the parts that do the work, which know plain records only.
 """
 
 import builtins
+import dataclasses
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from tundish import progress
+from tundish.base.progress_bar import in_notebook, progress_bar
+from tundish.base.run_folder import RunFolder
+from tundish.errors import RequestError
 from tundish.plan.compute import Compute
 from tundish.plan.models import model_cards
-from tundish.runs import control, creating, reading, selecting
-from tundish.runs.records import ObjectList, RunStatus, TrainingEvent, TrainingModelConstants, TrainingRun
+from tundish.runs import control, creating, following, reading, selecting
+from tundish.runs.records import ObjectList, RunRecord, RunStatus, TrainingEvent, TrainingModelConstants
 from tundish.tracking import this_process
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
     from tundish.data.estimate import Estimate
     from tundish.data.report import Validation
 
 __all__ = [
+    "TrainingRun",
     "cancel",
     "create",
     "estimate",
@@ -34,6 +41,67 @@ __all__ = [
     "resume",
     "validate",
 ]
+
+
+@dataclasses.dataclass(repr=False)
+class TrainingRun(RunRecord):
+    """A run as it was when it was read, and what can be done with it; `refresh()` reads it again."""
+
+    def refresh(self) -> "TrainingRun":
+        """The run as it is now."""
+        return get(self)
+
+    def cancel(self) -> int:
+        """Stop the run: 1 if it was stopped, 0 if it had already ended."""
+        return cancel(self)
+
+    def get_events(self) -> ObjectList[TrainingEvent]:
+        """All events so far."""
+        return get_events(self)
+
+    def wait(self, timeout: float | None = None) -> "TrainingRun":
+        """Wait for the run to end, and return it as it is then.
+
+        Args:
+            timeout: seconds; None waits without a limit.
+
+        Raises:
+            TimeoutError: it has not ended in time; it continues.
+        """
+        return _training_run(reading.wait(self.name, timeout))
+
+    def metrics(self, key: str | None = None) -> "pd.DataFrame":
+        """All points of the run's metrics so far: columns `key`, `step`, `time`, `value`.
+
+        They come from MLflow, or from the run's folder while MLflow cannot be reached.
+
+        Args:
+            key: only this metric, such as `loss/train/total`; None returns all.
+
+        Raises:
+            RequestError: MLflow cannot be reached and the run's folder has no metrics, or there is none of that name.
+        """
+        from tundish.tracking import metrics  # loads matplotlib
+
+        if not self.tracking_uri or not self.run_id:
+            raise RequestError(f"{self.name}: has no MLflow run. Get the run by fm.get({self.name!r}) first.")
+        return metrics.read(
+            self.tracking_uri, self.run_id, key, RunFolder(self.run_dir).metrics if self.run_dir else None
+        )
+
+    def plot(self) -> "Figure":
+        """Training and evaluation loss so far, by batch; `run.plot().savefig("loss.png")` saves the picture.
+
+        Raises:
+            RequestError: MLflow cannot be reached and the run's folder has no metrics.
+        """
+        from tundish.tracking import metrics  # loads matplotlib
+
+        return metrics.plot(self.metrics(), f"{self.name}: {self.status.display_name.lower()}")
+
+
+def _training_run(record: RunRecord) -> TrainingRun:
+    return TrainingRun(**{field.name: getattr(record, field.name) for field in dataclasses.fields(record)})
 
 
 def create(
@@ -84,14 +152,14 @@ def create(
         SpecError: an argument is wrong; all problems of the call are listed, those of the data too.
         DataError: only the data is wrong.
     """
-    run = creating.create(dict(locals()), progress.bar)
+    run = creating.create(dict(locals()), progress_bar)
     _use_store_of(run, aloud=True)
-    return run
+    return _training_run(run)
 
 
-def _use_store_of(run: TrainingRun, *, aloud: bool = False) -> None:
+def _use_store_of(run: RunRecord, *, aloud: bool = False) -> None:
     """Let MLflow in this process find the run, where its user has chosen no store."""
-    notebook = progress.in_notebook()
+    notebook = in_notebook()
     if run.tracking_uri and this_process.use(run.tracking_uri, run.registry_uri) and (aloud or notebook):
         text = f"MLflow in this process looks at {run.tracking_uri}, where the run is"
         text += f" ({this_process.VARIABLE} was not set)."
@@ -115,7 +183,7 @@ def validate(model: str, train_data_path: str, register_to: str | None = None, *
         SpecError: an argument is wrong.
         DataError: there is no sample in the data, or compressed data is damaged.
     """
-    return creating.validate(_bound(model, train_data_path, register_to, others), progress.bar)
+    return creating.validate(_bound(model, train_data_path, register_to, others), progress_bar)
 
 
 def estimate(model: str, train_data_path: str, register_to: str | None = None, **others: Any) -> "Estimate":
@@ -131,7 +199,7 @@ def estimate(model: str, train_data_path: str, register_to: str | None = None, *
         SpecError: an argument is wrong.
         DataError: there is no good sample in the data.
     """
-    return creating.estimate(_bound(model, train_data_path, register_to, others), progress.bar)
+    return creating.estimate(_bound(model, train_data_path, register_to, others), progress_bar)
 
 
 def _bound(model: str, train_data_path: str, register_to: str | None, others: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +217,7 @@ def get(training_run: str | TrainingRun) -> TrainingRun:
     """
     run = reading.read_run(selecting.name_of(training_run))
     _use_store_of(run)
-    return run
+    return _training_run(run)
 
 
 def list(
@@ -179,9 +247,9 @@ def list(
     # Notebooks fill these from widgets, whose empty texts mean nothing.
     wanted = selecting.Filter.parse(names, experiment_id or None, statuses, user_emails, before or None, after or None)
     runs = selecting.select(wanted, limit=limit, include_details=include_details)
-    if len(runs):
+    if runs:
         _use_store_of(runs[0])
-    return runs
+    return ObjectList(map(_training_run, runs), TrainingRun.COLUMNS, TrainingRun.MORE_COLUMNS)
 
 
 def cancel(
@@ -224,7 +292,7 @@ def resume(
     """
     run = control.resume(selecting.name_of(training_run), compute, training_duration)
     _use_store_of(run)
-    return run
+    return _training_run(run)
 
 
 def get_events(training_run: str | TrainingRun, follow: bool = False) -> ObjectList[TrainingEvent]:
@@ -236,7 +304,7 @@ def get_events(training_run: str | TrainingRun, follow: bool = False) -> ObjectL
     """
     name = selecting.name_of(training_run)
     if follow:
-        progress.watch(name)
+        following.follow(name)
     return reading.read_events(reading.find_run(name))
 
 

@@ -16,7 +16,7 @@ from tests.launch.slurm_cluster import missing, slurm_cluster
 
 from tundish import foundation_model as fm
 from tundish.base.run_folder import RunFolder
-from tundish.runs.records import TrainingRun
+from tundish.foundation_model import TrainingRun
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
 

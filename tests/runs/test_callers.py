@@ -12,7 +12,7 @@ from tundish import errors
 from tundish import foundation_model as fm
 from tundish.base import events
 from tundish.base.run_folder import RunFolder
-from tundish.runs.records import TrainingRun
+from tundish.foundation_model import TrainingRun
 
 MakeRun = Callable[..., RunFolder]
 GoOn = Callable[..., Any]

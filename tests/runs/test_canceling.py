@@ -11,9 +11,9 @@ from tundish import foundation_model as fm
 from tundish.base import events
 from tundish.base.processes import ProcessId
 from tundish.base.run_folder import RunFolder
+from tundish.foundation_model import TrainingRun
 from tundish.launch import devices
 from tundish.plan.compute import Compute
-from tundish.runs.records import TrainingRun
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
 pytestmark = pytest.mark.kill

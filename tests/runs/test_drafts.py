@@ -20,8 +20,8 @@ from tundish.base.files import locked
 from tundish.base.home import runs_dir
 from tundish.base.run_folder import RunFolder
 from tundish.errors import SpecError
+from tundish.foundation_model import TrainingRun
 from tundish.runs import creating, drafts
-from tundish.runs.records import TrainingRun
 from tundish.tracking.experiment import open_tracking
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from tests.runs.processes import supervisor
 
 from tundish import foundation_model as fm
-from tundish.runs.records import TrainingRun
+from tundish.foundation_model import TrainingRun
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ from tests.runs.processes import stages, supervisor, wait_until
 from tundish import foundation_model as fm
 from tundish.base import events
 from tundish.base.run_folder import RunFolder
-from tundish.runs.records import TrainingRun
+from tundish.foundation_model import TrainingRun
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
 pytestmark = pytest.mark.kill

@@ -171,4 +171,4 @@ def test_waiting_ends_with_the_run_or_the_timeout(make_run: MakeRun) -> None:
     paths = make_run("ift-2", ("TRAIN_STARTED", "go"))
     _supervised_by(paths, os.getpid())
     with pytest.raises(TimeoutError, match=r"ift-2: still RUNNING after 0 s \(go\)\. It goes on"):
-        read_run("ift-2").wait(timeout=0)
+        wait("ift-2", timeout=0)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tundish.runs.records import ObjectList, RunStatus, TrainingEvent, TrainingModelConstants, TrainingRun
+from tundish.foundation_model import TrainingRun
+from tundish.runs.records import ObjectList, RunStatus, TrainingEvent, TrainingModelConstants
 
 NOW = datetime(2026, 11, 21, 10, 0, tzinfo=UTC)
 FIELDS = (

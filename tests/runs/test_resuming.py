@@ -14,8 +14,8 @@ from tundish import foundation_model as fm
 from tundish.base.home import RUN_VARIABLE
 from tundish.base.run_folder import RunFolder
 from tundish.errors import RequestError
+from tundish.foundation_model import TrainingRun
 from tundish.model.weights import fetch_weights, find_weights
-from tundish.runs.records import TrainingRun
 
 pytestmark = pytest.mark.slow
 

@@ -3,11 +3,11 @@
 import argparse
 import time
 
+from tundish.base.progress_bar import progress_bar
 from tundish.cli.output import RUN_HELP, add_json, print_json
 from tundish.cli.parsing import Command
 from tundish.errors import CheckpointError, SpecError
 from tundish.plan.address import Address, local_path
-from tundish.progress import bar
 from tundish.runs import selecting
 
 
@@ -45,7 +45,7 @@ def _verify(given: str, *, as_json: bool) -> int:
             continue
         files = [file for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
         size, done = sum(file.stat().st_size for file in files), [0]
-        with bar(f"Reading {folder.name}") as tell:
+        with progress_bar(f"Reading {folder.name}") as tell:
 
             def count(read: int, size: int = size, done: list[int] = done) -> None:
                 done[0] += read
@@ -89,7 +89,7 @@ def export(arguments: argparse.Namespace) -> int:
     if out.exists():
         raise SpecError(f"--out: {out} exists already. Name a new folder.")
     started, done = time.monotonic(), [0]
-    with bar(f"Exporting {found.checkpoint.name}") as tell:
+    with progress_bar(f"Exporting {found.checkpoint.name}") as tell:
 
         def count(written: int, total: int) -> None:
             done[0] += written

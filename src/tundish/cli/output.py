@@ -19,7 +19,7 @@ from tundish.cli import streams
 from tundish.errors import SpecError
 from tundish.plan.address import local_path
 from tundish.runs.reading import run_names
-from tundish.runs.records import TrainingRun
+from tundish.runs.records import RunRecord
 from tundish.runs.selecting import LAST
 
 RUN_HELP = "a run's name, its first letters, or @last"
@@ -77,7 +77,7 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def record(run: TrainingRun) -> dict[str, Any]:
+def record(run: RunRecord) -> dict[str, Any]:
     """All that is known of a run, as JSON can say it."""
     found = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
     found["events"] = [dataclasses.asdict(event) for event in run.events or ()]

@@ -11,9 +11,7 @@ from tundish.base.text import printable
 from tundish.cli.output import RUN_HELP, add_json, add_run, complete_runs, print_json, print_table, record
 from tundish.cli.parsing import Command, positive
 from tundish.errors import Interrupted
-from tundish.progress import watch
-from tundish.runs import control, selecting
-from tundish.runs.reading import run_names
+from tundish.runs import control, following, reading, selecting
 
 
 def get_options(command: argparse.ArgumentParser) -> None:
@@ -24,7 +22,7 @@ def get_options(command: argparse.ArgumentParser) -> None:
 
 def get(arguments: argparse.Namespace) -> int:
     """`tundish get`."""
-    run = fm.get(selecting.named(arguments.run))
+    run = reading.read_run(selecting.named(arguments.run))
     if arguments.json:
         return print_json(record(run))
     told = {name: _told(getattr(run, name)) for name in record(run) if name != "events"}
@@ -85,7 +83,7 @@ def list_runs(arguments: argparse.Namespace) -> int:
 
 def _nothing(statuses: Sequence[str] | None) -> str:
     """What an empty list means, and what to do."""
-    if statuses and any(run_names()):
+    if statuses and any(reading.run_names()):
         return f"No run is {' or '.join(statuses).upper()}. `tundish list` shows all."
     return f"No runs yet in {runs_dir()}. `tundish create --help` and `tundish run --help` show how to start one."
 
@@ -125,10 +123,10 @@ def events_options(command: argparse.ArgumentParser) -> None:
 def events(arguments: argparse.Namespace) -> int:
     """`tundish events [--follow]`."""
     name = selecting.named(arguments.run)
-    run = fm.get(name)
+    run = reading.read_run(name)
     if arguments.follow:
         try:
-            run = run.wait() if arguments.json else watch(name)
+            run = reading.wait(name) if arguments.json else following.follow(name)
         except KeyboardInterrupt:
             raise Interrupted(name) from None
     if arguments.json:

@@ -3,7 +3,7 @@
 import argparse
 import shlex
 
-from tundish import foundation_model as fm
+from tundish.base.progress_bar import progress_bar
 from tundish.cli.arguments import (
     USAGE,
     add_compute_options,
@@ -17,9 +17,8 @@ from tundish.cli.output import add_json, add_run, print_json, record
 from tundish.cli.parsing import Command, whole
 from tundish.errors import Interrupted, SpecError
 from tundish.plan.address import local_path
-from tundish.progress import bar, watch
-from tundish.runs import creating, selecting
-from tundish.runs.records import TrainingRun
+from tundish.runs import control, creating, following, reading, selecting
+from tundish.runs.records import RunRecord
 
 FIRST_PORT = 29500
 
@@ -36,7 +35,7 @@ def create(arguments: argparse.Namespace) -> int:
     """`tundish create`."""
     values = create_arguments(arguments)
     values["validate_inputs"] = not arguments.no_validate_inputs
-    return _started(creating.create(values, bar), arguments.json, wait=arguments.wait)
+    return _started(creating.create(values, progress_bar), arguments.json, wait=arguments.wait)
 
 
 def run_options(command: argparse.ArgumentParser) -> None:
@@ -58,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     """`tundish run FILE key=value …`."""
     values = read_experiment(arguments.file)
     replaced(values, arguments, arguments.arguments)
-    return _started(creating.create(values, bar), arguments.json, wait=not arguments.detach)
+    return _started(creating.create(values, progress_bar), arguments.json, wait=not arguments.detach)
 
 
 def render_options(command: argparse.ArgumentParser) -> None:
@@ -115,16 +114,16 @@ def resume_options(command: argparse.ArgumentParser) -> None:
 def resume(arguments: argparse.Namespace) -> int:
     """`tundish resume`."""
     compute = compute_arguments(arguments)
-    run = fm.resume(selecting.named(arguments.run), training_duration=arguments.training_duration, compute=compute)
+    run = control.resume(selecting.named(arguments.run), compute, arguments.training_duration)
     return _started(run, arguments.json, wait=arguments.wait, done="was resumed")
 
 
-def _started(run: TrainingRun, as_json: bool, *, wait: bool, done: str = "was created") -> int:
+def _started(run: RunRecord, as_json: bool, *, wait: bool, done: str = "was created") -> int:
     if not as_json:
         print(f"Run {run.name} {done}.")
     if wait:
         try:
-            run = run.wait() if as_json else watch(run.name)
+            run = reading.wait(run.name) if as_json else following.follow(run.name)
         except KeyboardInterrupt:
             raise Interrupted(run.name) from None
     if as_json:

@@ -31,7 +31,7 @@ from tundish.runs import selecting
 from tundish.runs.checking import machine_problems, same_batches
 from tundish.runs.extending import extension
 from tundish.runs.reading import find_run, read_run
-from tundish.runs.records import RunStatus, TrainingRun
+from tundish.runs.records import RunRecord, RunStatus
 from tundish.supervise import stage_process, supervisor
 from tundish.tracking.experiment import reopen_tracking
 
@@ -44,7 +44,7 @@ CLOSE_SECONDS = 6.0
 
 
 def cancel(
-    runs: str | TrainingRun | Sequence[str] | Sequence[TrainingRun] | None, experiment_id: str | None
+    runs: str | RunRecord | Sequence[str] | Sequence[RunRecord] | None, experiment_id: str | None
 ) -> tuple[list[str], int]:
     """Stop runs.
 
@@ -64,7 +64,7 @@ def cancel(
     if experiment_id:
         names = [run.name for run in selecting.select(selecting.Filter(experiment_id=experiment_id))]
     else:
-        given = [runs] if isinstance(runs, str | TrainingRun) else list(runs or ())
+        given = [runs] if isinstance(runs, str | RunRecord) else list(runs or ())
         names = [selecting.name_of(run) for run in given]
     canceled, problems, damaged = list[str](), list[str](), list[Path]()
     for name in names:
@@ -86,7 +86,7 @@ def cancel(
     return canceled, len(names)
 
 
-def resume(name: str, compute: object = None, training_duration: object = None) -> TrainingRun:
+def resume(name: str, compute: object = None, training_duration: object = None) -> RunRecord:
     """Go on with a run that has failed, was canceled, or whose supervisor was killed; or train one longer.
 
     Raises:
@@ -100,7 +100,7 @@ def resume(name: str, compute: object = None, training_duration: object = None) 
         return _resume(name, paths, compute, training_duration)
 
 
-def _resume(name: str, paths: RunFolder, compute: object, training_duration: object) -> TrainingRun:
+def _resume(name: str, paths: RunFolder, compute: object, training_duration: object) -> RunRecord:
     status = read_run(name).status
     if not status.is_terminal():
         raise RequestError(f"{name} is {status.display_name.lower()}. Cancel it first, or wait for its end.")

@@ -30,7 +30,7 @@ from tundish.runs import drafts
 from tundish.runs.checking import BarOf, CheckedData, check_data, collected, job_of, machine_problems, no_bar
 from tundish.runs.checkpoint_addresses import checkpoint_address
 from tundish.runs.reading import read_run
-from tundish.runs.records import TrainingRun
+from tundish.runs.records import RunRecord
 from tundish.tracking.experiment import (
     MARK,
     check_registry,
@@ -50,7 +50,7 @@ PREPARED_BYTES = 8 << 20
 structure of every row is checked, and the run tells what only its tokens show."""
 
 
-def create(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> TrainingRun:
+def create(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> RunRecord:
     """Accept a run.
 
     Raises:

@@ -15,7 +15,7 @@ from tundish.base.typed_json import moment
 from tundish.errors import RunDamagedError, RunNotFoundError, did_you_mean
 from tundish.launch import Life
 from tundish.plan.spec import RunSpec
-from tundish.runs.records import ObjectList, RunStatus, TrainingEvent, TrainingRun
+from tundish.runs.records import ObjectList, RunRecord, RunStatus, TrainingEvent
 
 log = logging.getLogger(__name__)
 START_SECONDS = 30.0
@@ -68,7 +68,7 @@ def read_events(paths: RunFolder) -> ObjectList[TrainingEvent]:
     return ObjectList(found, TrainingEvent.COLUMNS)
 
 
-def read_run(name: str) -> TrainingRun:
+def read_run(name: str) -> RunRecord:
     """The record of the run of that name.
 
     Raises:
@@ -84,7 +84,7 @@ def read_run(name: str) -> TrainingRun:
     facts = {name: value for event in found for name, value in event.facts.items()}
     times = {event.type: event.time for event in found}
     end, eta = _estimated_end(found, status)
-    return TrainingRun(
+    return RunRecord(
         name=spec.run_name,
         status=status,
         created_by=spec.created_by,
@@ -145,9 +145,9 @@ def _lived(paths: RunFolder) -> tuple[list[events.Event], Life]:
     return (found if life.alive else paths.read_events()), life
 
 
-def damaged_run(name: str, error: RunDamagedError) -> TrainingRun:
+def damaged_run(name: str, error: RunDamagedError) -> RunRecord:
     """What a list shows of a run that cannot be read."""
-    return TrainingRun(
+    return RunRecord(
         name=name,
         status=RunStatus.UNKNOWN,
         created_by="",
@@ -173,7 +173,7 @@ def find_run(name: str) -> RunFolder:
     raise RunNotFoundError(f"there is no run {name!r} in {runs_dir()}.{hint}")
 
 
-def wait(name: str, timeout: float | None = None) -> TrainingRun:
+def wait(name: str, timeout: float | None = None) -> RunRecord:
     """The run once it has ended.
 
     Raises:

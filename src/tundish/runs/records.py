@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, SupportsIndex, TypeVar
 
 from tundish.base.events import TERMINAL_TYPES
-from tundish.errors import RequestError
+from tundish.base.run_folder import RunFolder
 from tundish.runs import html_tables
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 T = TypeVar("T")
 
@@ -176,8 +175,8 @@ class TrainingModelConstants:
 
 
 @dataclass(repr=False)
-class TrainingRun:
-    """A run as it was when it was read; `refresh()` reads it again."""
+class RunRecord:
+    """A run as it was when it was read: plain values, and how tables show them. Users get it as a TrainingRun."""
 
     name: str
     status: RunStatus
@@ -245,7 +244,7 @@ class TrainingRun:
     }
 
     def __repr__(self) -> str:
-        return f"TrainingRun(name={self.name!r}, status={self.status}, details={self.details!r})"
+        return f"{type(self).__name__}(name={self.name!r}, status={self.status}, details={self.details!r})"
 
     def __str__(self) -> str:
         """One line: what it is, how it stands, what came out of it."""
@@ -309,74 +308,8 @@ class TrainingRun:
     @property
     def export_dir(self) -> Path | None:
         """The Hugging Face folder, once it is there."""
-        from tundish.base.run_folder import RunFolder
-
         folder = RunFolder(self.run_dir).export if self.run_dir else None
         return folder if folder and os.path.isdir(folder) else None  # no, too, where it may not be looked at
-
-    def refresh(self) -> "TrainingRun":
-        """The run as it is now."""
-        from tundish import foundation_model
-
-        return foundation_model.get(self)
-
-    def cancel(self) -> int:
-        """Stop the run: 1 if it was stopped, 0 if it had ended."""
-        from tundish import foundation_model
-
-        return foundation_model.cancel(self)
-
-    def get_events(self) -> ObjectList[TrainingEvent]:
-        """All events so far."""
-        from tundish import foundation_model
-
-        return foundation_model.get_events(self)
-
-    def wait(self, timeout: float | None = None) -> "TrainingRun":
-        """The run once it has ended.
-
-        Args:
-            timeout: seconds; None waits for ever.
-
-        Raises:
-            TimeoutError: it has not ended in time; it goes on.
-        """
-        from tundish.runs.reading import wait
-
-        return wait(self.name, timeout)
-
-    def metrics(self, key: str | None = None) -> "pd.DataFrame":
-        """All points of the run's metrics so far: columns `key`, `step`, `time`, `value`.
-
-        They come from MLflow; while that is away, from the run's own disk.
-
-        Args:
-            key: only this one, such as `loss/train/total`; None = all.
-
-        Raises:
-            RequestError: MLflow does not answer and nothing is kept, or the run has no metric of that name.
-        """
-        from tundish.base.run_folder import RunFolder
-        from tundish.tracking import metrics
-
-        kept = RunFolder(self.run_dir).metrics if self.run_dir else None
-        return metrics.read(*self._mlflow(), key, kept)
-
-    def plot(self) -> "Figure":
-        """Training and evaluation loss so far, by batch; `run.plot().savefig("loss.png")` keeps the picture.
-
-        Raises:
-            RequestError: MLflow does not answer.
-        """
-        from tundish.tracking import metrics
-
-        return metrics.plot(self.metrics(), f"{self.name}: {self.status.display_name.lower()}")
-
-    def _mlflow(self) -> tuple[str, str]:
-        """The store, and the run's id in it."""
-        if not self.tracking_uri or not self.run_id:
-            raise RequestError(f"{self.name}: has no MLflow run. Get the run by fm.get({self.name!r}) first.")
-        return self.tracking_uri, self.run_id
 
     def _repr_html_(self) -> str:
         shown = {

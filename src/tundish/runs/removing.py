@@ -21,7 +21,7 @@ from tundish.checkpoints.save_folder import remove as remove_at_once
 from tundish.errors import RequestError, RunDamagedError, StoreError
 from tundish.launch import devices
 from tundish.runs.reading import damaged_run, find_run, read_run, run_names
-from tundish.runs.records import TrainingRun
+from tundish.runs.records import RunRecord
 
 DAMAGED = "DAMAGED"
 LOCK_SECONDS = 10.0
@@ -148,7 +148,7 @@ def _plan_one(paths: RunFolder, local: bool) -> Removal:
 
 
 def _removal(
-    run: TrainingRun,
+    run: RunRecord,
     folders: list[Path],
     notes: list[str],
     elsewhere: str | None = None,
@@ -167,7 +167,7 @@ def _removal(
     )
 
 
-def _known(paths: RunFolder) -> tuple[TrainingRun, Tracking | None]:
+def _known(paths: RunFolder) -> tuple[RunRecord, Tracking | None]:
     """The run, damaged or not, and what can be read of where it is in MLflow."""
     try:
         run = read_run(paths.folder.name)
@@ -204,7 +204,7 @@ def _refuse_needed(name: str, save_folder: str) -> None:
             raise RequestError(f"{other.name} begins with a checkpoint of {name}. Wait for its end.")
 
 
-def _all_runs() -> Iterator[TrainingRun]:
+def _all_runs() -> Iterator[RunRecord]:
     for name in list(run_names()):
         with contextlib.suppress(RunDamagedError, LookupError):
             yield read_run(name)

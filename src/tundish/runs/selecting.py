@@ -13,7 +13,7 @@ from tundish.base.run_folder import RunFolder
 from tundish.checkpoints.save_folder import SaveFolder
 from tundish.errors import RequestError, RunDamagedError, RunNotFoundError, SpecError, did_you_mean
 from tundish.runs.reading import damaged_run, find_run, read_run, run_names
-from tundish.runs.records import ObjectList, RunStatus, TrainingRun
+from tundish.runs.records import RunRecord, RunStatus
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def name_of(training_run: object) -> str:
     Raises:
         RequestError: it is neither a name nor a run.
     """
-    if isinstance(training_run, TrainingRun):
+    if isinstance(training_run, RunRecord):
         return training_run.name
     if isinstance(training_run, str):
         return training_run
@@ -123,7 +123,7 @@ class Filter:
             after=parse_time("after", after),
         )
 
-    def takes(self, run: TrainingRun) -> bool:
+    def takes(self, run: RunRecord) -> bool:
         """Whether the run is wanted."""
         created = run.created_at
         if created is None:  # it is damaged: neither its user nor its time are known
@@ -173,9 +173,9 @@ def parse_time(argument: str, given: str | datetime | None) -> datetime | None:
         raise SpecError(text) from None
 
 
-def select(wanted: Filter, *, limit: int | None = None, include_details: bool = True) -> ObjectList[TrainingRun]:
+def select(wanted: Filter, *, limit: int | None = None, include_details: bool = True) -> list[RunRecord]:
     """The wanted runs, newest first."""
-    found: list[TrainingRun] = []
+    found: list[RunRecord] = []
     for name in _newest_first(wanted.names):
         if limit is not None and len(found) >= limit:
             break
@@ -189,7 +189,7 @@ def select(wanted: Filter, *, limit: int | None = None, include_details: bool = 
                 log.warning("The filter left out a damaged run: %s", error.message)
         if wanted.takes(run):
             found.append(run if include_details else replace(run, events=None, submitted_config=None))
-    return ObjectList(found, TrainingRun.COLUMNS, TrainingRun.MORE_COLUMNS)
+    return found
 
 
 def _newest_first(names: set[str] | None) -> list[str]:

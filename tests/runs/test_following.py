@@ -1,4 +1,4 @@
-"""progress.py: one who watches sees each event once, as it comes, and is told when the run has ended."""
+"""runs/following.py: one who watches sees each event once, as it comes, and is told when the run has ended."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tundish.base.processes import ProcessId
 from tundish.base.run_folder import RunFolder
 from tundish.launch import devices
 from tundish.plan.compute import Compute
-from tundish.progress import watch
+from tundish.runs.following import follow
 from tundish.runs.records import RunStatus
 
 MakeRun = Callable[..., RunFolder]
@@ -28,7 +28,7 @@ def test_watching_an_ended_run_shows_all_of_it_and_returns_it(
 ) -> None:
     """Watching would hang on an ended run, repeat its events or leave some out."""
     make_run("ift-1", ("CREATED", "waits"), ("TRAIN_UPDATED", "half"), ("FAILED", "[broken] 1/2"))
-    assert watch("ift-1").status is RunStatus.FAILED
+    assert follow("ift-1").status is RunStatus.FAILED
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["CREATED", "FAILED"]
     assert lines[-1].endswith("FAILED             [broken] 1/2")
@@ -53,7 +53,7 @@ def test_events_are_shown_as_they_come(make_run: MakeRun, capsys: pytest.Capture
 
     thread = threading.Thread(target=go_on)
     thread.start()
-    assert watch("ift-1").status is RunStatus.COMPLETED
+    assert follow("ift-1").status is RunStatus.COMPLETED
     thread.join()
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["zero", "one", "two", "three"]
 
@@ -79,7 +79,7 @@ def test_a_wait_in_line_is_told_once(
             clock += timedelta(seconds=1)
             return clock if tz is None else datetime.now(tz)
 
-    monkeypatch.setattr("tundish.progress.time.sleep", sleep)
-    monkeypatch.setattr("tundish.progress.datetime", Clock)
-    watch("ift-1")
+    monkeypatch.setattr("tundish.runs.following.time.sleep", sleep)
+    monkeypatch.setattr("tundish.runs.following.datetime", Clock)
+    follow("ift-1")
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["CREATED", "QUEUED", "FAILED"]
