@@ -39,9 +39,9 @@ def _import_all() -> None:
 
 def prepare(path: str, model: str, task: str, *, loaded: bool = False, cluster: str | None = None) -> Facts:
     """Our preparation; `loaded`: with the tokenizer in memory, and its proof done."""
-    from tundish.data import Job
-    from tundish.data import prepare as prepare_data
-    from tundish.data.sources import open_source
+    from tundish.data.encoding import Job
+    from tundish.data.opening import open_source
+    from tundish.data.prepare import prepare as prepare_data
 
     _import_all()
     job = Job(model=model, task_type=task, context_length=CONTEXT_LENGTH)  # pyright: ignore[reportArgumentType]
@@ -130,8 +130,8 @@ def bare_tokenizers(path: str, model: str) -> Facts:
 
 def structure(path: str) -> Facts:
     """The check of a chat file without a tokenizer, on one core."""
-    from tundish.data import check_structure
-    from tundish.data.sources import open_source
+    from tundish.data.opening import open_source
+    from tundish.data.structure import check_structure
 
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     source = open_source(path, "CHAT_COMPLETION", system_message=True)

@@ -49,8 +49,9 @@ def make_run(
 ) -> Path:
     """The file of a run of ours: a model with random weights, and chats that are packed for it."""
     from tundish.base.run_folder import RunFolder
-    from tundish.data import Job, prepare
-    from tundish.data.sources import open_source
+    from tundish.data.encoding import Job
+    from tundish.data.opening import open_source
+    from tundish.data.prepare import prepare
     from tundish.plan.foundry import Destination, render
     from tundish.plan.spec import parse_spec
     from tundish.tiny import make_base_model

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tundish import tiny
-from tundish.data.sources import open_source
+from tundish.data.opening import open_source
 from tundish.errors import SpecError
 from tundish.plan.models import find_card
 

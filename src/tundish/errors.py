@@ -3,6 +3,7 @@
     TundishError
     ├── InputError (ValueError)        what the caller gave is wrong; `.problems` holds every problem found
     │   ├── SpecError                  an argument
+    │   │   └── FolderExistsError      a folder to write that is there already
     │   └── DataError                  the training or evaluation data
     ├── RequestError (ValueError)      a call that makes no sense (cancel nothing, cancel two ways at once)
     ├── RunNotFoundError (LookupError) no run of that name
@@ -49,6 +50,10 @@ class InputError(TundishError, ValueError):
 
 class SpecError(InputError):
     """An argument of `create()` is wrong."""
+
+
+class FolderExistsError(SpecError):
+    """A folder that is to be written is there already."""
 
 
 class DataError(InputError):

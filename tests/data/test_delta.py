@@ -15,9 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from tundish.data import Job, Prepared, delta, huggingface, prepare
+from tundish.data import huggingface
+from tundish.data.encoding import Job
+from tundish.data.manifest import Prepared
+from tundish.data.opening import open_source
+from tundish.data.prepare import prepare
 from tundish.data.samples import Problem
-from tundish.data.sources import Source, open_source
+from tundish.data.source import Source
 from tundish.errors import DataError, SpecError
 from tundish.plan import address
 from tundish.plan.address import Address
@@ -193,7 +197,7 @@ def test_the_order_of_rows_does_not_depend_on_the_reading(tmp_path: Path, monkey
         _write(tmp_path / "t", map(_pair, range(start, start + 20)), mode="append")
     expected = _numbers(tmp_path / "t")
     assert [number for number in expected if number < 20] == list(range(20))
-    monkeypatch.setattr(delta, "BATCH_ROWS", 3)
+    monkeypatch.setattr("tundish.data.rows.BATCH_ROWS", 3)
     source = _open(tmp_path / "t")
     assert _numbers(tmp_path / "t") == expected and len(list(source.chunks())) == 3 * 7
     assert sum(chunk.units for chunk in source.chunks()) == sum(chunk.size for chunk in source.chunks()) == 60
@@ -213,7 +217,7 @@ def test_rows_deleted_by_a_vector_are_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_rows: int, name: str
 ) -> None:
     """Databricks deletes by vectors: the rows are still in the file, and a plain Parquet reader would train them."""
-    monkeypatch.setattr(delta, "BATCH_ROWS", batch_rows)
+    monkeypatch.setattr("tundish.data.rows.BATCH_ROWS", batch_rows)
     table = tmp_path / name
     table.mkdir()  # delta-rs makes none with such a name
     _write(table, map(_pair, range(10)))
@@ -375,7 +379,7 @@ def test_numbers_of_bad_rows_go_on_over_batches(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The numbers would start again with each batch, or count the rows that a vector deletes."""
-    monkeypatch.setattr(delta, "BATCH_ROWS", 3)
+    monkeypatch.setattr("tundish.data.rows.BATCH_ROWS", 3)
     rows = [_pair(number) if number not in (4, 9) else {"prompt": "why? ", "response": ""} for number in range(12)]
     _write(tmp_path / "t", rows)
     (path,) = (action["add"]["path"] for action in _actions(tmp_path / "t") if "add" in action)

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from tests.s3 import PAGE, Bucket
 
-from tundish.data import Job, prepare
+from tundish.data.encoding import Job
+from tundish.data.opening import open_source
+from tundish.data.prepare import prepare
 from tundish.data.samples import Problem
-from tundish.data.sources import Source, open_source
+from tundish.data.source import Source
 from tundish.errors import DataError, SpecError
 from tundish.plan.spec import TaskType
 

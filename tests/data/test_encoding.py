@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tundish.data.chunks import LineBlock, TextFiles
 from tundish.data.encoding import EncodedChunk, Job, encode_chunk
-from tundish.data.findings import Finding, Findings, Place
+from tundish.data.findings import Finding, Findings, Location
+from tundish.data.lines import LineBlock
 from tundish.data.samples import Rules
+from tundish.data.texts import TextFiles
 from tundish.data.tokenize import Encoded
 from tundish.plan.spec import TaskType
 
@@ -58,7 +59,7 @@ def _expected(encode_samples: list[Any]) -> list[tuple[list[int], list[int]]]:
 
 
 def _messages(findings: Findings) -> list[Finding]:
-    return findings.findings(Place("train.jsonl", "line"), 9)
+    return findings.findings(Location("train.jsonl", "line"), 9)
 
 
 def test_samples_are_spooled_whole_and_in_order(encode: Make, tiny_model: Path, tmp_path: Path) -> None:

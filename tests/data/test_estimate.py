@@ -10,8 +10,8 @@ import joblib
 import pytest
 
 from tundish import foundation_model as fm
-from tundish.data import chunks
 from tundish.data import estimate as estimating
+from tundish.data import lines
 from tundish.errors import DataError
 
 pytestmark = pytest.mark.slow
@@ -54,7 +54,7 @@ def test_small_data_is_counted_not_estimated(many: dict[str, Any]) -> None:
 def test_large_data_is_estimated_within_the_margin(many: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody would plan a run with numbers that are wrong, and a margin that does not say so."""
     exact = fm.estimate(**many)
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(lines, "CHUNK_BYTES", 4096)
     monkeypatch.setattr(estimating, "SAMPLED_CHUNKS", 60)
     found = fm.estimate(**many)
     assert 0.05 < found.sampled_share < 0.5 and 0 < found.margin < 0.2
@@ -68,7 +68,7 @@ def test_large_data_is_estimated_within_the_margin(many: dict[str, Any], monkeyp
 def test_margins_hold_as_often_as_they_say(many: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A margin that is too narrow promises what the sample does not know: 95 % of samples should be within it."""
     exact = fm.estimate(**many).tokens
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 8192)
+    monkeypatch.setattr(lines, "CHUNK_BYTES", 8192)
     monkeypatch.setattr(estimating, "SAMPLED_CHUNKS", 40)
     monkeypatch.setattr(joblib, "cpu_count", lambda: 1)
     within = 0

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tundish.data.findings import Finding, Findings, Place
+from tundish.data.findings import Finding, Findings, Location
 from tundish.data.samples import Problem
 
-LINES = Place("train.jsonl", "line")
+LINES = Location("train.jsonl", "line")
 LAST = Problem("last speaker", "the last message is from 'user'.")
 
 
@@ -43,7 +43,7 @@ def test_a_long_list_of_lines_is_cut_in_the_message_alone() -> None:
     found = Findings()
     for line in range(1, 31):
         found.add(1000 * line, Problem("x", "bad."))
-    (finding,) = found.findings(Place("main.lab.chats", "row"), 40_000)
+    (finding,) = found.findings(Location("main.lab.chats", "row"), 40_000)
     assert finding.message.startswith("main.lab.chats, row 1,000: bad. 30 of 40,000 rows are like this (1000, 2000, ")
     assert finding.message.endswith("19000, 20000, …).")
     assert finding.count == 30 and finding.where == [1000 * line for line in range(1, 31)]
@@ -54,7 +54,7 @@ def test_names_of_files_do_not_fill_the_screen() -> None:
     found = Findings()
     for number in range(1, 6):
         found.add(number, LAST)
-    (finding,) = found.findings(Place("texts", "file", lambda number: f"{number}" * 300), 9)
+    (finding,) = found.findings(Location("texts", "file", lambda number: f"{number}" * 300), 9)
     assert finding.message.count("222") == 100 and "33" not in finding.message and finding.message.endswith(", …).")
 
 
@@ -71,7 +71,7 @@ def test_nothing_is_left_out_before_twenty(count: int) -> None:
 def test_files_are_named() -> None:
     """The user of a folder would have to count its files."""
     names = ("a.txt", "deep/b.txt", "c.txt")
-    place = Place("books", "file", lambda number: names[number - 1])
+    place = Location("books", "file", lambda number: names[number - 1])
     found = Findings()
     found.add(2, Problem("not UTF-8", "not UTF-8."))
     assert found.findings(place, 3) == [Finding("not UTF-8", "deep/b.txt: not UTF-8.", 1, ["deep/b.txt"])]
@@ -85,7 +85,7 @@ def test_files_are_named() -> None:
 def test_text_of_the_data_cannot_command_a_terminal() -> None:
     """A message that shows what the data holds would clear the screen, or write over the line above it."""
     names = ("a\x1b[2J.txt", "b\x9bK\r.txt")
-    place = Place("books", "file", lambda number: names[number - 1])
+    place = Location("books", "file", lambda number: names[number - 1])
     found = Findings()
     for number in (1, 2):
         found.add(number, Problem("role", "has the role '\x1b]0;x\x07é☕'."))

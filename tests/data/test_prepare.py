@@ -1,4 +1,4 @@
-"""data/__init__.py and data/share.py: what goes in comes out of the shards, each sample once and whole."""
+"""data/prepare.py and data/shards.py: what goes in comes out of the shards, each sample once and whole."""
 
 import gzip
 import hashlib
@@ -16,11 +16,13 @@ import pytest
 import zstandard
 
 from tundish.base.files import locked
-from tundish.data import Prepared, examine, prepare
 from tundish.data.bpe import BytePairEncoder
 from tundish.data.encoding import Job
-from tundish.data.share import pack_row
-from tundish.data.sources import Source, open_source
+from tundish.data.manifest import Prepared
+from tundish.data.opening import open_source
+from tundish.data.prepare import examine, prepare
+from tundish.data.shards import pack_row
+from tundish.data.source import Source
 from tundish.data.tokenize import Encoded, Encoder, _load_encoder
 from tundish.data.tokenizer import load_tokenizer
 from tundish.errors import DataError, StageError
@@ -81,9 +83,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> SetSizes:
 
     def set_sizes(*, workers: int = 1, chunk: int = 200, shard: int = 1 << 26) -> None:
         monkeypatch.setattr(joblib, "cpu_count", lambda: workers)
-        for module in ("chunks", "sources"):
+        for module in ("lines", "texts"):
             monkeypatch.setattr(f"tundish.data.{module}.CHUNK_BYTES", chunk)
-        monkeypatch.setattr("tundish.data.share.SHARD_BYTES", shard)
+        monkeypatch.setattr("tundish.data.shards.SHARD_BYTES", shard)
 
     return set_sizes
 
@@ -267,7 +269,7 @@ def test_warnings_stay_with_the_data(
     assert warning.message.startswith("train.jsonl, line 2: holds '</s>', a control token of the model.")
     assert first.prepared is not None
     assert [(found["rule"], found["where"]) for found in first.prepared.warnings] == [("control token", [2])]
-    monkeypatch.setattr("tundish.data._share", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr("tundish.data.prepare._write_shards", lambda *_: pytest.fail("tokenized again"))
     assert examine(_pairs(path), _job(_pairs(path), tiny_model)) == first
     copy = path.rename(tmp_path / "copy.jsonl")
     (again,) = examine(_pairs(copy), _job(_pairs(copy), tiny_model)).warnings
@@ -282,7 +284,7 @@ def test_the_same_data_is_prepared_once(
     before = {path: path.stat().st_mtime_ns for path in Path(first.folder).iterdir()}
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes((tmp_path / "train.jsonl").read_bytes())
-    monkeypatch.setattr("tundish.data._share", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr("tundish.data.prepare._write_shards", lambda *_: pytest.fail("tokenized again"))
     assert _prepare(_pairs(copy), tiny_model) == first
     assert {path: path.stat().st_mtime_ns for path in Path(first.folder).iterdir()} == before
     assert _left(home) == [Path(first.folder).name]
@@ -434,7 +436,7 @@ def test_a_disk_without_room_is_told(
 ) -> None:
     """The run would end in a traceback, and what was written so far fill the disk for good."""
 
-    monkeypatch.setattr("tundish.data.share.write_shard", _full)
+    monkeypatch.setattr("tundish.data.shards.write_shard", _full)
     with pytest.raises(StageError, match=r"preparing the data in .* failed: .*No space left on device.*Check its room"):
         _prepare(pairs, tiny_model)
     assert _left(home) == []
@@ -450,7 +452,7 @@ def test_a_killed_worker_is_told_and_leaves_nothing_behind(
     """The kernel kills a process that needs too much memory: the run would hang, or end in a traceback."""
     small(workers=2)
     source = _source_of("lines", tmp_path, 300)
-    for function in ("share.write_shard", "encoding.encode_chunk"):
+    for function in ("shards.write_shard", "encoding.encode_chunk"):
         monkeypatch.setattr(f"tundish.data.{function}", _kill_itself)
         small(workers=2, shard=3000)
         with pytest.raises(StageError, match="a process that prepares data was killed, most likely for want of memory"):
@@ -545,20 +547,21 @@ from pathlib import Path
 
 import joblib, psutil, streaming
 
-import tundish.data as data
-from tundish.data import chunks, share, sources
+from tundish.data import lines, shards
+from tundish.data import prepare as preparing
 from tundish.data.encoding import Job
+from tundish.data.opening import open_source
 
 work, model = Path(sys.argv[1]), sys.argv[2]
-chunks.CHUNK_BYTES = sources.CHUNK_BYTES = 1000
-share.SHARD_BYTES = 5000
+lines.CHUNK_BYTES = 1000
+shards.SHARD_BYTES = 5000
 joblib.cpu_count = lambda: 2
 job = Job(model=model, task_type="INSTRUCTION_FINETUNE", context_length=64)
 job.encoder
 
 def prepare(progress=lambda done, total: None):
-    source = sources.open_source(str(work / "train.jsonl"), "INSTRUCTION_FINETUNE", system_message=True)
-    return data.prepare(source, job, progress=progress)
+    source = open_source(str(work / "train.jsonl"), "INSTRUCTION_FINETUNE", system_message=True)
+    return preparing.prepare(source, job, progress=progress)
 
 def start(home, action):
     child = os.fork()

@@ -20,11 +20,15 @@ import numpy as np
 import psutil
 import pytest
 
-from tundish.data import Job, Prepared, examine, prepare, spark
-from tundish.data.chunks import Chunk, LineBlock
-from tundish.data.findings import Place
+from tundish.data import spark
+from tundish.data.encoding import Job
+from tundish.data.findings import Location
+from tundish.data.lines import LineBlock
+from tundish.data.manifest import Prepared
+from tundish.data.opening import open_source
+from tundish.data.prepare import examine, prepare
 from tundish.data.samples import Rules
-from tundish.data.sources import Source, open_source
+from tundish.data.source import Chunk, Source
 from tundish.errors import DataError, StageError
 from tundish.plan.spec import TaskType
 
@@ -275,7 +279,7 @@ class Wrapped:
         return self.source.rules
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Location:
         return self.source.place
 
     @property
@@ -373,13 +377,13 @@ class SmallShards(Wrapped):
         return super().chunks()
 
     def with_small_shards(self, prepare_share: Callable[..., Any], *arguments: Any) -> Any:
-        from tundish.data import share
+        from tundish.data import shards
 
-        before, share.SHARD_BYTES = share.SHARD_BYTES, 1
+        before, shards.SHARD_BYTES = shards.SHARD_BYTES, 1
         try:
             return prepare_share(*arguments)
         finally:
-            share.SHARD_BYTES = before
+            shards.SHARD_BYTES = before
 
 
 # The same as one machine.
@@ -674,8 +678,9 @@ def test_a_cluster_that_is_not_there_is_told(
     url = f"{scheme}://127.0.0.1:{_free_port()}"
     path = write_lines(tmp_path / "train.jsonl", [_pair(1)])
     program = (
-        "import sys; from pathlib import Path; from tundish.data import Job; from tundish.errors import StageError\n"
-        "from tundish.data.sources import open_source; from tundish.data.spark import prepare_on_cluster\n"
+        "import sys; from pathlib import Path; from tundish.errors import StageError\n"
+        "from tundish.data.encoding import Job\n"
+        "from tundish.data.opening import open_source; from tundish.data.spark import prepare_on_cluster\n"
         "url, path, task_type = sys.argv[1:]\n"
         "source = open_source(path, task_type, system_message=True)\n"
         "job = Job(model='none', task_type=task_type, context_length=64)\n"

@@ -13,7 +13,7 @@ import pytest
 from tundish import foundation_model as fm
 from tundish.base.files import write_atomic
 from tundish.base.run_folder import RunFolder
-from tundish.data import MANIFEST, Prepared
+from tundish.data.manifest import MANIFEST, Prepared
 from tundish.plan.foundry import render
 from tundish.plan.spec import RunSpec
 from tundish.runs import creating

@@ -129,8 +129,9 @@ def plan(tmp_path: Path, tiny_model: Path, write_lines: WriteLines) -> Callable[
     Samples are short and long, three or four a row. `more` are arguments of `create()`, `overrides` among them.
     """
     from tundish.base.run_folder import RunFolder
-    from tundish.data import Job, prepare
-    from tundish.data.sources import open_source
+    from tundish.data.encoding import Job
+    from tundish.data.opening import open_source
+    from tundish.data.prepare import prepare
     from tundish.plan.foundry import Destination, render
     from tundish.plan.spec import parse_spec
 
@@ -173,7 +174,7 @@ def counted(file: Path) -> dict[str, int]:
 
 def prepared(file: Path) -> Any:
     """The manifest of a run's training data."""
-    from tundish.data import Prepared
+    from tundish.data.manifest import Prepared
 
     return Prepared(**json.loads((file.parent / "data" / "train" / "manifest.json").read_text()))
 

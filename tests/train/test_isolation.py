@@ -331,7 +331,7 @@ def test_a_sample_of_one_token_is_isolated_too() -> None:
     """The sample after it would see it, were the one-token tail of a raw text to stand first in a full row."""
     import torch
 
-    from tundish.data.share import pack_row
+    from tundish.data.shards import pack_row
     from tundish.data.tokenize import Encoded
     from tundish.train.loader import Collate
 

@@ -297,9 +297,9 @@ def test_an_attention_that_cannot_isolate_is_refused() -> None:
 @pytest.fixture
 def prepared(tiny_model: Path, tmp_path: Path, write_lines: Any) -> str:
     """A prepared folder of 40 pairs in some ten rows."""
-    from tundish.data import prepare
     from tundish.data.encoding import Job
-    from tundish.data.sources import open_source
+    from tundish.data.opening import open_source
+    from tundish.data.prepare import prepare
 
     pairs = [{"prompt": f"{n}: two? ", "response": "fox " * (n % 7) + f"four {n}"} for n in range(40)]
     path = write_lines(tmp_path / "train.jsonl", pairs)
@@ -314,7 +314,7 @@ def test_the_loader_gives_every_prepared_sample_once(prepared: str, tiny_model: 
     """What was prepared would not be what is trained, with or without processes that read ahead."""
     from transformers import AutoTokenizer
 
-    from tundish.data import Prepared
+    from tundish.data.manifest import Prepared
     from tundish.train.loader import PackedRows, build_packed_dataloader
 
     manifest, rows = Prepared.read(Path(prepared)), PackedRows(prepared)

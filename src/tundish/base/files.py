@@ -24,7 +24,7 @@ from pathlib import Path
 from tundish.base.home import home
 from tundish.base.processes import ProcessId
 from tundish.base.text import redacted
-from tundish.errors import LockHeldError, SpecError
+from tundish.errors import FolderExistsError, LockHeldError, SpecError
 
 log = logging.getLogger(__name__)
 TELL_SECONDS = 2.0
@@ -111,26 +111,32 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, *, wait: bool = False) -> Iterator[Path]:
     """A folder to fill, which takes the name `target` when the block ends well, and is gone when it does not.
 
     A lock is held meanwhile: the kernel frees it when its holder dies, and machines that share the disk see it, which
     the number of a process would not tell. So what is found half written was left by a process that was killed, and is
     removed.
 
+    Args:
+        target: the folder; an empty one is replaced.
+        wait: for another process that makes the same folder. Its lock file then stays, so that other users who may not
+            write beside the folder can hold it.
+
     Raises:
-        SpecError: another process makes the same folder, or it is there already.
+        FolderExistsError: it is there already, or another process has made it meanwhile.
+        SpecError: another process is making the same folder, and `wait` is False.
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(target):
-        beside = target.with_name(f".{target.name}.tmp")
+    with _alone(target, wait):
+        _refuse_existing(target)
+        beside = _half_made(target)
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         try:
             yield beside
-            if target.is_symlink() or (target.exists() and any(target.iterdir())):
-                raise SpecError(f"{target}: is there already. Remove it, or choose another folder.")
+            _refuse_existing(target)  # by something that knows no lock
             flush_folder(beside)
             beside.rename(target)
             flush_folder(target.parent)
@@ -138,10 +144,31 @@ def new_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(beside, ignore_errors=True)
 
 
+def remove_half_made(parent: Path) -> None:
+    """Remove from `parent` what `new_folder` was making in processes that were killed: their locks are free."""
+    for beside in parent.glob(".*.tmp"):
+        target = parent / beside.name[1 : -len(".tmp")]
+        with contextlib.suppress(LockHeldError), locked(_lock_of(target), timeout=0):
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _half_made(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp")
+
+
+def _lock_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.is_symlink() or (target.exists() and any(target.iterdir())):
+        raise FolderExistsError(f"{target}: is there already. Remove it, or choose another folder.")
+
+
 @contextmanager
-def _alone(target: Path) -> Iterator[None]:
+def _alone(target: Path, wait: bool) -> Iterator[None]:
     try:
-        with locked(target.with_name(f".{target.name}.lock"), timeout=0, temporary=True):
+        with locked(_lock_of(target), timeout=None if wait else 0, temporary=not wait):
             yield
     except LockHeldError as error:
         raise SpecError(

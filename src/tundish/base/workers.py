@@ -20,19 +20,17 @@ import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 from tundish.base.processes import die_with
+from tundish.base.progress import Bars, Progress
 from tundish.errors import InputError, StageError, WorkerError
 
 Result = TypeVar("Result")
-Bars = Callable[[str], AbstractContextManager[Callable[[int, int | None], None]]]
-"""Makes a progress bar with a title; entered, it is told how much is done, and of how much."""
-
 MEMORY_BYTES = 4 << 30
 """What a piece of work may take. A text file of the largest size takes three quarters of it."""
 AHEAD = 2
@@ -143,7 +141,7 @@ def guarded(
 
 
 @contextmanager
-def _remote_bar(title: str) -> Iterator[Callable[[int, int | None], None]]:
+def _remote_bar(title: str) -> Iterator[Progress]:
     starter = cast(Connection, _starter)
     starter.send(("bar", title))
     yield lambda done, total: starter.send(("tell", done, total))

@@ -1,13 +1,10 @@
-"""A snapshot of a Delta table, read row batch by row batch.
-
-Only the columns of a sample are read; others are dropped, as the managed service did.
-"""
+"""A snapshot of a Delta table, read row batch by row batch."""
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,66 +12,14 @@ from urllib.parse import unquote
 
 from tundish.base.text import printable
 from tundish.base.workers import limited
-from tundish.data.chunks import Chunk, TableRows
-from tundish.data.findings import Place
+from tundish.data.findings import Location
+from tundish.data.rows import batch_rows, bounded, sample_columns
 from tundish.data.samples import Rules
-from tundish.data.sources import Source, groups
+from tundish.data.source import Chunk, Source, groups
 from tundish.errors import DataError, SpecError
 
-BATCH_ROWS = 256
-BATCH_BYTES = 1 << 30
-"""Of memory, for a batch of rows; those of the usual size take a thousandth."""
 READABLE = {"deletionVectors", "timestampNtz", "v2Checkpoint", "vacuumProtocolCheck", "domainMetadata"}
 """Delta reader features that change nothing of what is read here, and deletion vectors, which are applied."""
-
-
-def sample_columns(columns: Sequence[str], rules: Rules, given: str) -> list[str]:
-    """The columns of a table that make a sample.
-
-    Raises:
-        SpecError: they are not there.
-    """
-    if rules.task_type == "CHAT_COMPLETION":
-        needed, found = "messages", ["messages"]
-    else:
-        responses = [name for name in ("response", "completion") if name in columns]
-        needed, found = "prompt and response (or completion, not both)", ["prompt", *responses]
-        if len(responses) != 1:
-            found = []
-    if not found or not set(found) <= set(columns):
-        text = f"found the columns {', '.join(columns) or 'none'}; {rules.task_type} needs {needed}."
-        raise SpecError(f"{given}: {text} Rename the columns, or choose another task_type.")
-    return found
-
-
-def bounded(place: Place, batches: Iterator[Any]) -> Iterator[TableRows]:
-    """Arrow batches or tables as chunks, each in bounded memory: a file of few bytes can hold texts of any length.
-
-    Raises:
-        DataError: one takes more.
-    """
-    before = 0
-    while True:
-        try:
-            with limited(f"{place.of(before + 1)}: the reader of tables", memory=BATCH_BYTES):
-                batch = next(batches, None)
-                if batch is None:
-                    return
-                rows = TableRows.of(batch)
-        except MemoryError as error:
-            raise DataError(
-                f"{place.of(before + 1)}: this row and those after it take more than {BATCH_BYTES >> 20:,} MiB. "
-                "Shorten their texts, or write the table anew without dictionaries."
-            ) from error
-        before += rows.units
-        if rows.units:
-            yield rows
-
-
-def _batch_rows(metadata: Any) -> int:
-    """How many rows of a Parquet file to read at a time: fewer of long ones."""
-    size = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
-    return max(1, min(BATCH_ROWS, (BATCH_BYTES >> 4) * metadata.num_rows // max(1, size)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +70,9 @@ class DeltaRows:
         return cls(uri, table.version(), given, rules, tuple(columns), named, rows, digest)
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Location:
         """See Source."""
-        return Place(f"{self.name} (version {self.version})", "row")
+        return Location(f"{self.name} (version {self.version})", "row")
 
     def digest(self) -> str:
         """See Source."""
@@ -159,7 +104,7 @@ class DeltaRows:
             with files.open_input_file(name) as file:
                 kept, first = deleted.get(name), 0
                 opened = pq.ParquetFile(file)
-                for batch in opened.iter_batches(_batch_rows(opened.metadata), columns=list(self.columns)):
+                for batch in opened.iter_batches(batch_rows(opened.metadata), columns=list(self.columns)):
                     yield batch if kept is None else batch.filter(_part(kept, first, batch.num_rows))
                     first += batch.num_rows
 

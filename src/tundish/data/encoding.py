@@ -9,22 +9,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tundish.base.workers import MEMORY_BYTES, Workers, limited, no_collection, took_memory
-from tundish.data.chunks import EMPTY, Chunk
 from tundish.data.findings import Findings
 from tundish.data.samples import Problem, Rules, Sample
+from tundish.data.source import EMPTY, Chunk, Source
 from tundish.data.tokenize import Encoded, Encoder, TargetResponses, load_encoder, texts_of
 from tundish.data.tokenizer import LOAD_SECONDS
 from tundish.errors import DataError, WorkerError
 from tundish.plan.spec import TaskType
-
-if TYPE_CHECKING:
-    from tundish.data.sources import Source
 
 BATCH_SAMPLES = 256
 SAMPLE_SECONDS = 10.0
@@ -86,16 +82,8 @@ class EncodedChunk:
     """Where they begin in it, in bytes."""
 
 
-def numbered(chunks: Iterable[Chunk]) -> Iterator[tuple[int, Chunk]]:
-    """Chunks of a source, each with how many lines, rows or files come before it."""
-    before = 0
-    for chunk in chunks:
-        yield before, chunk
-        before += chunk.units
-
-
 def encode_chunks(
-    job: Job, source: "Source", chunks: Iterable[tuple[int, Chunk]], spool: Callable[[], Path | None], workers: Workers
+    job: Job, source: Source, chunks: Iterable[tuple[int, Chunk]], spool: Callable[[], Path | None], workers: Workers
 ) -> Iterator[EncodedChunk]:
     """What each chunk of a source comes to; `spool` is asked before each where its samples go.
 

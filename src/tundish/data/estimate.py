@@ -17,14 +17,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tundish.base.progress import Progress
 from tundish.base.text import printable
 from tundish.base.workers import Workers
-from tundish.data import first_samples
-from tundish.data.chunks import Chunk
-from tundish.data.encoding import EncodedChunk, Job, encode_chunks, numbered
+from tundish.data.encoding import EncodedChunk, Job, encode_chunks
 from tundish.data.pack import pack
-from tundish.data.share import Progress
-from tundish.data.sources import Source
+from tundish.data.source import Chunk, Source, first_samples, numbered
 from tundish.errors import DataError
 from tundish.plan.address import local_path
 from tundish.plan.memory import MemoryPlan
@@ -61,7 +59,7 @@ class Estimate:
     rows: int
     """After packing."""
     fill: float
-    """Share of the rows' tokens that are used, 0 … 1."""
+    """PartResult of the rows' tokens that are used, 0 … 1."""
     batch_size: int
     """Rows in an optimizer step."""
     steps: int

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any, cast
 
 from tundish.base.text import printable
+from tundish.data.manifest import Prepared
 from tundish.data.samples import Problem
 
 SHOWN = 20
@@ -45,7 +46,7 @@ class Findings:
         """Findings in all; a sample with two counts twice."""
         return sum(len(kind.numbers) for kind in self._kinds.values())
 
-    def findings(self, place: "Place", total: int) -> "list[Finding]":
+    def findings(self, place: "Location", total: int) -> "list[Finding]":
         """One a rule, with the names of all its samples."""
         return [
             Finding(rule, self._message(kind, place, total), len(kind.numbers), place.names(kind.numbers))
@@ -64,7 +65,7 @@ class Findings:
             found._kinds[record["rule"]] = _Kind(record["text"], array("q", record["where"]))
         return found
 
-    def _message(self, kind: _Kind, place: "Place", total: int) -> str:
+    def _message(self, kind: _Kind, place: "Location", total: int) -> str:
         text = f"{place.of(kind.numbers[0])}: {kind.text}"
         count = len(kind.numbers)
         if count > 1:
@@ -115,7 +116,7 @@ def _ranges(where: list[int] | list[str]) -> Iterator[int | str | list[int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """How messages name the samples of a source."""
 
     source: str
@@ -133,3 +134,16 @@ class Place:
     def names(self, numbers: "array[int]") -> list[int] | list[str]:
         """Short names of samples: their numbers, or the names of their files."""
         return [self.file_of(number) for number in numbers] if self.file_of else list(numbers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What preparation found: the prepared data, or problems."""
+
+    prepared: Prepared | None
+    """None where there are problems."""
+    total: int
+    """Lines, rows or files that were read."""
+    samples: int
+    problems: list[Finding]
+    warnings: list[Finding]

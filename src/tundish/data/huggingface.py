@@ -9,11 +9,10 @@ from typing import Any, cast
 
 from tundish.base.files import content_root
 from tundish.base.workers import limited, took_memory
-from tundish.data.chunks import Chunk, TableRows
-from tundish.data.delta import BATCH_ROWS, bounded, sample_columns
-from tundish.data.findings import Place
+from tundish.data.findings import Location
+from tundish.data.rows import BATCH_ROWS, TableRows, bounded, sample_columns
 from tundish.data.samples import Rules
-from tundish.data.sources import Source
+from tundish.data.source import Chunk, Source
 from tundish.errors import DataError, SpecError
 from tundish.plan.address import Address
 
@@ -29,9 +28,9 @@ class DatasetRows:
     """A `datasets.Dataset` with only the columns of a sample."""
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Location:
         """See Source."""
-        return Place(self.name, "row")
+        return Location(self.name, "row")
 
     @property
     def size(self) -> int:

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from tundish.base.files import write_atomic
+from tundish.base.progress import Progress
 from tundish.base.text import printable
 from tundish.base.workers import guarded, limited
-from tundish.data import Outcome, Prepared, examine, first_samples
 from tundish.data.encoding import Job, allowed
-from tundish.data.findings import Finding
+from tundish.data.findings import Finding, Outcome
+from tundish.data.manifest import Prepared
+from tundish.data.prepare import examine
 from tundish.data.preview import Segment, marked_html, segments
-from tundish.data.share import Progress
-from tundish.data.sources import Source
+from tundish.data.source import Source, first_samples
 from tundish.data.tokenize import texts_of
 from tundish.errors import DataError
 from tundish.plan.address import local_path

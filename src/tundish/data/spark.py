@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from tundish.base.progress import Progress
 from tundish.base.workers import Workers, one_thread_each
 from tundish.data.encoding import Job
-from tundish.data.share import Progress, Share, prepare_share
-from tundish.data.sources import Source
+from tundish.data.shards import PartResult, write_shards
+from tundish.data.source import Source, first_samples
 from tundish.errors import DataError, StageError
 
 PART_BYTES = 1 << 25
@@ -36,7 +37,7 @@ ATTEMPTS = 4
 """How often a task is tried; Spark's default on a cluster, and here on one machine too."""
 
 
-def prepare_on_cluster(job: Job, source: Source, folder: Path, cluster: str, progress: Progress) -> Share:
+def prepare_on_cluster(job: Job, source: Source, folder: Path, cluster: str, progress: Progress) -> PartResult:
     """Write the shards of a source's samples into `folder`, which exists; none where there are problems.
 
     Args:
@@ -53,7 +54,7 @@ def prepare_on_cluster(job: Job, source: Source, folder: Path, cluster: str, pro
     parts = source.parts(PART_BYTES)
     with _session(cluster) as session:
         results = _run(session, job, parts, folder)
-    whole = Share()
+    whole = PartResult()
     for done, (name, share) in enumerate(results, 1):
         for number, entry in enumerate(share.shards, len(whole.shards)):
             shard = f"shard.{number:05}.mds"
@@ -66,7 +67,7 @@ def prepare_on_cluster(job: Job, source: Source, folder: Path, cluster: str, pro
     return whole
 
 
-def _run(session: Any, job: Job, parts: Sequence[Source], folder: Path) -> list[tuple[str, Share]]:
+def _run(session: Any, job: Job, parts: Sequence[Source], folder: Path) -> list[tuple[str, PartResult]]:
     """Folder and share of every part, in order."""
 
     def prepare_parts(batches: Iterator[Any]) -> Iterator[Any]:
@@ -95,16 +96,14 @@ def _run(session: Any, job: Job, parts: Sequence[Source], folder: Path) -> list[
     return [found[number] for number in range(len(parts))]
 
 
-def prepare_part(job: Job, part: Source, folder: Path, number: int) -> tuple[str, Share]:
+def prepare_part(job: Job, part: Source, folder: Path, number: int) -> tuple[str, PartResult]:
     """What a task does: one part's shards, in a new folder below `folder`; returns that folder's name."""
-    from tundish.data import first_samples
-
     name = f"part.{number:05}.{uuid.uuid4().hex}"
     own = folder / name
     own.mkdir()
     job.prove(islice(first_samples(part), 16))
     with Workers(1) as workers:
-        return name, prepare_share(job, part, own, workers, lambda done, total: None)
+        return name, write_shards(job, part, own, workers, lambda done, total: None)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from tundish.plan.spec import ANSWER_TOKENS, RunSpec, TaskType
 if TYPE_CHECKING:
     from tundish.data.encoding import Job
     from tundish.data.report import Report
-    from tundish.data.sources import Source
+    from tundish.data.source import Source
 
 Tell = Callable[[int, int | None], None]
 BarOf = Callable[[str], AbstractContextManager[Tell]]
@@ -75,7 +75,7 @@ def check_data(
     is None), a source cannot be opened or the tokenizer not be loaded, only the structure of the rows is checked.
     """
     from tundish.base.workers import guarded
-    from tundish.data.sources import may_be_table
+    from tundish.data.opening import may_be_table
 
     named, task_type = list(_named(arguments)), arguments.get("task_type") or "CHAT_COMPLETION"
     if parsed is not None and parsed[0].data_prep_cluster_id and rows:
@@ -183,7 +183,7 @@ def _named(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Address]]:
 
 
 def _open(address: Address, task_type: str, parsed: tuple[RunSpec, ModelCard] | None) -> "Source | None":
-    from tundish.data.sources import open_source
+    from tundish.data.opening import open_source
 
     if task_type not in get_args(TaskType):
         # What it should hold cannot be told, but whether it is there.
@@ -196,8 +196,8 @@ def _open(address: Address, task_type: str, parsed: tuple[RunSpec, ModelCard] | 
 def _report(
     name: str, source: "Source", job: "Job | None", parsed: tuple[RunSpec, ModelCard] | None, progress: BarOf
 ) -> "Report":
-    from tundish.data import check_structure
     from tundish.data.report import report_of, report_on
+    from tundish.data.structure import check_structure
 
     if job is None or parsed is None:
         return report_of(name, source, check_structure(source), [])

@@ -16,7 +16,7 @@ from tundish.base.run_folder import RunFolder
 from tundish.base.workers import guarded
 from tundish.checkpoints.folder import list_checkpoints
 from tundish.checkpoints.save_folder import SaveFolder
-from tundish.data.sources import may_be_table, open_source
+from tundish.data.opening import may_be_table, open_source
 from tundish.errors import CheckpointError, DataError, Interrupted, SpecError
 from tundish.model.pretrained import check_pretrained
 from tundish.model.weights import compare_weights, find_weights

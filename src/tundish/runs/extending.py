@@ -7,7 +7,7 @@ import yaml
 
 from tundish.base.files import write_atomic
 from tundish.base.run_folder import RunFolder
-from tundish.data import Prepared
+from tundish.data.manifest import Prepared
 from tundish.errors import SpecError
 from tundish.plan.foundry import Destination, planned_steps, render
 from tundish.plan.models import find_card

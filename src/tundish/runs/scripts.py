@@ -18,7 +18,7 @@ from typing import Any
 from tundish import __version__
 from tundish.base.files import write_atomic
 from tundish.base.run_folder import RunFolder, Tracking
-from tundish.data import prepare_guarded
+from tundish.data.prepare import prepare_guarded
 from tundish.errors import SpecError
 from tundish.launch import slurm
 from tundish.launch.command import node_script, train_environment

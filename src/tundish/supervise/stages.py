@@ -20,7 +20,8 @@ from tundish.base.mlflow_client import impatient
 from tundish.base.run_folder import RunFolder, Tracking
 from tundish.base.text import size_text
 from tundish.checkpoints.save_folder import SaveFolder, remove
-from tundish.data import Prepared, prepare_guarded
+from tundish.data.manifest import Prepared
+from tundish.data.prepare import prepare_guarded
 from tundish.data.report import facts
 from tundish.errors import StageError, TundishError
 from tundish.model.pretrained import check_pretrained

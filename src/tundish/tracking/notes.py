@@ -17,7 +17,7 @@ from tundish.base.journal import Journal
 from tundish.base.mlflow_client import impatient, quiet, told
 from tundish.base.run_folder import RunFolder, Tracking
 from tundish.base.text import redacted
-from tundish.data import Prepared
+from tundish.data.manifest import Prepared
 from tundish.errors import StoreError
 from tundish.plan.address import Address
 from tundish.plan.foundry import decided, planned_steps

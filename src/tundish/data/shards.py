@@ -7,7 +7,7 @@ is written from the spool. Memory holds lengths, never tokens.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tundish.base.progress import Progress
 from tundish.base.workers import Workers
-from tundish.data.encoding import EncodedChunk, Job, encode_chunks, numbered
+from tundish.data.encoding import EncodedChunk, Job, encode_chunks
 from tundish.data.findings import Findings
 from tundish.data.pack import pack
-from tundish.data.sources import Source
+from tundish.data.source import Source, numbered
 from tundish.data.tokenize import Encoded
 
 COLUMNS = {"tokens": "ndarray:int32", "loss_mask": "ndarray:uint8", "segments": "ndarray:int32"}
 SHARD_BYTES = 1 << 26
 SPOOL = "spool"
 
-Progress = Callable[[int, int | None], None]
-"""Called with how much of a source is done, and how much there is (None: not known)."""
-
 
 @dataclass(slots=True)
-class Share:
+class PartResult:
     """What a share came to."""
 
     units: int = 0
@@ -46,22 +44,22 @@ class Share:
     shards: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     """Entries of MDS's index, in order; `raw_data.basename` is a file of the share's folder."""
 
-    def add(self, other: "Share | EncodedChunk") -> None:
+    def add(self, other: "PartResult | EncodedChunk") -> None:
         """Count in what comes after."""
         self.problems.extend(other.problems, self.units)
         self.warnings.extend(other.warnings, self.units)
         for name in ("units", "samples", "target_tokens", "truncated", "empty"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        if isinstance(other, Share):
+        if isinstance(other, PartResult):
             self.rows, self.tokens = self.rows + other.rows, self.tokens + other.tokens
             self.shards.extend(other.shards)
         else:
             self.tokens += int(other.lengths.sum())
 
 
-def prepare_share(job: Job, source: Source, folder: Path, workers: Workers, progress: Progress) -> Share:
+def write_shards(job: Job, source: Source, folder: Path, workers: Workers, progress: Progress) -> PartResult:
     """Write the shards of a source's samples into `folder`, which exists; none where there are problems."""
-    share, spooled = Share(), list[EncodedChunk]()
+    share, spooled = PartResult(), list[EncodedChunk]()
     spool = folder / SPOOL
     spool.mkdir()
     done, total = 0, source.size
@@ -74,12 +72,12 @@ def prepare_share(job: Job, source: Source, folder: Path, workers: Workers, prog
         done += chunk.size
         progress(done, total)
     if not share.problems:
-        _write_shards(job, share, spooled, folder, workers)
+        _pack(job, share, spooled, folder, workers)
     shutil.rmtree(spool)
     return share
 
 
-def _write_shards(job: Job, share: Share, spooled: Sequence[EncodedChunk], folder: Path, workers: Workers) -> None:
+def _pack(job: Job, share: PartResult, spooled: Sequence[EncodedChunk], folder: Path, workers: Workers) -> None:
     where = _Where.of(spooled)
     rows = pack(where.lengths, job.context_length)
     share.rows = len(rows)

@@ -12,10 +12,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tundish.data import Outcome, check_structure, first_samples
-from tundish.data.chunks import EMPTY
+from tundish.data.findings import Outcome
+from tundish.data.lines import Lines
+from tundish.data.opening import open_source
 from tundish.data.samples import Problem, Rules
-from tundish.data.sources import Lines, Source, TextFolder, open_source
+from tundish.data.source import EMPTY, Source, first_samples
+from tundish.data.structure import check_structure
+from tundish.data.texts import TextFolder
 from tundish.errors import DataError, SpecError
 from tundish.plan.address import Address
 
@@ -66,7 +69,7 @@ SUFFIXES = pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every source comes in many chunks."""
-    for module in ("chunks", "sources"):
+    for module in ("lines", "texts"):
         monkeypatch.setattr(f"tundish.data.{module}.CHUNK_BYTES", 64)
 
 
@@ -88,7 +91,7 @@ def test_lines_are_numbered_as_an_editor_does(
     tmp_path: Path, suffix: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Messages would name the wrong line: blank lines, CRLF, a byte-order mark and chunks must not shift them."""
-    monkeypatch.setattr("tundish.data.chunks.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("tundish.data.lines.CHUNK_BYTES", chunk)
     data = b"\xef\xbb\xbf" + _line("a")[:-1] + b"\r\n\n   \n" + _line("c") + b'\n\r\n{"prompt": "e"}'
     (first, second, third) = _samples(_pairs(_write(tmp_path / f"train{suffix}", data)))
     assert (first, second) == ((1, ("a", "b")), (4, ("c", "b")))
@@ -124,7 +127,7 @@ def test_a_line_that_is_too_long_is_refused_by_number(
     tmp_path: Path, suffix: str, small_chunks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would be held in memory many times over; or the lines after it be told by wrong numbers."""
-    for module in ("chunks", "samples"):
+    for module in ("lines", "samples"):
         monkeypatch.setattr(f"tundish.data.{module}.MAX_LINE_BYTES", 1000)
     lines = [_line("x" * (5000 if n in (4, 11) else 100)) for n in range(1, 21)]
     lines[14] = b"{\n"
@@ -209,10 +212,10 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_a_line_without_end_ends_the_reading(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk of zeros, or a few megabytes of them compressed, would be read for hours."""
-    for module in ("chunks", "samples"):
+    for module in ("lines", "samples"):
         monkeypatch.setattr(f"tundish.data.{module}.MAX_LINE_BYTES", 1000)
-    monkeypatch.setattr("tundish.data.chunks.CHUNK_BYTES", 100)
-    monkeypatch.setattr("tundish.data.chunks.MAX_PASSED_BYTES", 5000)
+    monkeypatch.setattr("tundish.data.lines.CHUNK_BYTES", 100)
+    monkeypatch.setattr("tundish.data.lines.MAX_PASSED_BYTES", 5000)
     compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
     path = tmp_path / f"train.jsonl{suffix}"
     path.write_bytes(compress(_line(1) * 40 + b" " * 4000 + b"\n" + _line(2) + b"\0" * 6000))
@@ -242,7 +245,7 @@ def test_data_that_expands_without_measure_is_refused(
     path = tmp_path / f"train.jsonl{suffix}"
     path.write_bytes(compress(_line(1) * 100_000))
     assert list(_pairs(path).chunks()), "a few megabytes are no matter"
-    monkeypatch.setattr("tundish.data.sources.MAX_EXPANDED_BYTES", 1 << 20)
+    monkeypatch.setattr("tundish.data.lines.MAX_EXPANDED_BYTES", 1 << 20)
     with pytest.raises(DataError, match=r"train\.jsonl\S*, its [\d,]+ bytes expand to more than 200 times as many"):
         list(_pairs(path).chunks())
 
@@ -262,7 +265,7 @@ def test_parts_of_a_file_are_all_of_it_once(
     lines_file.write_bytes(b"\n".join(lines) + end)
     source = Lines(lines_file, RULES)
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("chunks", "sources"):
+        for module in ("lines", "texts"):
             patch.setattr(f"tundish.data.{module}.CHUNK_BYTES", chunk)
         parts = source.parts(size)
         assert _samples(*parts) == _samples(source)
@@ -290,7 +293,7 @@ def test_parts_of_a_folder_are_all_of_it_once(
         (folder / f"{number:02}.txt").write_text(f"{number}" * length)
     source = TextFolder.of(folder, Rules("CONTINUED_PRETRAIN", True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tundish.data.sources.CHUNK_BYTES", chunk)
+        patch.setattr("tundish.data.texts.CHUNK_BYTES", chunk)
         parts = source.parts(size)
         assert _samples(*parts) == _samples(source)
         assert [text for _, text in _samples(source)] == [f"{number}" * length for number, length in enumerate(lengths)]

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tundish.data.chunks import EMPTY, LineBlock, TextFiles, line_blocks
+from tundish.data.lines import LineBlock, line_blocks
 from tundish.data.samples import Problem, Rules
+from tundish.data.source import EMPTY
+from tundish.data.texts import TextFiles
 
 PAIRS = Rules("INSTRUCTION_FINETUNE", True)
 TEXTS = Rules("CONTINUED_PRETRAIN", True)
@@ -23,8 +25,8 @@ def small() -> Iterator[SetSizes]:
     with pytest.MonkeyPatch.context() as patch:
 
         def set_sizes(chunk: int, line: int = 1 << 25) -> None:
-            patch.setattr("tundish.data.chunks.CHUNK_BYTES", chunk)
-            for module in ("chunks", "samples"):
+            patch.setattr("tundish.data.lines.CHUNK_BYTES", chunk)
+            for module in ("lines", "samples"):
                 patch.setattr(f"tundish.data.{module}.MAX_LINE_BYTES", line)
 
         yield set_sizes
@@ -130,7 +132,7 @@ def test_files_are_read_whole_and_as_they_are(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read_are_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One bad file would end preparation, and hide the others."""
-    monkeypatch.setattr("tundish.data.chunks.MAX_TEXT_BYTES", 100)
+    monkeypatch.setattr("tundish.data.texts.MAX_TEXT_BYTES", 100)
     contents = {"a": b"caf\xe9", "b": b"x" * 100, "c": b"x" * 101, "d": b"\xff\xfea\x00"}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)

@@ -1,0 +1,36 @@
+"""What can be said of data without a tokenizer: whether its lines or rows are samples."""
+
+from tundish.base.workers import Workers, no_collection
+from tundish.data.encoding import EncodedChunk
+from tundish.data.findings import Outcome
+from tundish.data.samples import Problem, Rules
+from tundish.data.shards import PartResult
+from tundish.data.source import EMPTY, NO_SAMPLE, Chunk, Source
+from tundish.errors import DataError
+
+
+def check_structure(source: Source) -> Outcome:
+    """What can be said of a source without a tokenizer: whether its lines or rows are samples.
+
+    Raises:
+        DataError: compressed data is damaged.
+    """
+    share = PartResult()
+    with Workers() as workers:
+        for found in workers.map(_structure, ((chunk, source.rules) for chunk in source.chunks())):
+            share.add(found)
+    if not share.samples and not share.problems:
+        raise DataError(NO_SAMPLE.format(source.place.source))
+    problems = share.problems.findings(source.place, share.units)
+    return Outcome(prepared=None, total=share.units, samples=share.samples, problems=problems, warnings=[])
+
+
+def _structure(chunk: Chunk, rules: Rules) -> EncodedChunk:
+    found = EncodedChunk(chunk.size, chunk.units)
+    with no_collection():
+        for number, sample in chunk.samples(rules):
+            if isinstance(sample, Problem):
+                found.problems.add(number, sample)
+            else:
+                found.samples += sample != EMPTY
+    return found
