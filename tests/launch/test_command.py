@@ -18,7 +18,7 @@ GPU = Compute(device="gpu", devices_per_node=8)
 def test_the_command_starts_our_entry_on_every_device() -> None:
     """Another number of ranks would train, another file be trained, or ranks write over each other's logs."""
     command = train_command(GPU, PATHS)
-    assert command[:3] == [sys.executable, "-m", "tundish.launch.launcher"]
+    assert command[:3] == [sys.executable, "-m", "tundish.launch.composer_launcher"]
     assert command[command.index("-n") + 1] == "8"
     assert command[-3:] == ["-m", "tundish.train", "/runs/recorded/foundry.yaml"]
     for option in ("--stdout", "--stderr"):

@@ -21,11 +21,11 @@ Enter = Callable[..., subprocess.Popen[bytes]]
 WORKER = """\
 import os, sys, time
 from tundish.plan.compute import Compute
-from tundish.launch import queue
+from tundish.launch import devices
 from tundish.base.processes import ProcessId
 
 devices.visible_gpus = lambda: list("0123")
-devices.POLL_SECONDS = devices.LINE_SECONDS = 0.005
+devices.POLL_SECONDS = devices.PER_RUN_SECONDS = 0.005
 home, wanted = os.environ["TUNDISH_HOME"], int(sys.argv[1])
 for number in range(int(sys.argv[2])):
     run = f"run-{os.getpid()}-{number}"

@@ -21,7 +21,7 @@ from tundish.base import events
 from tundish.base.run_folder import RunFolder
 from tundish.errors import SpecError
 from tundish.launch import slurm
-from tundish.launch.slurm import job_script
+from tundish.launch.job_script import job_script
 from tundish.plan.compute import Compute
 from tundish.runs.reading import wait
 
@@ -116,9 +116,7 @@ def test_secrets_reach_the_job_and_no_file(
 def test_what_sbatch_refuses_is_told(submitted: Callable[..., RunFolder], cluster: Path) -> None:
     """A traceback of subprocess, or a run that waits for a job that does not exist."""
     (cluster / "refuse").write_text("sbatch: error: invalid partition specified: gpux")
-    with pytest.raises(
-        SpecError, match=r"^compute: sbatch refuses: sbatch: error: invalid partition.* Correct compute"
-    ):
+    with pytest.raises(SpecError, match=r"^compute: sbatch failed: sbatch: error: invalid partition.* Correct compute"):
         submitted("ift-1")
 
 
@@ -127,7 +125,7 @@ def test_a_job_that_waits_is_queued_and_can_be_canceled(submitted: Callable[...,
     (cluster / "pending").touch()
     submitted("ift-1")
     run = fm.get("ift-1")
-    assert (run.status.display_name, run.details) == ("Queued", "Slurm job 1 waits: Resources.")
+    assert (run.status.display_name, run.details) == ("Queued", "Slurm job 1 is pending: Resources.")
     assert fm.cancel("ift-1") == 1
     assert fm.get("ift-1").status.display_name == "Stopped"
     assert (cluster / "states" / "1").read_text().startswith("CANCELLED")
@@ -150,13 +148,13 @@ def test_a_job_that_runs_is_canceled_with_its_stage(submitted: Callable[..., Run
         ("RUNNING|None", "Running", "go"),
         ("COMPLETING|None", "Running", "go"),
         ("SUSPENDED|None", "Running", "go"),
-        ("PENDING|Priority", "Queued", "Slurm job 1 waits: Priority."),
-        ("CANCELLED|None", "Stopped", "Slurm ended its job 1: CANCELLED"),
+        ("PENDING|Priority", "Queued", "Slurm job 1 is pending: Priority."),
+        ("CANCELLED|None", "Stopped", "Slurm ended job 1: CANCELLED"),
         ("TIMEOUT|TimeLimit", "Failed", "Raise compute's time_limit"),
         ("OUT_OF_MEMORY|None", "Failed", "ask for more with sbatch's mem"),
         ("NODE_FAIL|None", "Failed", "A node was lost. `tundish resume` continues it."),
         ("BOOT_FAIL|None", "Failed", "BOOT_FAIL"),
-        ("COMPLETED|None", "Failed", "Slurm ended its job 1: COMPLETED"),
+        ("COMPLETED|None", "Failed", "Slurm ended job 1: COMPLETED"),
     ],
 )
 def test_the_status_is_what_slurm_says(
@@ -186,7 +184,7 @@ def test_a_job_that_nobody_remembers_has_failed(submitted: Callable[..., RunFold
     submitted("ift-1", ("TRAIN_STARTED", "go"))
     (cluster / "gone").touch()
     run = fm.get("ift-1")
-    assert run.status.display_name == "Failed" and "does not know its job 1 any more" in (run.details or "")
+    assert run.status.display_name == "Failed" and "no longer knows job 1" in (run.details or "")
 
 
 def test_one_question_serves_all_runs(
@@ -252,5 +250,5 @@ def test_the_job_is_not_changed_by_a_job_around_it(
 def test_without_slurm_a_run_for_it_is_refused(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A FileNotFoundError, after the data was prepared."""
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(SpecError, match="launcher 'slurm': found no sbatch on this machine's PATH"):
+    with pytest.raises(SpecError, match="launcher 'slurm': there is no sbatch on this machine's PATH"):
         fm.create(**arguments, compute={"launcher": "slurm", "devices_per_node": 1, "device": "cpu"})

@@ -13,7 +13,6 @@ from tests.runs.processes import ranks, stages, supervisor, wait_until
 from tundish import foundation_model as fm
 from tundish.base import events
 from tundish.base.run_folder import RunFolder
-from tundish.supervise.stage_process import is_done
 from tundish.supervise.supervisor import STAGES
 
 MOMENTS = ("created", "prepare", "load", "train", "save", "export", "register", "end")
@@ -86,7 +85,7 @@ class Victim:
 
     def _reached(self, moment: str, number: int) -> bool:
         new = [event.type for event in events.read(self.paths.events)[self._since :]]
-        done = {stage: is_done(self.paths, stage) for stage in STAGES}
+        done = {stage: self.paths.is_done(stage) for stage in STAGES}
         match moment:
             case "created":
                 return True
@@ -105,14 +104,14 @@ class Victim:
         """The machine is quicker now than when the durations were measured."""
         if moment == "load":
             return "TRAIN_STARTED" in [event.type for event in events.read(self.paths.events)[self._since :]]
-        return moment in STAGES and moment != "train" and is_done(self.paths, moment)
+        return moment in STAGES and moment != "train" and self.paths.is_done(moment)
 
     def _saving(self) -> list[Path]:
         return list(Path(self.paths.read_tracking().save_folder).glob(".ep*-ba*.tmp"))
 
     def _where(self) -> str:
         """The stage and the last event, now."""
-        stage = next((stage for stage in STAGES if not is_done(self.paths, stage)), "end")
+        stage = next((stage for stage in STAGES if not self.paths.is_done(stage)), "end")
         last = events.read(self.paths.events)[-1]
         progress = last.message.split()[1] if last.type == "CHECKPOINT_SAVED" else ""
         writing = ", while a checkpoint is written" if stage == "train" and self._saving() else ""

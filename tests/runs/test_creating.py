@@ -126,7 +126,7 @@ def test_a_system_message_is_judged_by_the_model(
         ({"eval_data_path": "/no/such/eval.jsonl"}, "eval_data_path: /no/such/eval.jsonl: there is no such file"),
         ({"task_type": "CONTINUED_PRETRAIN"}, "is a file; CONTINUED_PRETRAIN takes a folder of .txt files"),
         ({"custom_weights_path": "/no/such/ep1-ba1"}, "custom_weights_path: /no/such/ep1-ba1: there is nothing there"),
-        ({"compute": {"nodes": 2}}, "compute: found 2 nodes; a run on this machine has one."),
+        ({"compute": {"nodes": 2}}, "compute: nodes is 2, but a run on this machine uses one."),
         ({"overrides": {"global_train_batch_size": 3}, "compute": {"devices_per_node": 2}}, "multiple of the 2 devi"),
         ({"overrides": {"global_train_batch_size": "8"}}, "overrides: found global_train_batch_size '8'"),
         ({"overrides": {"global_train_batch_size": 0}}, "overrides: found global_train_batch_size 0"),

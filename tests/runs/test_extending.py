@@ -98,14 +98,13 @@ def test_what_training_would_go_on_from_must_be_there(paths: RunFolder, gone: st
 
 def test_stages_behind_the_data_are_done_again(paths: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """The old export would be registered as the result of the longer training, or the old version be changed."""
-    from tundish.supervise.stage_process import is_done
 
     submitted: list[Any] = []
     monkeypatch.setattr(control, "reopen_tracking", lambda tracking: None)
     monkeypatch.setattr(control.launch, "submit", lambda *given: submitted.append(given))
     fm.resume("chat-1", training_duration="3ep")
     assert len(submitted) == 1
-    assert [is_done(paths, stage) for stage in ("prepare", "train", "export", "register")] == [True] + [False] * 3
+    assert [paths.is_done(stage) for stage in ("prepare", "train", "export", "register")] == [True] + [False] * 3
     assert paths.read_tracking().model_path == "model-3ep"
     assert yaml.safe_load(paths.foundry_yaml.read_text())["max_duration"] == "3ep"
     message = events.read(paths.events)[-1].message

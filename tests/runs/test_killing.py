@@ -20,7 +20,6 @@ from tundish.base import events
 from tundish.base.home import prepared_dir
 from tundish.base.run_folder import RunFolder
 from tundish.checkpoints.folder import verify
-from tundish.supervise.stage_process import is_done
 
 WriteLines = Callable[[Path, Iterable[object]], Path]
 pytestmark = pytest.mark.kill
@@ -82,7 +81,7 @@ def _check_whole(paths: RunFolder) -> None:
             assert (folder / data["basename"]).stat().st_size == data["bytes"]
     json.loads(paths.spec.read_text())
     for stage in ("prepare", "train", "export", "register"):
-        is_done(paths, stage)  # its result can be read
+        paths.is_done(stage)  # its result can be read
 
 
 def _check_end(paths: RunFolder, left_alone: RunFolder, home: Path) -> None:

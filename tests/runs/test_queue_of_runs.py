@@ -97,7 +97,7 @@ def _create_at_once(arguments: dict[str, Any], folder: Path) -> list[str]:
 
 def _line(names: list[str]) -> list[str]:
     """The runs that wait, by the places that they tell."""
-    found = {name: re.search(r"number (\d+) in line", str(fm.get(name).details)) for name in names}
+    found = {name: re.search(r"position (\d+) in the queue", str(fm.get(name).details)) for name in names}
     return [name for _, name in sorted((int(place[1]), name) for name, place in found.items() if place)]
 
 

@@ -129,7 +129,7 @@ def test_a_server_that_never_answers_is_given_up_with_all_its_processes(
 
         monkeypatch.setattr(stage_process, "_wait", soon)
         with pytest.raises(StageError, match=r"was not done after 1,800 s, and was stopped.*`tundish resume chat-2`"):
-            stage_process.run_stage(paths, "register", stage_process.Place())
+            stage_process.run_stage(paths, "register", stage_process.Devices())
         asked[0].close()
     assert not processes_with(RUN_VARIABLE, str(paths.events))
     assert paths.export.is_dir() and not paths.scratch.exists()

@@ -1,4 +1,4 @@
-"""runs/by_hand.py: what people type on each host when nobody schedules their runs."""
+"""runs/scripts.py: what people type on each host when nobody schedules their runs."""
 
 import subprocess
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_printing_makes_nothing(arguments: dict[str, Any], home: Path, capsys: p
     options = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
     options += ["--launch", "--device=cpu", "--nodes=2", "--devices=1", "--master-addr=10.0.0.1"]
     assert main(["render", *options]) == 0
-    assert "tundish.launch.launcher" in capsys.readouterr().out
+    assert "tundish.launch.composer_launcher" in capsys.readouterr().out
     assert not home.exists()
 
 

@@ -1,4 +1,4 @@
-"""runs/causes.py: a failed stage says why: the cause in a sentence, what to do, and the end of the log."""
+"""supervise/causes.py: a failed stage says why: the cause in a sentence, what to do, and the end of the log."""
 
 import pytest
 

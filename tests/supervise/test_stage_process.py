@@ -1,4 +1,4 @@
-"""runs/stage_process.py: a stage runs in a process of its own, and a failed one says why."""
+"""supervise/stage_process.py: a stage runs in a process of its own, and a failed one says why."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from tundish.base.run_folder import RunFolder
 from tundish.errors import StageError
 from tundish.supervise import stage_process
-from tundish.supervise.stage_process import Place, run_stage
+from tundish.supervise.stage_process import Devices, run_stage
 
 pytestmark = pytest.mark.slow
 
@@ -21,8 +21,8 @@ def test_a_stage_that_was_killed_after_its_result_is_done(
     paths = make_run("chat-1", ("CREATED", "waits"))
     script = f"echo '{{}}' > {paths.result('export')}; kill -9 $$"
     monkeypatch.setattr(stage_process, "_command", lambda *_: (["sh", "-c", script], {}))
-    run_stage(paths, "export", Place())
-    assert stage_process.is_done(paths, "export")
+    run_stage(paths, "export", Devices())
+    assert paths.is_done("export")
 
 
 def test_a_stage_that_refuses_its_input_is_the_run_s_cause(
@@ -34,5 +34,5 @@ def test_a_stage_that_refuses_its_input_is_the_run_s_cause(
     with pytest.raises(
         StageError, match=r"^Stage 'prepare' failed: .*train\.jsonl: there is no such file .*Check the path"
     ) as error:
-        run_stage(paths, "prepare", Place())
+        run_stage(paths, "prepare", Devices())
     assert error.value.log_path == str(paths.log("prepare")) and paths.log("prepare").is_file()

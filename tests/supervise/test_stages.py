@@ -1,4 +1,4 @@
-"""runs/stages.py: what a stage tells while it works. What it does is tested with the runs that it is a part of."""
+"""supervise/stages.py: what a stage tells while it works. What it does is tested with the runs that it is a part of."""
 
 from collections.abc import Callable
 

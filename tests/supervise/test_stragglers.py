@@ -1,4 +1,4 @@
-"""runs/stragglers.py: a rank that hangs is named, and no rank that does not."""
+"""supervise/stragglers.py: a rank that hangs is named, and no rank that does not."""
 
 import os
 import subprocess

@@ -7,19 +7,22 @@ it; what a run's own processes have written is never doubted silently.
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from tundish.base import events
 from tundish.base.events import Event
 from tundish.base.files import inside, write_atomic
 from tundish.base.home import runs_dir
-from tundish.base.processes import ProcessId
 from tundish.base.typed_json import RECORD_BYTES, NewerError, parse, read_object, read_regular
 from tundish.errors import RunDamagedError, RunNotFoundError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
@@ -96,17 +99,6 @@ class Beat:
 
 
 @dataclass(frozen=True, slots=True)
-class SlurmJob:
-    """What Slurm calls the supervisor of a run."""
-
-    job: str
-
-
-SUPERVISORS: dict[str, type[ProcessId] | type[SlurmJob]] = {"local": ProcessId, "slurm": SlurmJob}
-"""What `supervisor.json` holds, by launcher."""
-
-
-@dataclass(frozen=True, slots=True)
 class RunFolder:
     """The folder of a run, `$TUNDISH_HOME/runs/<run_name>/`: every name in it, and what the files say.
 
@@ -120,6 +112,11 @@ class RunFolder:
     def of(cls, run_name: str) -> Self:
         """The folder of the run of that name, whether it exists or not."""
         return cls(inside(runs_dir(), run_name))
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.folder.name
 
     @property
     def spec(self) -> Path:
@@ -138,7 +135,7 @@ class RunFolder:
 
     @property
     def supervisor(self) -> Path:
-        """Which launcher has the run, and what it is called there (process, Slurm job), as JSON."""
+        """Which launcher has the run, and how that identifies the supervisor, as JSON."""
         return self.folder / "supervisor.json"
 
     @property
@@ -147,8 +144,8 @@ class RunFolder:
         return self.folder / "supervisor.lock"
 
     @property
-    def job(self) -> Path:
-        """The batch script of a run that Slurm has."""
+    def batch_script(self) -> Path:
+        """What was submitted to the scheduler of a cluster, where one has the run."""
         return self.folder / "job.sbatch"
 
     @property
@@ -159,6 +156,10 @@ class RunFolder:
     def log(self, stage: str) -> Path:
         """The log of one stage."""
         return self.logs / f"{stage}.log"
+
+    def stage_logs(self, stage: str) -> list[Path]:
+        """All logs that a stage has, the main one first; of training, one a rank besides."""
+        return [log for log in [self.log(stage), *sorted(self.logs.glob(f"{stage}-rank*.log"))] if log.is_file()]
 
     def result(self, stage: str) -> Path:
         """What a stage found, as JSON: its result, or the sentence that says why it failed."""
@@ -223,6 +224,26 @@ class RunFolder:
         """The Hugging Face folder."""
         return self.folder / "export"
 
+    def begin_stage(self, stage: str) -> None:
+        """Remove what an earlier try of a stage has left, so that what is found later is of this one."""
+        self.work.mkdir(exist_ok=True)
+        for file in (self.result(stage), self.stop_request, self.stopped):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(self.beats, ignore_errors=True)
+
+    def add_event(self, type: str, message: str, **facts: Any) -> None:
+        """Append an event, with facts for machines."""
+        events.append(self.events, type, message, **facts)
+
+    def has_ended(self) -> bool:
+        """Whether the latest event is an end of the run."""
+        return self.read_events()[-1].type in events.TERMINAL_TYPES
+
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage has left its result, and not an error."""
+        result = self.read_result(stage)
+        return result is not None and "error" not in result
+
     def check(self) -> None:
         """Make sure that it is a folder: what is done to a run must not be done to a file, or to what a link names.
 
@@ -243,23 +264,31 @@ class RunFolder:
         with self._reading(path, "Restore it"):
             return parse(Tracking, read_object(path))
 
-    def read_supervisor(self) -> tuple[str, ProcessId | SlurmJob] | None:
-        """The run's launcher, and what its supervisor is called there; None before it was submitted."""
-        with self._reading(self.supervisor, f"Remove it, then `tundish resume {self.folder.name}`"):
+    def read_supervisor(self, records: Mapping[str, type[T]]) -> tuple[str, T] | None:
+        """The run's launcher, and how it identifies the supervisor; None before the run was submitted.
+
+        Args:
+            records: the dataclass of each launcher's record, by the launcher's name.
+        """
+        with self._reading(self.supervisor, f"Remove it, then `tundish resume {self.name}`"):
             try:
                 record = read_object(self.supervisor)
             except FileNotFoundError:
                 return None
             launcher = record.pop("launcher", None)
-            if not isinstance(launcher, str) or launcher not in SUPERVISORS:
-                known = " and ".join(SUPERVISORS)
+            if not isinstance(launcher, str) or launcher not in records:
+                known = " and ".join(records)
                 raise ValueError(f"names the launcher {launcher!r}; this version of tundish has {known}")
-            return launcher, parse(SUPERVISORS[launcher], record)
+            return launcher, parse(records[launcher], record)
+
+    def write_supervisor(self, launcher: str, record: "DataclassInstance") -> None:
+        """Record which launcher has the run, and how that identifies the supervisor."""
+        write_atomic(self.supervisor, json.dumps({"launcher": launcher, **asdict(record)}) + "\n")
 
     def read_result(self, stage: str) -> dict[str, Any] | None:
         """What a stage found, or its `error`; None before it has ended."""
         path = self.result(stage)
-        with self._reading(path, f"Remove it, then `tundish resume {self.folder.name}` does the stage again"):
+        with self._reading(path, f"Remove it, then `tundish resume {self.name}` does the stage again"):
             try:
                 return read_object(path)
             except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""The line in which this machine's runs wait for its devices: first come, first served.
+"""The queue in which this machine's runs wait for its devices: first come, first served.
 
 Each run that waits for devices, or holds some, has a ticket: a file that names its supervisor. The ticket of a process
-that has ended counts for nothing and is removed by whoever looks next, so a crashed holder frees its place. All runs of
-a `$TUNDISH_HOME` on one machine share the line. The processor is one device: a run takes all of it.
+that has exited does not count, and the next process that looks removes it: a holder that crashed frees its devices. All
+runs of a `$TUNDISH_HOME` on one machine share the queue. The CPU is one device: a run takes all of it.
 """
 
 import json
@@ -24,31 +24,32 @@ from tundish.plan.compute import Compute, visible_gpus
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-LINE_SECONDS = 1.0
+PER_RUN_SECONDS = 1.0
+"""Added to POLL_SECONDS for each run before one, up to 4: many that wait must not keep the CPU busy."""
 CPU = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ticket:
-    """A run's place in the line."""
+    """A run's place in the queue."""
 
     number: int
     """Smaller ones came before."""
     run: str
     owner: ProcessId
-    """Its supervisor; while that is being started, whoever starts it."""
+    """Its supervisor; until that has started, the process that starts it."""
     wanted: int
     """Devices that the run needs at once."""
     allowed: tuple[str, ...]
-    """The devices that it may take, as CUDA_VISIBLE_DEVICES calls them; the processor is `cpu`."""
+    """The devices that it may take, as CUDA_VISIBLE_DEVICES names them; the CPU is `cpu`."""
     held: tuple[str, ...] = ()
     """The devices that it has; none while it waits."""
 
 
 def enter(run: str, compute: Compute, owner: ProcessId) -> None:
-    """Go to the end of the line; a run that is in it keeps its place, for its new owner."""
+    """Join the end of the queue; a run that is in it keeps its place, for its new owner."""
     with locked(_lock()):
-        for left in _folder().glob(".*.tmp"):  # of a process that was killed; who writes holds the lock
+        for left in _folder().glob(".*.tmp"):  # of a process that was killed: every writer holds the lock
             left.unlink(missing_ok=True)
         tickets = _read(_folder())
         mine = next((ticket for ticket in tickets if ticket.run == run), None)
@@ -61,19 +62,23 @@ def enter(run: str, compute: Compute, owner: ProcessId) -> None:
 
 
 def leave(run: str) -> None:
-    """Give devices, or the place in the line, back."""
+    """Give up the run's devices, or its place in the queue."""
     _file(run).unlink(missing_ok=True)
 
 
 def wait_for_devices(run: str) -> tuple[str, ...]:
-    """The devices that the run now holds, once it is its turn and they are free."""
-    pause, mine = POLL_SECONDS, None
+    """The devices that the run now holds, once it is its turn and they are free.
+
+    Raises:
+        StageError: the run is not in the queue.
+    """
+    mine = None
     while True:
         with locked(_lock()):
             tickets = _living()
             mine = next((ticket for ticket in tickets if ticket.run == run), mine)
             if mine is None:
-                raise StageError(f"{run}: has lost its place in the line. `tundish resume {run}` gives it a new one.")
+                raise StageError(f"{run}: has lost its place in the queue. `tundish resume {run}` gives it a new one.")
             if mine not in tickets:  # damaged, or removed by hand
                 _write(mine)
                 tickets.append(mine)
@@ -81,13 +86,11 @@ def wait_for_devices(run: str) -> tuple[str, ...]:
             if held:
                 _write(replace(mine, held=held))
                 return held
-        time.sleep(pause)
-        # A long line is looked at less often: many who wait must not keep the processor busy.
-        pause = POLL_SECONDS + LINE_SECONDS * min(4, len(_before(mine, tickets)))
+        time.sleep(POLL_SECONDS + PER_RUN_SECONDS * min(4, len(_before(mine, tickets))))
 
 
 def place(run: str) -> tuple[int, list[str]] | None:
-    """The run's place in the line, 1 = next, and the runs that it waits for; None where it does not wait."""
+    """The run's position in the queue, 1 = next, and the runs that it waits for; None if it does not wait."""
     if not _file(run).is_file():
         return None
     tickets = [ticket for ticket in _read(_folder()) if ticket.owner.process() is not None]
@@ -100,7 +103,7 @@ def place(run: str) -> tuple[int, list[str]] | None:
 
 
 def _chosen(mine: Ticket, tickets: Sequence[Ticket]) -> tuple[str, ...]:
-    """Devices for the run; none while somebody is before it, or too few are free."""
+    """Devices for the run; none while another run is before it, or too few are free."""
     taken = {device for ticket in tickets for device in ticket.held}
     free = [device for device in mine.allowed if device not in taken]
     return () if _before(mine, tickets) or len(free) < mine.wanted else tuple(free[: mine.wanted])
@@ -116,7 +119,7 @@ def _before(mine: Ticket, tickets: Sequence[Ticket]) -> list[Ticket]:
 
 
 def _living() -> list[Ticket]:
-    """The tickets that count; the others are removed."""
+    """The tickets of processes that are alive; the others are removed."""
     living: list[Ticket] = []
     for ticket in _read(_folder()):
         if ticket.owner.process() is not None:
@@ -127,29 +130,29 @@ def _living() -> list[Ticket]:
 
 
 def _read(folder: Path) -> list[Ticket]:
-    """All tickets, in the order of the line; what is none is set aside."""
-    found: list[Ticket] = []
+    """All tickets, in the order of the queue; files that are not tickets are set aside."""
+    tickets: list[Ticket] = []
     for file in folder.glob("*.json"):
         try:
             ticket = parse(Ticket, read_object(file))
             if ticket.run != file.stem:
                 raise ValueError(f"is of the run {ticket.run!r}")
-            found.append(ticket)
+            tickets.append(ticket)
         except FileNotFoundError:
-            continue  # left meanwhile
+            continue  # its run left meanwhile
         except (OSError, ValueError) as error:
             _set_aside(file, error)
-    return sorted(found, key=lambda ticket: ticket.number)
+    return sorted(tickets, key=lambda ticket: ticket.number)
 
 
 def _set_aside(file: Path, error: Exception) -> None:
-    """Take what is no ticket out of the line: its run takes a new place when it is started again."""
+    """Rename a damaged ticket; its supervisor writes the ticket again, or takes a new place when it starts again."""
     aside = file.with_name(f"{file.name}.damaged")
     try:
         file.rename(aside)
-        log.warning("%s: %s. It counts for nothing, and was kept as %s.", file, error, aside.name)
+        log.warning("%s: %s. It is ignored, and kept as %s.", file, error, aside.name)
     except OSError as refused:
-        log.warning("%s: %s. It counts for nothing, and cannot be set aside (%s).", file, error, refused)
+        log.warning("%s: %s. It is ignored, and cannot be renamed (%s).", file, error, refused)
 
 
 def _write(ticket: Ticket) -> None:
@@ -157,7 +160,7 @@ def _write(ticket: Ticket) -> None:
 
 
 def _folder() -> Path:
-    """Of this machine: a home may be on a disk that several share."""
+    """Of this machine: several machines may share the disk of a home."""
     return home() / "queue" / platform.node().replace(os.sep, "_")
 
 

@@ -1,84 +1,136 @@
-"""Runs of this machine: each has a supervisor process of its own, detached from whoever has called `create()`."""
+"""Runs of this machine: each has a supervisor process of its own, detached from the process that called `create()`."""
 
 import contextlib
-import json
 import os
+import shlex
 import signal
-import sys
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 
 import psutil
 
-from tundish.base.files import is_held, write_atomic
+from tundish.base.files import is_held
 from tundish.base.processes import ProcessId, command_lines, start, stop_all, stop_tree
 from tundish.base.run_folder import RunFolder
 from tundish.errors import RequestError
 from tundish.launch import devices
-from tundish.launch.contract import Life
-from tundish.plan.compute import Compute
+from tundish.launch.command import node_script, supervisor_command, train_environment
+from tundish.launch.contract import Life, Restart
+from tundish.plan.compute import Compute, count_gpus
 
-SUPERVISOR = ("-m", "tundish.supervise.supervisor")
+RECORD = ProcessId
+STARTS_ALL_NODES = False
+NAMED_RUNS = 3
+"""Of those that a run waits for, in one sentence."""
 
 
-def submit(paths: RunFolder, compute: Compute) -> None:
-    """Take a place in the line for the devices, and start the supervisor, which waits in it."""
-    devices.enter(paths.folder.name, compute, ProcessId.of(os.getpid()))
-    command = [sys.executable, *SUPERVISOR, str(paths.folder)]
-    process = start(command, paths.log("supervisor"), {}, paths.folder, detached=True)
+def problems(compute: Compute) -> list[str]:
+    """More nodes or GPUs than this machine has."""
+    problems: list[str] = []
+    if compute.nodes > 1:
+        problems.append(
+            f"compute: nodes is {compute.nodes}, but a run on this machine uses one. With Slurm, add launcher 'slurm'; "
+            "without, `tundish render --launch` prints a script to start on each host."
+        )
+    if compute.device == "gpu" and compute.devices_per_node > (gpus := count_gpus()):
+        problems.append(
+            f"compute: devices_per_node is {compute.devices_per_node}, but this machine has {gpus} GPU(s) to give. "
+            "Ask for fewer, or for device 'cpu'."
+        )
+    return problems
+
+
+def submit(run: RunFolder, compute: Compute) -> None:
+    """Take a place in the queue for the devices, and start the supervisor, which waits in it."""
+    devices.enter(run.name, compute, ProcessId.of(os.getpid()))
+    process = start(supervisor_command(run), run.log("supervisor"), {}, run.folder, detached=True)
     try:
-        note(paths, compute, ProcessId.of(process.pid))
+        _record(run, compute, ProcessId.of(process.pid))
     except BaseException:
         with contextlib.suppress(psutil.NoSuchProcess):
             stop_tree(psutil.Process(process.pid), grace_s=0)
         raise
 
 
-def is_starting(paths: RunFolder) -> bool:
-    """Whether the run's supervisor is there, though it may not have noted itself yet."""
-    return any(command[1:] == [*SUPERVISOR, str(paths.folder)] for command in command_lines())
+def record_supervisor(run: RunFolder, compute: Compute) -> None:
+    """Record this process as the run's supervisor."""
+    _record(run, compute, ProcessId.of(os.getpid()))
 
 
-def note(paths: RunFolder, compute: Compute, owner: ProcessId) -> None:
-    """Keep who supervises the run. The supervisor does it too: whoever starts it may be killed in between."""
-    write_atomic(paths.supervisor, json.dumps({"launcher": "local", **asdict(owner)}) + "\n")
-    devices.enter(paths.folder.name, compute, owner)
+def _record(run: RunFolder, compute: Compute, supervisor: ProcessId) -> None:
+    run.write_supervisor("local", supervisor)
+    devices.enter(run.name, compute, supervisor)
 
 
-def state(paths: RunFolder, owner: ProcessId) -> Life:
-    """From the process table, and the line."""
-    if not owner.is_here:
-        # What it has written is all that can be told here, and whether it still holds its lock.
-        return Life(alive=is_held(paths.lock))
-    if owner.process() is None:
+def adopt(run: RunFolder) -> None:
+    """Nothing: a supervisor records itself as soon as it starts."""
+
+
+def may_have(run: RunFolder) -> bool:
+    """Whether the run's supervisor is starting, though it may not have recorded itself yet."""
+    return any(command[1:] == supervisor_command(run)[1:] for command in command_lines())
+
+
+def state(run: RunFolder, record: ProcessId) -> Life:
+    """From the process table and the queue."""
+    if not record.is_here:
+        # Of another machine's process, only the lock on the shared disk is visible here.
+        return Life(alive=is_held(run.lock))
+    if record.process() is None:
         return Life(alive=False)
-    place = devices.place(paths.folder.name)
+    place = devices.place(run.name)
     return Life(alive=True, waiting="" if place is None else _waiting(*place))
 
 
 def _waiting(position: int, others: list[str]) -> str:
-    shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-    behind = f": behind {shown}" if others else ""
-    return f"Waits for its devices, number {position} in line{behind}."
+    more = f" and {len(others) - NAMED_RUNS} more" if len(others) > NAMED_RUNS else ""
+    behind = f", behind {', '.join(others[:NAMED_RUNS])}{more}" if others else ""
+    return f"Waiting for devices: position {position} in the queue{behind}."
 
 
-def cancel(paths: RunFolder, owner: ProcessId, seconds: float) -> None:
+def cancel(run: RunFolder, record: ProcessId, seconds: float) -> None:
     """Ask the supervisor to end its stage and itself, and kill what is left."""
-    if not owner.is_here and is_held(paths.lock):
-        text = f"{paths.folder.name} runs on {owner.host}; a process can only be ended on its own machine."
-        raise RequestError(f"{text} Cancel it there.")
-    if (process := owner.process()) is not None:
-        _end(process, seconds)
-    devices.leave(paths.folder.name)
+    if not record.is_here and is_held(run.lock):
+        raise RequestError(
+            f"{run.name} runs on {record.host}, and a process can be ended only on its own machine. Cancel it there."
+        )
+    if (process := record.process()) is not None:
+        family = [process]
+        try:
+            family += process.children(recursive=True)
+            process.send_signal(signal.SIGINT)
+            process.wait(seconds)
+        except psutil.NoSuchProcess:
+            pass  # it exited by itself just now
+        except psutil.TimeoutExpired:
+            stop_tree(process, grace_s=0)
+        stop_all(family, grace_s=0)
+    devices.leave(run.name)
 
 
-def _end(process: psutil.Process, seconds: float) -> None:
-    family = [process]
-    try:
-        family += process.children(recursive=True)
-        process.send_signal(signal.SIGINT)
-        process.wait(seconds)
-    except psutil.NoSuchProcess:
-        pass  # it has ended by itself, in this moment
-    except psutil.TimeoutExpired:
-        stop_tree(process, grace_s=0)
-    stop_all(family, grace_s=0)
+def wait_for_devices(run: RunFolder) -> Sequence[str]:
+    """Wait for the run's turn in the queue, and until enough devices are free."""
+    return devices.wait_for_devices(run.name)
+
+
+def release_devices(run: RunFolder) -> None:
+    """Leave the queue."""
+    devices.leave(run.name)
+
+
+def restart(stopped_by: signal.Signals, *, progressed: bool) -> Restart | None:
+    """Nothing restarts a run after its machine has shut down: its user resumes it."""
+    return None
+
+
+def scripts(
+    compute: Compute, run: RunFolder, address: str | None, port: int, environment: Mapping[str, str]
+) -> dict[str, str]:
+    """A script to start on each host."""
+    variables = train_environment(compute, run, os.cpu_count() or 1) | dict(environment)
+    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
+    where = shlex.quote(f"Output of this host goes to {run.logs}, events to {run.events}.")
+    return {
+        f"node{node}.sh": f"#!/bin/bash\n# Host {node} of {compute.nodes}, counted from 0.\n{exports}echo {where}\n"
+        + node_script(compute, run, rank=str(node), address=address or "127.0.0.1", port=str(port))
+        for node in range(compute.nodes)
+    }

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import yaml
 
 from tundish.errors import DataError, InputError, SpecError, WorkerError
-from tundish.launch import slurm
 from tundish.plan.address import Address
-from tundish.plan.compute import Compute, count_gpus
 from tundish.plan.models import ModelCard
 from tundish.plan.overrides import target_responses
 from tundish.plan.spec import ANSWER_TOKENS, RunSpec, TaskType
@@ -203,23 +201,6 @@ def _report(
         return report_of(name, source, check_structure(source), [])
     with progress(f"Preparing {name}") as tell:
         return report_on(name, source, job, parsed[0].data_prep_cluster_id, tell)
-
-
-def machine_problems(compute: Compute) -> list[str]:
-    """What this machine cannot give."""
-    if compute.launcher == "slurm":
-        problem = slurm.problem()
-        return [f"compute: launcher 'slurm': {problem}"] if problem else []
-    problems: list[str] = []
-    if compute.nodes > 1:
-        problems.append(
-            f"compute: found {compute.nodes} nodes; a run on this machine has one. With Slurm, add launcher 'slurm'; "
-            "without, `tundish render --launch` prints what to start on each."
-        )
-    if compute.device == "gpu" and compute.devices_per_node > count_gpus():
-        text = f"found {compute.devices_per_node} GPU(s) asked for; this machine has {count_gpus()} to give."
-        problems.append(f"compute: {text} Ask for fewer, or for device 'cpu'.")
-    return problems
 
 
 def same_batches(spec: RunSpec, foundry_yaml: Path) -> RunSpec:

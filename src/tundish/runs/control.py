@@ -28,11 +28,11 @@ from tundish.errors import (
 from tundish.plan.compute import Compute
 from tundish.plan.spec import RunSpec
 from tundish.runs import selecting
-from tundish.runs.checking import machine_problems, same_batches
+from tundish.runs.checking import same_batches
 from tundish.runs.extending import extension
 from tundish.runs.reading import find_run, read_run
 from tundish.runs.records import RunRecord, RunStatus
-from tundish.supervise import stage_process, supervisor
+from tundish.supervise import supervisor
 from tundish.tracking.experiment import reopen_tracking
 
 CANCEL_SECONDS = 5.0
@@ -109,10 +109,10 @@ def _resume(name: str, paths: RunFolder, compute: object, training_duration: obj
             f"{name} is completed; nothing is left to do. Give a longer training_duration, or create another run."
         )
     spec, longer = RunSpec.read(paths), None
-    trains = training_duration is not None or not stage_process.is_done(paths, "train")
+    trains = training_duration is not None or not paths.is_done("train")
     if compute is not None:
         spec = _with_compute(spec, compute, paths)
-    elif trains and (problems := machine_problems(spec.compute)):
+    elif trains and (problems := launch.problems(spec.compute)):
         # It would wait for ever, and all that come after it too.
         raise SpecError(problems)
     if training_duration is not None:
@@ -125,7 +125,7 @@ def _resume(name: str, paths: RunFolder, compute: object, training_duration: obj
     write_atomic(paths.spec, spec.to_json())
     checkpoints = selecting.checkpoints(name)
     where = f"from checkpoint {checkpoints[-1].rpartition('/')[2]}" if checkpoints else "from the beginning"
-    trained = stage_process.is_done(paths, "train")
+    trained = paths.is_done("train")
     how = "Training is done; what comes after it goes on." if trained else f"Training goes on {where}."
     with interrupt_waits(Interrupted(name)):
         paths.supervisor.unlink(missing_ok=True)  # the next one is about to start
@@ -140,7 +140,7 @@ def _with_compute(spec: RunSpec, given: object, paths: RunFolder) -> RunSpec:
         compute = Compute.parse(given)
     except ValueError as error:
         raise SpecError(f"compute: {error}") from None
-    if problems := machine_problems(compute):
+    if problems := launch.problems(compute):
         raise SpecError(problems)
     spec = replace(spec, compute=compute)
     if paths.foundry_yaml.exists():

@@ -27,7 +27,7 @@ from tundish.plan.models import ModelCard
 from tundish.plan.overrides import PATHS, check_overrides, flat, save_root, unused_overrides
 from tundish.plan.spec import RunSpec, parse_spec
 from tundish.runs import drafts
-from tundish.runs.checking import BarOf, CheckedData, check_data, collected, job_of, machine_problems, no_bar
+from tundish.runs.checking import BarOf, CheckedData, check_data, collected, job_of, no_bar
 from tundish.runs.checkpoint_addresses import checkpoint_address
 from tundish.runs.reading import read_run
 from tundish.runs.records import RunRecord
@@ -114,7 +114,7 @@ def check(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> RunSpec:
     """
     parsed, problems = _parse(arguments)
     if parsed is not None:
-        problems.extend(machine_problems(parsed[0].compute))
+        problems.extend(launch.problems(parsed[0].compute))
         problems.extend(_folder_problems(parsed[0].overrides))
         problems.extend(_model_problems(parsed[0].model))
     problems.extend(uri_problems())

@@ -20,7 +20,6 @@ from tundish.base.home import runs_dir
 from tundish.base.run_folder import RunFolder
 from tundish.base.typed_json import parse, read_object
 from tundish.errors import LockHeldError, SpecError, StoreError
-from tundish.launch import devices
 from tundish.tracking.experiment import delete_runs
 
 log = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ class Draft:
         if self.published.folder.exists() and not self.run.folder.exists():
             self.published.folder.rename(self.run.folder)
         (self.folder / "ballast").unlink(missing_ok=True)
-        devices.leave(self.published.folder.name)
+        launch.release_devices(self.published)
         with suppress(FileNotFoundError, ValueError):  # killed before MLflow was asked
             found = parse(InMLflow, read_object(self.folder / "mlflow.json"))
             delete_runs(found.tracking_uri, found.experiment_name, found.mark)

@@ -15,7 +15,6 @@ from tundish.plan.overrides import flat
 from tundish.plan.spec import Duration, RunSpec
 from tundish.runs import selecting
 from tundish.runs.checking import same_batches
-from tundish.supervise import stage_process
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ def extension(spec: RunSpec, given: object, paths: RunFolder) -> Extension:
         duration = Duration.parse(given)
     except ValueError as error:
         raise SpecError(f"training_duration: {error}") from None
-    checkpoints, trained = selecting.checkpoints(spec.run_name), stage_process.is_done(paths, "train")
+    checkpoints, trained = selecting.checkpoints(spec.run_name), paths.is_done("train")
     anew = f"custom_weights_path={checkpoints[-1]!r}" if checkpoints else f"model={str(paths.export)!r}"
     instead = f"Create a run with {anew} instead, whose optimizer and schedule begin anew."
     if trained and not checkpoints:

@@ -19,7 +19,7 @@ from tundish.base.run_folder import RunFolder, Tracking
 from tundish.checkpoints.save_folder import SaveFolder, hidden
 from tundish.checkpoints.save_folder import remove as remove_at_once
 from tundish.errors import RequestError, RunDamagedError, StoreError
-from tundish.launch import devices
+from tundish.launch import release_devices
 from tundish.runs.reading import damaged_run, find_run, read_run, run_names
 from tundish.runs.records import RunRecord
 
@@ -96,7 +96,7 @@ def remove(removal: Removal) -> None:
         if removal.mlflow is not None:
             with _asking(removal.mlflow) as client:
                 client.delete_run(removal.mlflow.run_id)
-        devices.leave(removal.name)
+        release_devices(paths)
         remove_folder(removal.folders[-1])
 
 

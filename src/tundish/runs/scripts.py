@@ -5,14 +5,11 @@ a script for each host; checkpoints go there too. Scripts that are started once 
 hosts or fewer, too.
 """
 
-import os
 import re
-import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from tundish import __version__
@@ -20,8 +17,7 @@ from tundish.base.files import write_atomic
 from tundish.base.run_folder import RunFolder, Tracking
 from tundish.data.prepare import prepare_guarded
 from tundish.errors import SpecError
-from tundish.launch import slurm
-from tundish.launch.command import node_script, train_environment
+from tundish.launch import launcher_of
 from tundish.plan.foundry import Destination, render
 from tundish.plan.models import ModelCard
 from tundish.plan.spec import RunSpec
@@ -46,7 +42,8 @@ def scripts(arguments: Mapping[str, Any], address: str | None, port: int) -> dic
         SpecError: an argument is wrong.
     """
     spec, _ = _planned(arguments, address)
-    return _scripts(spec, RunFolder.of(spec.run_name), address, port)
+    run = RunFolder.of(spec.run_name)
+    return launcher_of(spec.compute).scripts(spec.compute, run, address, port, {})
 
 
 def write(arguments: Mapping[str, Any], address: str | None, port: int, out: Path) -> list[Path]:
@@ -56,8 +53,9 @@ def write(arguments: Mapping[str, Any], address: str | None, port: int, out: Pat
         SpecError, DataError: an argument or the data is wrong.
     """
     spec, card = _planned(arguments, address)
-    if spec.compute.launcher == "slurm":
-        raise SpecError("compute: found launcher 'slurm'; `tundish create` submits such a run. Leave out --out.")
+    if launcher_of(spec.compute).STARTS_ALL_NODES:
+        name = spec.compute.launcher
+        raise SpecError(f"compute: with launcher {name!r}, `tundish create` submits the run. Leave out --out.")
     paths = RunFolder(out.absolute())
     if paths.foundry_yaml.exists():
         spec = same_batches(spec, paths.foundry_yaml)
@@ -69,7 +67,7 @@ def write(arguments: Mapping[str, Any], address: str | None, port: int, out: Pat
     write_atomic(paths.foundry_yaml, render(spec, card, paths, _with_weights(spec, destination), rows))
     for old in paths.folder.glob("node*.sh"):
         old.unlink()
-    texts = _scripts(spec, paths, address, port, tracking.environment)
+    texts = launcher_of(spec.compute).scripts(spec.compute, paths, address, port, tracking.environment)
     for name, text in texts.items():
         write_atomic(paths.folder / name, text)
     return [paths.folder / name for name in texts]
@@ -77,7 +75,7 @@ def write(arguments: Mapping[str, Any], address: str | None, port: int, out: Pat
 
 def _planned(arguments: Mapping[str, Any], address: str | None) -> tuple[RunSpec, ModelCard]:
     spec, card = parsed_spec(arguments)
-    by_hosts = spec.compute.nodes > 1 and spec.compute.launcher == "local"
+    by_hosts = spec.compute.nodes > 1 and not launcher_of(spec.compute).STARTS_ALL_NODES
     if by_hosts and address is None:
         raise SpecError("--master-addr is missing: the other hosts must reach the first one. Give its address.")
     if address is not None and not by_hosts:
@@ -95,22 +93,6 @@ def _tracking(spec: RunSpec, paths: RunFolder) -> Tracking:
         tell_arguments(made, spec)
         replace(made, save_folder=str(paths.folder / "checkpoints")).write(paths)
     return RunFolder(paths.folder).read_tracking()
-
-
-def _scripts(
-    spec: RunSpec, paths: RunFolder, address: str | None, port: int, more: Mapping[str, str] = MappingProxyType({})
-) -> dict[str, str]:
-    compute = spec.compute
-    if compute.launcher == "slurm":
-        return {paths.job.name: slurm.job_script(compute, paths)}
-    environment = train_environment(compute, paths, os.cpu_count() or 1) | dict(more)
-    logs = shlex.quote(f"What this host says goes to {paths.logs}, what happens to {paths.events}.")
-    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
-    return {
-        f"node{node}.sh": f"#!/bin/bash\n# Host {node} of {compute.nodes}, counted from 0.\n{exports}echo {logs}\n"
-        + node_script(compute, paths, rank=str(node), address=address or "127.0.0.1", port=str(port))
-        for node in range(compute.nodes)
-    }
 
 
 def _prepare(spec: RunSpec, card: ModelCard, paths: RunFolder) -> int:

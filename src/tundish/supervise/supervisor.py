@@ -1,8 +1,8 @@
-"""The supervisor: takes one run through its stages, in a process of its own, and says how it ended.
+"""The supervisor: takes one run through its stages, in a process of its own, and records how the run ended.
 
-Each stage is a process too: what it loads goes with it, and the supervisor stays small while the model trains. A stage
-that has left a result is done: a supervisor that is started again goes on with the next one. Where it is killed, the
-kernel ends its stage, and so all ranks.
+Each stage is a process too: the memory that it takes is free after it, and the supervisor stays small while the model
+trains. A stage that has left a result is done: a supervisor that is started again continues with the next one. When the
+supervisor is killed, the kernel ends its stage, and so all ranks.
 """
 
 import contextlib
@@ -15,165 +15,146 @@ from pathlib import Path
 
 import psutil
 
-from tundish.base import events
 from tundish.base.files import locked
 from tundish.base.home import RUN_VARIABLE
-from tundish.base.processes import ProcessId, processes_with, stop_all
+from tundish.base.processes import processes_with, stop_all
 from tundish.base.run_folder import RunFolder
-from tundish.errors import LockHeldError, RequestError, StageError, TundishError
-from tundish.launch import devices, local, slurm
+from tundish.errors import LockHeldError, StageError, TundishError
+from tundish.launch import launcher_of, release_devices
 from tundish.plan.spec import RunSpec
 from tundish.supervise.stage_process import (
     Canceled,
-    Place,
+    Devices,
     Stopped,
-    be_deaf,
-    is_done,
-    listen,
+    ignore_signals,
+    listen_to_signals,
     run_stage,
     training_starts,
 )
 
 STAGES = ("prepare", "train", "export", "register")
 LOCK_SECONDS = 60.0
-"""For the supervisor before to be gone; a lock of another node's lasts a while after that node was lost."""
+"""For the supervisor before to exit; the lock of a node that was lost is held for a while after that."""
 
 
 def main(folder: str, *command: str) -> None:
-    """Run all stages that are left; the last event is COMPLETED, FAILED, STOPPED or CANCELED.
+    """Run all stages that are left; the last event is COMPLETED, FAILED, STOPPED, CANCELED or REQUEUED.
 
     Args:
         folder: of the run.
-        command: starts training on all nodes of a Slurm job, after `--`; none: on this machine.
+        command: after `--`, starts training on all nodes of a cluster's job; none: on this machine.
     """
-    paths = RunFolder(Path(folder))
-    listen()
+    run = RunFolder(Path(folder))
+    listen_to_signals()
     try:
-        with locked(paths.lock, LOCK_SECONDS):
-            _supervise(paths, command[1:])
+        with locked(run.lock, LOCK_SECONDS):
+            _supervise(run, command[1:])
     except LockHeldError as error:
         sys.exit(f"Another process supervises this run: {error.message}")
 
 
-def _supervise(paths: RunFolder, command: Sequence[str]) -> None:
-    """Run what is left, and say how it ended."""
-    reached = (0, 0)
+def _supervise(run: RunFolder, command: Sequence[str]) -> None:
+    """Run what is left, and record how it ended."""
+    before = (0, 0)
     try:
-        reached = _reached(paths)
-        if not _has_ended(paths):
-            _note(paths)
-            _run(paths, command)
+        before = _progress(run)
+        if not run.has_ended():
+            compute = RunSpec.read(run).compute
+            launcher_of(compute).record_supervisor(run, compute)
+            _run(run, command)
     except Canceled:
-        _end(paths, "CANCELED", "Canceled by user.")
+        _end(run, "CANCELED", "Canceled by user.")
     except Stopped as stopped:
-        _stop(paths, stopped, reached)
+        _stop(run, stopped, before)
     except TundishError as error:
-        _end(paths, "FAILED", error.message, mlflow="FAILED")
+        _end(run, "FAILED", error.message, mlflow="FAILED")
     except Exception as error:
-        text = f"The supervisor failed: {error!r}. Log: {paths.log('supervisor')}"
-        _end(paths, "FAILED", text, mlflow="FAILED")
+        text = f"The supervisor failed: {error!r}. Log: {run.log('supervisor')}"
+        _end(run, "FAILED", text, mlflow="FAILED")
         raise
     finally:
-        devices.leave(paths.folder.name)
+        release_devices(run)
 
 
-def _has_ended(paths: RunFolder) -> bool:
-    return paths.read_events()[-1].type in events.TERMINAL_TYPES
-
-
-def _note(paths: RunFolder) -> None:
-    """Say who supervises the run: who has started this process may have been killed before it could."""
-    compute = RunSpec.read(paths).compute
-    if compute.launcher == "slurm":
-        slurm.note(paths, os.environ["SLURM_JOB_ID"])
-    else:
-        local.note(paths, compute, ProcessId.of(os.getpid()))
-
-
-def _run(paths: RunFolder, command: Sequence[str]) -> None:
-    end_processes_of(paths)
-    shutil.rmtree(paths.scratch, ignore_errors=True)  # of a supervisor that was killed; the last stage may be done
-    held: Sequence[str] = ()
-    if not command and not is_done(paths, "train"):
-        held = devices.wait_for_devices(paths.folder.name)
-    events.append(paths.events, "STARTED", f"Run started on {os.uname().nodename}.")
-    registered = is_done(paths, "register")
+def _run(run: RunFolder, command: Sequence[str]) -> None:
+    end_processes_of(run)
+    shutil.rmtree(run.scratch, ignore_errors=True)  # of a supervisor that was killed; the last stage may be done
+    launcher = launcher_of(RunSpec.read(run).compute)
+    # Waited for before the data is prepared: a run in the queue takes no CPU from the ones that train.
+    devices = () if run.is_done("train") else launcher.wait_for_devices(run)
+    run.add_event("STARTED", f"Run started on {os.uname().nodename}.")
+    was_registered = run.is_done("register")
     for stage in STAGES:
-        if not is_done(paths, stage):
-            _run_with_retry(paths, stage, Place(command=command, devices=held))
+        if not run.is_done(stage):
+            _run_with_retry(run, stage, Devices(command=command, visible=devices))
         if stage == "train":
-            devices.leave(paths.folder.name)  # the next run may train while this one is exported
-    be_deaf()
-    if registered:  # and killed before it was said; resuming has opened the MLflow run again
-        end_mlflow_run(paths, "FINISHED")
-    result = paths.read_result("register") or {}
+            launcher.release_devices(run)  # the next run may train while this one is exported
+    ignore_signals()
+    if was_registered:  # killed before COMPLETED was recorded; resuming reopened the MLflow run
+        end_mlflow_run(run, "FINISHED")
+    result = run.read_result("register") or {}
     name, version = result.get("name"), result.get("version")
     message = f"Run completed. Registered as version {version} of {name}."
-    events.append(paths.events, "COMPLETED", message, name=name, version=version)
+    run.add_event("COMPLETED", message, name=name, version=version)
 
 
-def _run_with_retry(paths: RunFolder, stage: str, place: Place) -> None:
-    """Run a stage; training that has begun and then crashed, once more from its newest checkpoint."""
-    before = training_starts(paths)
+def _run_with_retry(run: RunFolder, stage: str, devices: Devices) -> None:
+    """Run a stage; training that crashed after it had begun, once more from its newest checkpoint."""
+    starts = training_starts(run)
     try:
-        run_stage(paths, stage, place)
+        run_stage(run, stage, devices)
     except StageError as error:
-        # What a stage refuses in its own words, or before it has begun, it would refuse again.
-        if stage != "train" or paths.result(stage).exists() or training_starts(paths) == before:
+        # What a stage refuses with a message of its own, or before it has begun, it would refuse again.
+        if stage != "train" or run.result(stage).exists() or training_starts(run) == starts:
             raise
         text, newline, quoted = error.message.partition("\n")
-        again = "It is tried once more from its newest checkpoint."
-        events.append(paths.events, "REQUEUED", f"{text} {again}{newline}{quoted}")
-        end_processes_of(paths)
-        run_stage(paths, stage, place)
+        run.add_event("REQUEUED", f"{text} Training is retried once from its newest checkpoint.{newline}{quoted}")
+        end_processes_of(run)
+        run_stage(run, stage, devices)
 
 
-def _stop(paths: RunFolder, stopped: Stopped, reached: tuple[int, int]) -> None:
-    """Say what comes after a stop: a Slurm job goes back into the queue; here, the caller resumes the run."""
-    saved = "A checkpoint was saved." if _reached(paths)[1] > reached[1] else "No new checkpoint was saved."
-    name, why = paths.folder.name, stopped.signal.name
-    if RunSpec.read(paths).compute.launcher != "slurm":
-        return _end(
-            paths, "STOPPED", f"Stopped by {why}. {saved} `tundish resume {name}` continues it.", mlflow="KILLED"
-        )
-    if why == "SIGUSR1" and _reached(paths) == reached:
-        text = "In the time that Slurm gave to the run, it came no further. Raise compute's time_limit, or save more "
-        return _end(paths, "FAILED", text + "often.", mlflow="FAILED")
-    job = os.environ["SLURM_JOB_ID"]
-    text = f"Slurm job {job} was told to end by {why}. {saved} It goes on when Slurm starts it again."
-    _end(paths, "REQUEUED", text)
+def _stop(run: RunFolder, stopped: Stopped, before: tuple[int, int]) -> None:
+    """Record what comes after a stop: the launcher restarts the run, or its user resumes it."""
+    after = _progress(run)
+    saved = "A checkpoint was saved." if after[1] > before[1] else "No new checkpoint was saved."
+    resume = f"`tundish resume {run.name}` continues it."
     try:
-        # A job that somebody has canceled, or that Slurm puts back itself, is not RUNNING any more.
-        if why == "SIGUSR1" or slurm.is_running(job):
-            slurm.requeue(job)
-    except RequestError as error:
-        _end(paths, "FAILED", f"{error.message} `tundish resume {name}` continues the run.", mlflow="FAILED")
+        launcher = launcher_of(RunSpec.read(run).compute)
+        restart = launcher.restart(stopped.signal, progressed=after != before)
+        if restart is None:
+            _end(run, "STOPPED", f"Stopped by {stopped.signal.name}. {saved} {resume}", mlflow="KILLED")
+        else:
+            # Recorded before it is asked for: the restart may end this process at once.
+            _end(run, "REQUEUED", f"{restart.reason} {saved}")
+            restart.request()
+    except TundishError as error:
+        _end(run, "FAILED", f"{error.message} {resume}", mlflow="FAILED")
 
 
-def _reached(paths: RunFolder) -> tuple[int, int]:
+def _progress(run: RunFolder) -> tuple[int, int]:
     """Stages done, and checkpoints saved."""
-    saved = sum(event.type == "CHECKPOINT_SAVED" for event in paths.read_events())
-    return sum(is_done(paths, stage) for stage in STAGES), saved
+    saved = sum(event.type == "CHECKPOINT_SAVED" for event in run.read_events())
+    return sum(run.is_done(stage) for stage in STAGES), saved
 
 
-def _end(paths: RunFolder, type: str, message: str, *, mlflow: str | None = None) -> None:
-    """End what is left of the stage; say how it ended."""
-    be_deaf()
+def _end(run: RunFolder, type: str, message: str, *, mlflow: str | None = None) -> None:
+    """End what is left of the stage, and record how the run ended."""
+    ignore_signals()
     stop_all(psutil.Process().children(recursive=True), grace_s=0)
-    end_processes_of(paths)
+    end_processes_of(run)
     if mlflow is not None:
-        end_mlflow_run(paths, mlflow)
-    events.append(paths.events, type, message)
+        end_mlflow_run(run, mlflow)
+    run.add_event(type, message)
 
 
-def end_processes_of(paths: RunFolder) -> None:
+def end_processes_of(run: RunFolder) -> None:
     """End what a supervisor or a launcher that was killed has left behind on this machine."""
-    stop_all(processes_with(RUN_VARIABLE, str(paths.events)), grace_s=0)
+    stop_all(processes_with(RUN_VARIABLE, str(run.events)), grace_s=0)
 
 
-def end_mlflow_run(paths: RunFolder, status: str) -> None:
+def end_mlflow_run(run: RunFolder, status: str) -> None:
     """Close the MLflow run from a process of its own; a store that cannot be reached must not hide the cause."""
-    command = [sys.executable, "-m", "tundish.supervise.stages", f"close-{status}", str(paths.folder)]
+    command = [sys.executable, "-m", "tundish.supervise.stages", f"close-{status}", str(run.folder)]
     with contextlib.suppress(subprocess.TimeoutExpired, OSError):
         subprocess.run(command, stdin=subprocess.DEVNULL, check=False, timeout=60)
 
