@@ -101,7 +101,7 @@ def test_a_run_of_a_machine_that_is_gone_can_be_canceled_and_resumed(make_run: M
     assert fm.get("ift-1").status.display_name == "Failed"
     with locked(paths.lock):
         assert fm.get("ift-1").status.display_name == "Running"
-        with pytest.raises(RequestError, match=r"runs on another; .* Cancel it there"):
+        with pytest.raises(RequestError, match=r"runs on another, .* Cancel it there"):
             fm.cancel("ift-1")
 
 
