@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from benchmarks.models import save_mistral
 from benchmarks.processes import Lab
@@ -18,7 +19,7 @@ from benchmarks.table import Row, machine, options, promised, show_chosen
 from benchmarks.train import make_run
 
 PACKAGES = ("tundish", "torch", "safetensors", "transformers", "mosaicml")
-SHAPES: Mapping[str, Mapping[str, int]] = {
+SHAPES: Mapping[str, Mapping[str, Any]] = {
     "0.25B": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16},
     "1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
 }
@@ -52,7 +53,7 @@ class Bench:
         found: list[list[Facts]] = [[] for _ in sides]
         for turn in range(self.runs):
             for number in range(len(sides))[:: -1 if turn % 2 else 1]:
-                given = self.made(size)
+                given: dict[str, Any] = {**self.made(size)}
                 if sides[number] == "plain":
                     del given["model"]
                 else:

@@ -26,9 +26,9 @@ def make(folder: str, model: str) -> Facts:
     from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan
     from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
 
-    from tundish.model.weights import expected_shapes, model_config
+    from tundish.model.architecture import architecture_of
 
-    shapes = {f"state.model.model.{name}": shape for name, shape in expected_shapes(model_config(model)).items()}
+    shapes = {f"state.model.model.{name}": shape for name, shape in architecture_of(model).shapes.items()}
     shapes |= {f"state.optimizers.DecoupledLionW.{name[6:]}.exp_avg": shape for name, shape in list(shapes.items())}
     properties = TensorProperties(dtype=torch.float32)
     entries: dict[str, Any] = {}
@@ -40,7 +40,8 @@ def make(folder: str, model: str) -> Facts:
             plan.items.append(item)
     writer = FileSystemWriter(folder)
     writer.prepare_local_plan(plans[0])
-    results = [writer.write_data(plan, _Drawn()).wait() for plan in writer.prepare_global_plan(plans)]
+    drawn: Any = _Drawn()
+    results = [writer.write_data(plan, drawn).wait() for plan in writer.prepare_global_plan(plans)]
     writer.finish(Metadata(entries, planner_data={name: tuple(name.split(".")) for name in shapes}), results)
     return {"bytes": _size(Path(folder))}
 

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import orjson
 
@@ -82,7 +82,7 @@ def by_turns(file: str, epochs: int) -> Facts:
     """Our step and a bare loop in one process, an epoch of each by turns, on the same batches."""
     from omegaconf import OmegaConf
 
-    trainer, bare = _trainer(file), Bare(OmegaConf.to_container(OmegaConf.load(file)))
+    trainer, bare = _trainer(file), Bare(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file))))
     callbacks, kind = list(trainer.state.callbacks), _clock_type()
 
     def epoch() -> Facts:

@@ -33,7 +33,7 @@ def tree() -> Callable[[str], ast.Module]:
         spec := importlib.util.find_spec("databricks.model_training")
     ):
         pytest.skip("databricks_genai is not installed")
-    (folder,) = spec.submodule_search_locations or ()
+    (folder,) = spec.submodule_search_locations or [""]
     return lambda file: ast.parse((Path(folder) / file).read_text())
 
 

@@ -186,7 +186,8 @@ def test_a_filter_that_cannot_ask_a_damaged_run_says_so(
     make_run("good", ("COMPLETED", "done"), experiment_id="7")
     bad = make_run("bad", ("CREATED", "waits"), experiment_id="7")
     bad.spec.write_text("{}")
-    for filters in ({"statuses": ["COMPLETED"]}, {"experiment_id": "7"}, {"before": "2030-01-01"}):
+    every: list[dict[str, Any]] = [{"statuses": ["COMPLETED"]}, {"experiment_id": "7"}, {"before": "2030-01-01"}]
+    for filters in every:
         caplog.clear()
         assert [run.name for run in fm.list(**filters)] == ["good"]
         assert "The filter left out a damaged run" in caplog.text and str(bad.spec) in caplog.text

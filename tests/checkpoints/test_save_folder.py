@@ -267,7 +267,7 @@ def _publish_and_die(place: SaveFolder, folder: Path, after: int) -> None:
         put(self, file, below)
 
     signal.alarm(60)  # should the fork have broken something
-    SaveFolder._put = counted  # type: ignore[method-assign]
+    SaveFolder._put = counted  # pyright: ignore[reportAttributeAccessIssue]  this process ends here
     try:
         place.publish(folder)
     finally:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -196,7 +196,8 @@ def test_raw_text_is_cut_into_rows_with_its_tail(tiny_model: Path, tmp_path: Pat
     spool = tmp_path / "spool"
     spool.mkdir()
     found = encode_chunk(job, Rules("CONTINUED_PRETRAIN", True), TextFiles(tmp_path, tuple(texts), 99), spool)
-    wholes = [one.tokens.tolist() for one in job.encoder.encode([text for text in texts.values() if text.strip()])]  # type: ignore[union-attr]
+    encoded = job.encoder.encode([text for text in texts.values() if text.strip()])
+    wholes = [sample.tokens.tolist() for sample in cast(list[Encoded], encoded)]
     pieces = [whole[start : start + CONTEXT] for whole in wholes for start in range(0, len(whole), CONTEXT)]
     assert _spooled(found, spool) == [(piece, [1] * len(piece)) for piece in pieces] and len(pieces) > 6
     assert (found.samples, found.units, found.empty, found.truncated, found.size) == (4, 5, 1, 0, 99)

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from hypothesis import example, given, settings
@@ -69,7 +69,7 @@ def reference() -> Reference:
             tokenize_formatted_example(example, tokenizer)["turns"],
             target_prompts="none",
             target_responses=targets,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=cast(int, tokenizer.eos_token_id),
             validate=True,
         )
 
@@ -96,7 +96,8 @@ def make_tokenizer(tmp_path: Path, save_tokenizer: Any) -> MakeTokenizer:
         tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(tmp_path / "made", bos="<s>" in single))
         tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
         tokenizer.eos_token = eos
-        processor = TemplateProcessing(single=single, special_tokens=[("<s>", 2), ("</s>", 1)])
+        make_processor: Any = TemplateProcessing  # its stub asks for an argument that it has a default for
+        processor = make_processor(single=single, special_tokens=[("<s>", 2), ("</s>", 1)])
         tokenizer.backend_tokenizer.post_processor = processor
         tokenizer.chat_template = template
         tokenizer.save_pretrained(tmp_path / "changed")
@@ -167,7 +168,7 @@ def test_the_llama_3_template_is_really_used(
         "<s><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
         "Today Date: 26 Jul 2024\n\nbe short"
     )
-    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids.count(cast(int, tokenizer.bos_token_id)) == 1
     assert labels[-1] == tokenizer.eos_token_id
     turns = sum(before == -100 != label for before, label in pairwise(labels))
     assert turns == len(TEXTS), "every reply is a target"

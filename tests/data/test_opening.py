@@ -5,7 +5,7 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import zstandard
@@ -18,7 +18,7 @@ from tundish.data.opening import open_source
 from tundish.data.samples import Problem, Rules
 from tundish.data.source import EMPTY, Source, first_samples
 from tundish.data.structure import check_structure
-from tundish.data.texts import TextFolder
+from tundish.data.texts import TextFiles, TextFolder
 from tundish.errors import DataError, SpecError
 from tundish.plan.address import Address
 
@@ -298,7 +298,7 @@ def test_parts_of_a_folder_are_all_of_it_once(
         assert _samples(*parts) == _samples(source)
         assert [text for _, text in _samples(source)] == [f"{number}" * length for number, length in enumerate(lengths)]
         assert sum(part.size or 0 for part in parts) == source.size
-        assert [name for part in parts for name in part.names] == list(source.names)  # type: ignore[attr-defined]
+        assert [name for part in cast(list[TextFiles], parts) for name in part.names] == list(source.names)
     assert all((part.size or 0) >= size for part in parts[:-1])
 
 

@@ -2,13 +2,13 @@
 
 import json
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tundish.data.samples import Problem, Rules
+from tundish.data.samples import Messages, Problem, Rules
 from tundish.plan.spec import TaskType
 
 U, A, S = ({"role": role, "content": f"from {role}"} for role in ("user", "assistant", "system"))
@@ -276,10 +276,11 @@ def test_what_is_taken_is_what_the_line_says(task: Any) -> None:
             assert all(sample) and all(isinstance(text, str) and text.encode() for text in sample)
             return
         assert record == {"messages": sample} and all(set(message) == {"role", "content"} for message in sample)
-        roles = [message["role"] for message in sample]
+        messages = cast(Messages, sample)
+        roles = [message["role"] for message in messages]
         turns = roles[1:] if roles[0] == "system" else roles
         assert turns == ["user", "assistant"] * (len(turns) // 2) and turns
-        assert all(message["content"].strip().encode() for message in sample)
+        assert all(message["content"].strip().encode() for message in messages)
 
     check()
     assert taken >= 100

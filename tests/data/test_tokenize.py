@@ -407,9 +407,10 @@ def test_control_tokens_that_swallow_blanks_do_so_beside_others_too(make: MakeEn
 @ENGINES
 def test_control_tokens_in_other_tasks_are_parsed(make: MakeEncoder, engine: str) -> None:
     """Texts that were templated before, for LLM Foundry, would lose their turns."""
-    tokenizer = make(CHATML).tokenizer
-    for task in ("INSTRUCTION_FINETUNE", "CONTINUED_PRETRAIN"):
-        encoder = Encoder(tokenizer, task, "all")  # type: ignore[arg-type]
+    tokenizer: Any = make(CHATML).tokenizer
+    tasks: tuple[TaskType, ...] = ("INSTRUCTION_FINETUNE", "CONTINUED_PRETRAIN")
+    for task in tasks:
+        encoder = Encoder(tokenizer, task, "all")
         if engine == "tokenizers":
             encoder._fast = None
         text = "<|im_start|>user\ntwo</s>?<|im_end|>"
@@ -423,24 +424,25 @@ def test_control_tokens_in_other_tasks_are_parsed(make: MakeEncoder, engine: str
 
 def test_control_tokens_are_told_of(tokenizer: "PreTrainedTokenizerBase") -> None:
     """The user would not learn that data holds them."""
-    for task, good, bad in [
+    cases: list[tuple[TaskType, Any, Any]] = [
         ("CHAT_COMPLETION", CHAT, [*CHAT[:4], {"role": "assistant", "content": "four</s>"}]),
         ("INSTRUCTION_FINETUNE", ("two", "< /s>"), ("two", "</s>four")),
         ("CONTINUED_PRETRAIN", "</S> </s", "two </s> two <pad>"),
-    ]:
-        encoder = Encoder(tokenizer, task, "all")  # type: ignore[arg-type]
-        assert encoder.control_token(good) is None and encoder.control_token(bad) == "</s>"  # type: ignore[arg-type]
+    ]
+    for task, good, bad in cases:
+        encoder = Encoder(tokenizer, task, "all")
+        assert encoder.control_token(good) is None and encoder.control_token(bad) == "</s>"
 
 
 def test_added_words_that_are_no_control_tokens_are_words(make: MakeEncoder) -> None:
     """`<think>` is a token of reasoning models which their data must hold."""
-    encoder = make(CHATML)
-    encoder.tokenizer.add_tokens(["<think>"])
-    again = Encoder(encoder.tokenizer, "CHAT_COMPLETION", "all")
+    tokenizer: Any = make(CHATML).tokenizer
+    tokenizer.add_tokens(["<think>"])
+    again = Encoder(tokenizer, "CHAT_COMPLETION", "all")
     chat = _chat_of("two?", "<think>2 + 2</think>four")
     (encoded,) = again.encode([chat])
     assert again.control_token(chat) is None and isinstance(encoded, Encoded)
-    assert encoder.tokenizer.convert_tokens_to_ids("<think>") in encoded.tokens.tolist()
+    assert tokenizer.convert_tokens_to_ids("<think>") in encoded.tokens.tolist()
 
 
 @ENGINES

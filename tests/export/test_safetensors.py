@@ -18,6 +18,7 @@ from tundish.errors import CheckpointError, SpecError
 from tundish.export import safetensors
 from tundish.export.plan import plan
 from tundish.export.safetensors import export
+from tundish.plan.spec import TaskType
 
 # Of PyTorch's own, on saving: it saves from a single process, which is wanted here, and uses its own old storage class.
 pytestmark = [
@@ -37,9 +38,10 @@ def _base(folder: Path, family: str, **changes: Any) -> Path:
     common: dict[str, Any] = {"vocab_size": 384, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     common |= {"initializer_range": 0.2}
     if family == "dbrx":
-        experts = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}
+        experts: Any = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}
         sizes = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}
-        config: Any = DbrxConfig(attn_config={"kv_n_heads": 2}, ffn_config=experts, **sizes, **common)
+        heads: Any = {"kv_n_heads": 2}
+        config: Any = DbrxConfig(attn_config=heads, ffn_config=experts, **sizes, **common)
     else:
         common |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
         common |= {"intermediate_size": 48, "max_position_embeddings": 128, **changes}
@@ -418,7 +420,8 @@ def test_a_chat_model_gets_its_chat_template(
 
     folder = base()
     checkpoint = save_checkpoint(_state(_trained(folder)))
-    for task, template in (("CHAT_COMPLETION", CHATML), ("INSTRUCTION_FINETUNE", None)):
+    tasks: dict[TaskType, str | None] = {"CHAT_COMPLETION": CHATML, "INSTRUCTION_FINETUNE": None}
+    for task, template in tasks.items():
         export(checkpoint, str(folder), task, tmp_path / task)
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / task)
         assert tokenizer.chat_template == template

@@ -155,10 +155,10 @@ def test_an_mlflow_path_of_the_default_store_is_its_folder(home: Path) -> None:
         ("model", "gpt2", "hub"),
     ],
 )
-def test_a_name_is_one_unless_it_stands_there(here: Path, takes: Takes, given: str, kind: str) -> None:
+def test_a_name_is_one_unless_it_stands_there(here: Path, takes: Takes, given: str, kind: Any) -> None:
     """A table or a dataset would get the caller's folder in front, or a folder be looked for on the hub."""
     name = Address.parse(given, takes)
-    assert name == Address(kind, given, given, (str(here / given),)), "messages tell both"  # type: ignore[arg-type]
+    assert name == Address(kind, given, given, (str(here / given),)), "messages tell both"
     assert Address.of(name.text).kind == kind
     (here / given).mkdir(parents=True)
     assert Address.parse(given, takes) == Address("path", str(here / given), given)

@@ -47,7 +47,7 @@ def test_what_no_run_needs_goes_with_its_size_told_before(home: Path, make_run: 
     half = _folder(prepared_dir() / f".{'d' * 24}.tmp")
     removed, draft = _folder(runs_dir() / ".chat-0.tmp"), _folder(runs_dir() / ".chat-9.draft")
     for path in (removed, removed / "shard.mds"):
-        os.utime(path, (time.time() - 7200,) * 2)
+        os.utime(path, (time.time() - 7200, time.time() - 7200))
     found, used = cleaning.leftovers()
     assert used == cleaning.tree_bytes(needed) >= 50_000
     assert sum(one.bytes for one in found) == 5 * used

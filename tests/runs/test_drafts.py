@@ -70,7 +70,7 @@ def _left(home: Path) -> dict[str, Any]:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{home}/mlflow/mlflow.db")
-    ids = [experiment.experiment_id for experiment in client.search_experiments()]
+    ids: list[str] = [experiment.experiment_id for experiment in client.search_experiments()]
     queued = {path.name for path in home.glob("queue/*/*")} - {"lock", "somebody.json"}
     there = {path.name for path in runs_dir().iterdir()} if runs_dir().is_dir() else set[str]()
     return {

@@ -48,13 +48,14 @@ def test_points_come_back_in_order_and_the_picture_shows_them(logged: RunFolder)
         run.metrics("loss")
     with pytest.raises(RequestError, match=r"Did you mean loss/train/total\?$"):
         run.metrics("loss/train/totl")
-    figure = run.plot()
+    figure: Any = run.plot()
     (axes,) = figure.axes
-    lines = {str(line.get_label()): list(zip(*map(list, line.get_data()), strict=True)) for line in axes.lines}
+    points: dict[str, Any] = {str(line.get_label()): line.get_data() for line in axes.lines}
+    lines = {label: list(zip(list(x), list(y), strict=True)) for label, (x, y) in points.items()}
     assert lines == {"training": [(0, 3.0), (1, 2.0), (2, 1.5)], "evaluation": [(3, 1.25)]}
     assert axes.get_title() == "chat-1: failed"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("batch (optimizer steps done)", "loss (nats per target token)")
-    assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]  what a notebook shows
+    assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
 
 
 def test_a_long_run_s_line_can_be_read() -> None:

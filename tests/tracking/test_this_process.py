@@ -46,7 +46,7 @@ def test_what_the_user_has_set_for_mlflow_is_used_and_stays(monkeypatch: pytest.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)  # later, and MLflow itself does not look at it any more
     assert tracking_uri() == mlflow.get_tracking_uri() == file
     assert not this_process.use("sqlite:////ours.db", None) and mlflow.get_tracking_uri() == file
-    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  which removes the variable as well
+    mlflow.set_tracking_uri(None)  # pyright: ignore[reportArgumentType]  which removes the variable as well
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     assert tracking_uri() == server and not this_process.use("sqlite:////ours.db", None)
 

@@ -117,11 +117,10 @@ def _rank(run: dict[str, Any], rank: int, port: int) -> None:
         from tundish.train import eval_prompts
 
         eval_prompts.GENERATION = {"max_new_tokens": eval_prompts.ANSWER_TOKENS, "do_sample": False}
-    built, used = entry.build_trainer, list[float]()
+    built, used, memory = entry.build_trainer, list[float](), InMemoryLogger()
 
     def build(cfg: Any) -> Any:
         trainer = built(cfg)
-        memory = InMemoryLogger()
         memory.init(trainer.state, trainer.logger)
         trainer.logger.destinations = (*trainer.logger.destinations, memory)
         if os.environ.get("KILL_RANK") == str(rank):
@@ -130,7 +129,6 @@ def _rank(run: dict[str, Any], rank: int, port: int) -> None:
             trainer.state.callbacks.append(_asker())
         if os.environ.get("FULL_RANK") == str(rank):
             trainer.state.callbacks.append(_filler())
-        build.memory = memory
         (optimizer,) = trainer.state.optimizers
         optimizer.register_step_pre_hook(lambda *_: used.append(float(optimizer.param_groups[0]["lr"])))
         return trainer
@@ -141,13 +139,13 @@ def _rank(run: dict[str, Any], rank: int, port: int) -> None:
     ports = [link.laddr for link in psutil.Process().net_connections("tcp") if link.status == psutil.CONN_LISTEN]
     (Path(run["folder"]) / f"listening{rank}.json").write_text(json.dumps([place.ip for place in ports]))
     if rank == 0:
-        losses = {int(time.batch): value for time, value in build.memory.data.get("loss/train/total", [])}
+        losses = {int(time.batch): value for time, value in memory.data.get("loss/train/total", [])}
         (Path(run["folder"]) / "losses.json").write_text(json.dumps(losses))
-        logged = [value for _, value in build.memory.data.get("lr-DecoupledLionW/group0", [])]
-        tokens = [int(value) for _, value in build.memory.data.get("time/token", [])]
+        logged = [value for _, value in memory.data.get("lr-DecoupledLionW/group0", [])]
+        tokens = [int(value) for _, value in memory.data.get("time/token", [])]
         rates = {"used": used, "logged": logged, "tokens": tokens}
         (Path(run["folder"]) / "rates.json").write_text(json.dumps(rates))
-        (Path(run["folder"]) / "tables.json").write_text(json.dumps(build.memory.tables))
+        (Path(run["folder"]) / "tables.json").write_text(json.dumps(memory.tables))
 
 
 def _fork(run: dict[str, Any], rank: int, port: int) -> int:

@@ -2,7 +2,6 @@
 
 import random
 import warnings
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,7 +99,7 @@ def test_inside_the_numbers_are_always_the_same(model: Any) -> None:
 
 
 @pytest.fixture
-def state(tiny_model: Any) -> Callable[..., Any]:
+def state(tiny_model: Any) -> Any:
     """What the callback reads of Composer's state, with the real tiny model and its tokenizer."""
     from composer.core import Precision
     from composer.devices import DeviceCPU

@@ -59,7 +59,8 @@ def test_all_ranks_compare_or_none_does(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(guard.dist, "broadcast_object_list", told_by_first)
     rank = guard.LossGuard()
     state: Any = SimpleNamespace(timestamp=SimpleNamespace(batch=3))
-    rank.fit_start(state, SimpleNamespace())  # type: ignore[arg-type]  looks at no logger
+    no_logger: Any = SimpleNamespace()
+    rank.fit_start(state, no_logger)
     assert rank._begun is None
 
 

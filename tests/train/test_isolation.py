@@ -73,10 +73,10 @@ def _config(family: str) -> Any:
     from transformers import DbrxConfig, LlamaConfig, MistralConfig, MixtralConfig
 
     # At the usual initializer_range of 0.02 a model so small hardly looks at its input.
-    common = {"vocab_size": VOCABULARY, "initializer_range": 0.2, "pad_token_id": 0}
+    common: dict[str, Any] = {"vocab_size": VOCABULARY, "initializer_range": 0.2, "pad_token_id": 0}
     if family == "dbrx":
-        attention = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0}
-        experts = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}
+        attention: Any = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0}
+        experts: Any = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}
         sizes = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}
         return DbrxConfig(attn_config=attention, ffn_config=experts, **sizes, **common)
     common |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -1,16 +1,17 @@
 """train/loader.py: every row once an epoch at every world size, and batches that are true to their rows."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 pytestmark = pytest.mark.slow
 
-Row = dict[str, np.ndarray]
+Row = Mapping[str, npt.NDArray[Any]]
 MakeOrder = Callable[..., Any]
 
 WORLD_SIZES = (1, 2, 4)
@@ -118,7 +119,7 @@ def test_an_evaluation_by_composer_leaves_out_no_row(tmp_path: Path) -> None:
     """Composer would take our fillers for rows that are there twice, and drop as many real rows from the metrics."""
     import torch
     from composer import ComposerModel, DataSpec, Trainer
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, Dataset
     from torchmetrics import SumMetric
 
     from tundish.train.loader import FILLER, Collate, RowOrder, count_tokens
@@ -145,7 +146,7 @@ def test_an_evaluation_by_composer_leaves_out_no_row(tmp_path: Path) -> None:
         def update_metric(self, batch: Any, outputs: Any, metric: Any) -> None:
             metric.update(outputs)
 
-    class Numbered:
+    class Numbered(Dataset[Row]):
         def __len__(self) -> int:
             return len(rows)
 
@@ -194,8 +195,7 @@ def test_tokens_stand_in_their_places() -> None:
 
 def test_labels_are_the_masked_tokens_and_never_a_samples_first() -> None:
     """Prompts would be trained; or each sample's first token be predicted from the sample before it."""
-    row = _samples(4, 1, 3)
-    row["loss_mask"] = np.array([1, 1, 0, 1, 1, 1, 0, 1], dtype=np.uint8)
+    row = {**_samples(4, 1, 3), "loss_mask": np.array([1, 1, 0, 1, 1, 1, 0, 1], dtype=np.uint8)}
     tokens = row["tokens"].tolist()
     (labels,) = _collate([row])["labels"].tolist()
     assert labels == [-100, tokens[1], -100, tokens[3], -100, -100, -100, tokens[7]]
@@ -322,12 +322,13 @@ def test_the_loader_gives_every_prepared_sample_once(prepared: str, tiny_model: 
     dataset = {"local": prepared, "max_seq_len": 64, "shuffle": True, "shuffle_seed": 3}
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     spec = build_packed_dataloader(tokenizer, 4, dataset, num_workers=num_workers)
+    loader: Any = spec.dataloader
     orders: list[list[int]] = []
     for epoch in (0, 1):
-        spec.dataloader.sampler.set_epoch(epoch)
-        orders.append(list(spec.dataloader.sampler))
-        batches = list(spec.dataloader)
-        assert len(batches) == len(spec.dataloader) == -(-manifest.rows // 4)
+        loader.sampler.set_epoch(epoch)
+        orders.append(list(loader.sampler))
+        batches = list(loader)
+        assert len(batches) == len(loader) == -(-manifest.rows // 4)
         assert all(spec.get_num_samples_in_batch(batch) == 4 for batch in batches)
         assert sum(spec.get_num_tokens_in_batch(batch) for batch in batches) == manifest.tokens
         targets = sum(spec.get_num_tokens_in_batch(batch, "loss_generating") for batch in batches)

@@ -20,8 +20,10 @@ VOCABULARY_BYTES = 128 << 20
 """Tokenizer files: the largest that are known have 35 million."""
 DEEPEST = 32
 """Levels of brackets: what is known has five."""
-SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
-SETTINGS += ("added_tokens.json", "chat_template.json")
+SETTINGS = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.json"),
+)
 VOCABULARIES = ("tokenizer.json", "tokenizer.*.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
 LICENSES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 """What the names of license files begin with, in capital letters."""

@@ -75,7 +75,7 @@ def entry() -> NoReturn:
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join()
-    atexit._run_exitfuncs()
+    atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]  os._exit skips them
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

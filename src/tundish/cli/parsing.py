@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 from tundish.errors import did_you_mean
 
+_Commands = argparse._SubParsersAction  # pyright: ignore[reportPrivateUsage]  argparse has no public name for it
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
@@ -63,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         if action.choices is None or value in action.choices:
             return
         known = [str(choice) for choice in action.choices]
-        if not isinstance(action, argparse._SubParsersAction):
+        if not isinstance(action, _Commands):
             raise argparse.ArgumentError(action, f"found {value!r}; allowed is {' or '.join(known)}.")
         near = did_you_mean(str(value), known)
         raise argparse.ArgumentError(None, f"there is no command {value!r}.{near} `tundish --help` lists them.")
@@ -151,7 +153,7 @@ def complete(parser: argparse.ArgumentParser, line: str) -> NoReturn:
     import argcomplete
 
     for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
+        if isinstance(action, _Commands):
             for name in set(line.split()) & set(action.choices):
                 # argcomplete must see the options before it parses, and parses once.
                 action.choices[name].load()

@@ -107,7 +107,8 @@ def _show(log: Path, lines: list[str]) -> None:
 
 def _follow(paths: RunFolder, arguments: argparse.Namespace) -> int:
     """Show what is written until the run has ended; without a stage, also that of the stages that come."""
-    shown, position = None, 0
+    shown: Path | None = None
+    position = 0
     while True:
         run = read_run(paths.folder.name)  # first: what is written before its end is shown
         ended = run.status.is_terminal()

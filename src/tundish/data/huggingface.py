@@ -123,10 +123,11 @@ def _check_inside(folder: Path, names: Iterable[str], given: str) -> None:
 
 
 def _is_hub_name(name: str) -> bool:
-    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+    from datasets import packaged_modules
 
     # Names of readers, `pandas` among them, which unpickles what lies in the working directory.
-    return name not in _PACKAGED_DATASETS_MODULES
+    readers = packaged_modules._PACKAGED_DATASETS_MODULES  # pyright: ignore[reportPrivateUsage]  no public list of them
+    return name not in readers
 
 
 def _reason(error: Exception) -> str:

@@ -43,9 +43,9 @@ class Prepared:
     @classmethod
     def read(cls, folder: Path) -> "Prepared":
         """The manifest of a complete prepared folder."""
-        content = json.loads((folder / MANIFEST).read_text())
+        content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         # The folder may have been moved since.
-        return cls(**{**content, "folder": str(folder)})
+        return cls(**(content | {"folder": str(folder)}))
 
     @property
     def fill(self) -> float:

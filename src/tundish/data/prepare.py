@@ -5,6 +5,7 @@ are prepared once.
 """
 
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import logging
@@ -142,7 +143,7 @@ def _write_shards(source: Source, job: Job, cluster: str | None, folder: Path, p
     else:
         job.prove(first_samples(source))
         # Loaded before the workers are forked, so that they have it.
-        import streaming  # noqa: F401
+        importlib.import_module("streaming")
 
         with Workers() as workers:
             result = write_shards(job, source, folder, workers, progress)

@@ -143,7 +143,8 @@ def _is_running() -> bool:
 
     connect: Any = sys.modules.get("pyspark.sql.connect.session")
     remote = None if connect is None else connect.SparkSession._get_default_session()
-    return SparkContext._active_spark_context is not None or remote is not None
+    context = SparkContext._active_spark_context  # pyright: ignore[reportPrivateUsage]  the public way makes one
+    return context is not None or remote is not None
 
 
 def _reach(cluster: str) -> None:

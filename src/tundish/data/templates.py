@@ -158,7 +158,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
             # Two ways in which templates print today's date: the same data must give the same tokens tomorrow.
             "date_string": TEMPLATE_DATE,
-            "strftime_now": lambda _: TEMPLATE_DATE,
+            "strftime_now": _template_date,
         }
         try:
             return cast(list[str], self._tokenizer.apply_chat_template(chats, tokenize=False, **settings))
@@ -239,6 +239,10 @@ def _some(kinds: Mapping[int, object]) -> list[int]:
     while half := half // 2:
         chosen.add(numbers[half])
     return sorted(chosen)
+
+
+def _template_date(_format: str) -> str:
+    return TEMPLATE_DATE
 
 
 _MARKED = re.compile(rf"( \n)?{OPEN}(\d+){CLOSE}(\n )?")

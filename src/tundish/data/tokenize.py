@@ -132,8 +132,11 @@ class Encoder:
             if isinstance(found, DataError):
                 yield found
                 continue
-            encode = self._plain_text.encode if is_masked else lambda _: next(ids)
-            pairs = [(encode(prompt), encode(reply)) for prompt, reply in found.turns]
+            encode = self._plain_text.encode
+            pairs = [
+                (encode(prompt), encode(reply)) if is_masked else (next(ids), next(ids))
+                for prompt, reply in found.turns
+            ]
             if (error := self._forged(messages, template or self._known_of(found, messages), pairs)) is not None:
                 yield error
                 continue

@@ -109,11 +109,18 @@ def write(shards: Sequence[Shard], folder: Path, progress: Progress | None = Non
     # The largest first: one that comes last would be written alone.
     work.sort(key=lambda item: -item[0].size)
     total = sum(target.size for target, _, _ in work)
-    tell = None if progress is None else lambda count: progress(count, total)
     local = threading.local()
+
+    def advance(count: int) -> None:
+        if progress is not None:
+            progress(count, total)
+
+    def write_one(item: tuple[Target, Path, int]) -> None:
+        _write_tensor(*item, local.buffer, advance)
+
     with ThreadPoolExecutor(THREADS, initializer=_prepare_thread, initargs=(local,)) as pool:
-        list(pool.map(lambda item: _write_tensor(item[0], item[1], item[2], local.buffer, tell), work))
-        list(pool.map(lambda shard: _flush(folder / shard.name), shards))
+        list(pool.map(write_one, work))
+        list(pool.map(_flush, (folder / shard.name for shard in shards)))
 
 
 def verify(folder: Path, shards: Sequence[Shard]) -> None:
@@ -153,7 +160,7 @@ def _equal(target: Target, path: Path) -> bool:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         file.seek(8 + length + json.loads(file.read(length))[target.name]["data_offsets"][0])
-        return all(file.read(len(data)) == data for data in _converted(target, bytearray(BLOCK_BYTES)))
+        return all(memoryview(file.read(len(data))) == data for data in _converted(target, bytearray(BLOCK_BYTES)))
 
 
 def _converted(target: Target, buffer: bytearray) -> Iterator[memoryview]:
@@ -165,14 +172,11 @@ def _converted(target: Target, buffer: bytearray) -> Iterator[memoryview]:
         yield memoryview(cast(Any, block.to(dtype).view(torch.uint8).numpy()))
 
 
-def _write_tensor(
-    target: Target, path: Path, header: int, buffer: bytearray, tell: Callable[[int], None] | None
-) -> None:
+def _write_tensor(target: Target, path: Path, header: int, buffer: bytearray, advance: Callable[[int], None]) -> None:
     at = header + target.start
     with open(path, "r+b", buffering=0) as file:
         for data in _converted(target, buffer):
-            if tell is not None:
-                tell(len(data))
+            advance(len(data))
             while data:
                 count = os.pwrite(file.fileno(), data, at)
                 data, at = data[count:], at + count

@@ -104,7 +104,7 @@ def render(spec: RunSpec, card: ModelCard, paths: RunFolder, destination: Destin
     ]
     batch_size, reason = _batch_size(spec, rows)
     memory, steps = memory_plan(spec, card, batch_size), _steps(spec, rows, batch_size)
-    layers = [
+    layers: list[dict[str, Any]] = [
         *(yaml.safe_load(text) for text in texts),
         *foundry_layers(card),
         {"global_train_batch_size": batch_size, "scheduler": {"t_warmup": f"{WARM_UP}dur"}},

@@ -277,7 +277,7 @@ def check_overrides(given: Mapping[Any, Any]) -> list[str]:
     return [f"overrides: {problem}" for problem in problems if problem]
 
 
-def unused_overrides(given: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[str]:
+def unused_overrides(given: Mapping[Any, Any], arguments: Mapping[str, Any]) -> list[str]:
     """What is set for a part that the run of these arguments of `create()` does not have."""
     needed = {
         "eval_loader": "eval_data_path",

@@ -170,7 +170,8 @@ def _load(trainer: Trainer, config: TrainConfig, checkpoint: Path | None) -> Non
     """Load what the run goes on from, or starts from. Composer's own loading, which may run code, is never called."""
     if checkpoint is not None:
         ignored = [*(config.load_ignore_keys or ()), *(config.save_ignore_keys or ())]
-        trainer._rng_state = load_all(trainer.state, trainer.logger, checkpoint, ignored)
+        rng_state = load_all(trainer.state, trainer.logger, checkpoint, ignored)
+        trainer._rng_state = rng_state  # pyright: ignore[reportPrivateUsage]  as Composer's own loading does
     elif config.load_path:
         load_weights(trainer.state, trainer.logger, Path(config.load_path), config.load_strict_model_weights)
 

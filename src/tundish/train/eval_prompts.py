@@ -117,7 +117,8 @@ def _inputs_as_given(model: torch.nn.Module) -> Iterator[None]:
 
     Nothing else changes: what one layer hands to the next has the type of the parameters already.
     """
-    states: list[Any] = [part._get_fsdp_state() for part in model.modules() if isinstance(part, FSDPModule)]
+    parts: list[Any] = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    states: list[Any] = [part._get_fsdp_state() for part in parts]
     policies = [each._mp_policy for each in states]
     for each, policy in zip(states, policies, strict=True):
         each._mp_policy = dataclasses.replace(policy, cast_forward_inputs=False)

@@ -36,7 +36,7 @@ class FirstBatch(Callback):
             if isinstance(destination, RunLogger):
                 destination.log_text(text, NAME)
             elif isinstance(destination, MLFlowLogger):
-                _upload(text, destination._run_id)
+                _upload(text, destination._run_id)  # pyright: ignore[reportPrivateUsage]  it has no public name
 
 
 def _upload(text: str, run_id: Any) -> None:

@@ -11,6 +11,13 @@ import torch
 from llmfoundry.optim import DecoupledLionW as FoundryLion
 from torch.distributed.tensor import DTensor
 
+# PyTorch's operations on lists of tensors, which its own optimizers use, have no public names.
+_lerp: Callable[..., Any] = torch._foreach_lerp  # pyright: ignore[reportPrivateUsage]
+_lerp_: Callable[..., Any] = torch._foreach_lerp_  # pyright: ignore[reportPrivateUsage]
+_mul_: Callable[..., Any] = torch._foreach_mul_  # pyright: ignore[reportPrivateUsage]
+_sign_: Callable[..., Any] = torch._foreach_sign_  # pyright: ignore[reportPrivateUsage]
+_add_: Callable[..., Any] = torch._foreach_add_  # pyright: ignore[reportPrivateUsage]
+
 CHUNK_BYTES = 256 << 20
 """Of weights that are updated at once: the updates of no more than these are in memory."""
 
@@ -22,7 +29,7 @@ class DecoupledLionW(FoundryLion):
     same state, so that checkpoints fit both. The name is the metrics' name too.
     """
 
-    @torch.no_grad()
+    @torch.no_grad()  # pyright: ignore[reportUntypedFunctionDecorator]  torch's is not typed
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every weight that has a gradient; returns what `closure`, called first, does."""
         loss = None
@@ -45,11 +52,11 @@ class DecoupledLionW(FoundryLion):
         beta1, beta2 = group["betas"]
         if group["weight_decay"] != 0:
             share = group["lr"] / group["initial_lr"] if group["initial_lr"] else 1.0
-            torch._foreach_mul_(weights, 1 - share * group["weight_decay"])
-        updates = torch._foreach_lerp(momenta, gradients, 1 - beta1)
-        torch._foreach_sign_(updates)
-        torch._foreach_add_(weights, updates, alpha=-group["lr"])
-        torch._foreach_lerp_(momenta, gradients, 1 - beta2)
+            _mul_(weights, 1 - share * group["weight_decay"])
+        updates = _lerp(momenta, gradients, 1 - beta1)
+        _sign_(updates)
+        _add_(weights, updates, alpha=-group["lr"])
+        _lerp_(momenta, gradients, 1 - beta2)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

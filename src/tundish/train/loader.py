@@ -6,12 +6,13 @@ not divide evenly, the last batch is filled with rows that have no targets.
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from composer.core import DataSpec
 from composer.utils import dist
@@ -23,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from tundish.base.processes import die_with
 
 IGNORE_INDEX = -100
-Row = Mapping[str, np.ndarray]
+Row = Mapping[str, npt.NDArray[Any]]
 
 FILLER: Row = {
     "tokens": np.zeros(0, dtype=np.int32),
@@ -92,7 +93,7 @@ class Collate:
     pad_token_id: int
     max_seq_len: int
 
-    def __call__(self, rows: list[Row]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """A batch of B rows, T tokens.
 
         `input_ids`, `labels`, `position_ids` and `segment_ids` (1, 2, … for a row's samples, 0 for padding) int64

@@ -41,7 +41,8 @@ class CausalLM(ComposerHFCausalLM):
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         if segment_ids is not None:
             window = getattr(self.config, "sliding_window", None)
-            mask = attention_mask(segment_ids, self.config._attn_implementation, window)
+            attention = self.config._attn_implementation  # pyright: ignore[reportPrivateUsage]  transformers' own name
+            mask = attention_mask(segment_ids, attention, window)
             inputs |= {} if mask is None else {"attention_mask": mask}
         outputs = super().forward(inputs)
         if labels is not None:

@@ -94,6 +94,10 @@ class Saver(CheckpointSaver):
         if self._error is not None:
             raise self._error
 
+    def save_now(self, state: State, logger: Logger) -> None:
+        """Save a checkpoint that no interval asks for."""
+        self._save_checkpoint(state, logger)
+
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         started = time.monotonic()
         self.wait()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from composer import Callback, Logger, State, Time, Timestamp, TimeUnit
-from composer.optim.scheduler import _convert_time
+from composer.optim.scheduler import _convert_time  # pyright: ignore[reportPrivateUsage]  as Composer's schedules do
 from composer.utils import dist
 
 from tundish.train.loader import count_tokens
@@ -36,7 +36,10 @@ class StepRates(Callback):
         # Composer's schedules are functions of the state, wrapped for PyTorch.
         self._warm_up = getattr(inspect.getclosurevars(factor).nonlocals["scheduler"], "t_warmup", None)
         self._factor = factor
-        scheduler.lr_lambdas = [lambda _: self._used]
+        scheduler.lr_lambdas = [self._rate_used]
+
+    def _rate_used(self, _step: int) -> float:
+        return self._used
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """The batch is there, and its step not taken."""

@@ -51,7 +51,7 @@ class StopWhenAsked(Callback):
             return
         for saver in (callback for callback in state.callbacks if isinstance(callback, Saver)):
             if saver.last_checkpoint_batch != state.timestamp.batch:
-                saver._save_checkpoint(state, logger)
+                saver.save_now(state, logger)
             saver.wait()
         if self.publisher is not None:
             self.publisher.finish(hurry=True)

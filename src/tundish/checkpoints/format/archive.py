@@ -195,7 +195,7 @@ class Archive:
         """Where an entry's bytes begin in the file; they are all there, and as large as they say."""
         header = bytearray(30)
         self.window.seek(info.header_offset)
-        short = self.window.readinto(header) < len(header) or header[:4] != b"PK\x03\x04"
+        short = self.window.readinto(header) < len(header) or not header.startswith(b"PK\x03\x04")
         start = info.header_offset + 30 + sum(_LOCAL_HEADER.unpack(header))
         plain = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
         if short or not plain or start + info.file_size > self.part.length:

@@ -159,6 +159,11 @@ def _encoded(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
+def _tensor_of(tensor: Any, *_: Any) -> Any:
+    """Stands for a parameter: its tensor."""
+    return tensor
+
+
 _TENSOR_NAMES: Mapping[str, Any] = {
     "torch._utils._rebuild_tensor_v2": Call(_Tensor),
     "collections.OrderedDict": Call(empty_dict),
@@ -166,8 +171,7 @@ _TENSOR_NAMES: Mapping[str, Any] = {
 }
 _STATE_NAMES: Mapping[str, Any] = {
     **_TENSOR_NAMES,
-    # Of a parameter, the tensor.
-    "torch._utils._rebuild_parameter": Call(lambda tensor, *_: tensor),
+    "torch._utils._rebuild_parameter": Call(_tensor_of),
 }
 _OBJECT_NAMES: Mapping[str, Any] = {
     **_TENSOR_NAMES,

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 from tundish.errors import CheckpointError
 
+# The one written in Python: the other one's instructions cannot be replaced.
+_PythonUnpickler = pickle._Unpickler  # pyright: ignore[reportPrivateUsage]  there is no public name for it
 LONGEST_SHOWN = 120
 _KEYS = (str, int, float, bool, bytes, type(None))
 _WRITTEN = (
@@ -55,11 +57,11 @@ def same(given: Any) -> tuple[Any, ...]:
     return given
 
 
-class PlainUnpickler(pickle._Unpickler):
+class PlainUnpickler(_PythonUnpickler):
     """Reads a pickle whose names are all in `names`, each with a constant or a `Call`."""
 
     dispatch: ClassVar[Any] = {
-        ord(getattr(pickle, name)): pickle._Unpickler.dispatch[ord(getattr(pickle, name))] for name in _WRITTEN
+        ord(getattr(pickle, name)): _PythonUnpickler.dispatch[ord(getattr(pickle, name))] for name in _WRITTEN
     }
 
     # Python's own, which type stubs do not know.
@@ -132,14 +134,26 @@ class PlainUnpickler(pickle._Unpickler):
         del self.stack[-count:]
         return items
 
+    def _set_item(self) -> None:
+        self._set_items(self._take(2))
+
+    def _set_marked_items(self) -> None:
+        self._set_items(self._take_mark())
+
+    def _append(self) -> None:
+        self._extend(self._take(1))
+
+    def _append_marked(self) -> None:
+        self._extend(self._take_mark())
+
     dispatch |= {
         ord(pickle.REDUCE): _reduce,
         ord(pickle.NEWOBJ): _reduce,
         ord(pickle.BUILD): _build,
-        ord(pickle.SETITEM): lambda self: self._set_items(self._take(2)),
-        ord(pickle.SETITEMS): lambda self: self._set_items(self._take_mark()),
-        ord(pickle.APPEND): lambda self: self._extend(self._take(1)),
-        ord(pickle.APPENDS): lambda self: self._extend(self._take_mark()),
+        ord(pickle.SETITEM): _set_item,
+        ord(pickle.SETITEMS): _set_marked_items,
+        ord(pickle.APPEND): _append,
+        ord(pickle.APPENDS): _append_marked,
     }
 
 
