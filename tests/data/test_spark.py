@@ -327,14 +327,14 @@ class Stopping(Wrapped):
 
 
 def _intercept(function: Callable[..., Any]) -> None:
-    """Have `function(prepare_share, …)` called in this process, once, instead of `prepare_share(…)`."""
-    original = spark.prepare_share
+    """Have `function(write_shards, …)` called in this process, once, instead of `write_shards(…)`."""
+    original = spark.write_shards
 
     def instead(*arguments: Any) -> Any:
-        spark.prepare_share = original
+        spark.write_shards = original
         return function(original, *arguments)
 
-    spark.prepare_share = instead
+    spark.write_shards = instead
 
 
 class FailingOnce(Stopping):
