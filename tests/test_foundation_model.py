@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 from tundish import foundation_model as fm
 from tundish.base.run_folder import RunFolder
+from tundish.plan.options import documented_fields
+from tundish.plan.spec import RunSpec
 
 ORIGINAL_CREATE: dict[str, Any] = {
     "model": inspect.Parameter.empty,
@@ -57,6 +60,19 @@ def test_the_other_verbs_take_what_the_original_s_took(verb: str, parameters: di
     assert verb in fm.__all__
     found = inspect.signature(getattr(fm, verb)).parameters
     assert {name: parameter.default for name, parameter in found.items()} == parameters
+
+
+def test_create_s_signature_and_docstring_are_the_fields_of_the_spec() -> None:
+    """`help(fm.create)` and `tundish create --help` would describe different arguments."""
+    fields = {field.name: field for field in documented_fields(RunSpec) if not field.name.startswith("created_")}
+    parameters = inspect.signature(fm.create).parameters
+    assert list(fields) == list(parameters)
+    section = inspect.cleandoc(fm.create.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
+    texts = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, flags=re.MULTILINE)
+    assert [(name, " ".join(text.split())) for name, text in texts] == [(name, fields[name].text) for name in fields]
+    required = [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
+    assert required == [name for name, field in fields.items() if field.option and field.option.required]
+    assert [name for name, field in fields.items() if field.option is None] == ["compute", "overrides"]
 
 
 def test_models_are_what_callers_do_with_them() -> None:

@@ -123,30 +123,34 @@ def create(
     compute: Compute | Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> TrainingRun:
-    """Fine-tune a model: returns as soon as the run is accepted, work goes on in a detached process.
+    """Fine-tune a model. Returns as soon as the run is accepted; a detached process does the work.
 
     Args:
-        model: a supported model's name (`tundish models` lists them), or the path of a Hugging Face folder.
-        train_data_path: for chats and instructions a .jsonl file (.gz and .zst too), a Delta table
-            (`catalog.schema.table` or its folder) or a Hugging Face dataset with its split (`org/dataset/split`); for
-            continued pretraining a folder of .txt files. Files and tables may be on `s3://` and other object stores.
-        register_to: `catalog.schema` or `catalog.schema.name`; an existing name gets a new version.
+        model: Name of a supported model (`tundish models` lists them), or path of a Hugging Face model folder.
+        train_data_path: Training data. For chats and instructions: a .jsonl file (also .gz or .zst), a Delta table
+            (`catalog.schema.table` or its folder), or a Hugging Face dataset with its split (`org/dataset/split`). For
+            continued pretraining: a folder of .txt files. Files and tables may be in an object store (`s3://…`).
+        register_to: Where to register the model: `catalog.schema` or `catalog.schema.name`. An existing name gets a new
+            version.
         experiment_path: MLflow experiment; default `/Users/<user>/<run_name>`.
-        task_type: `CHAT_COMPLETION`, `INSTRUCTION_FINETUNE` or `CONTINUED_PRETRAIN`.
-        eval_data_path: evaluation data in the format of the training data.
-        eval_prompts: texts that the model goes on from at every checkpoint; the answers are logged to MLflow. They are
-            taken as they stand: for a chat model, write the words of its chat template into them.
-        custom_weights_path: a Composer checkpoint whose weights replace the pretrained ones.
-        training_duration: `3ep`, `100ba` or `1_000_000tok`; default `1ep`.
-        learning_rate: peak; default 5e-7 (1e-5 for Llama 3.1 405B).
-        context_length: tokens in a row; longer samples are cut. Default: 8192, or the model's maximum if less.
-        validate_inputs: check every row before the run is accepted (data up to 8 MB is prepared; of more, what only
-            tokens show is told by the run); else all of it is left to the run.
-        data_prep_cluster_id: a Spark master that prepares the data: `spark://host:port`, `sc://host:port`, `local[4]`.
-        run_name: default `<task>-<model>-<6 random characters>`.
-        compute: `device` ("gpu" or "cpu"), `devices_per_node`; default: all GPUs of this machine, else its CPU. For a
-            cluster `launcher="slurm"`, `nodes`, `time_limit`, `grace_s`, and further options of sbatch as `sbatch`.
-        overrides: LLM-Foundry keys, dotted keys allowed, merged last.
+        task_type: `CHAT_COMPLETION` (default), `INSTRUCTION_FINETUNE` or `CONTINUED_PRETRAIN`.
+        eval_data_path: Evaluation data, in the format of the training data.
+        eval_prompts: Prompts that the model completes at every checkpoint; the completions are logged to MLflow.
+            Prompts are used verbatim: for a chat model, include the markers of its chat template.
+        custom_weights_path: A Composer checkpoint whose weights replace the pretrained ones.
+        training_duration: `3ep` (epochs), `100ba` (batches) or `1_000_000tok` (tokens); default `1ep`.
+        learning_rate: Peak learning rate; default 5e-7 (1e-5 for Llama 3.1 405B).
+        context_length: Maximum tokens per row; longer samples are truncated. Default: 8192, or the model's maximum if
+            that is less.
+        validate_inputs: Check every row before accepting the run. Data of up to 8 MB is tokenized as well; what only
+            tokens reveal in larger data, and everything if this is false, is checked by the run itself.
+        data_prep_cluster_id: A Spark master that prepares the data: `spark://host:port`, `sc://host:port` or
+            `local[4]`; default: no Spark.
+        run_name: Name of the run; default `<task>-<model>-<6 random characters>`.
+        compute: Where to train, a mapping: `device` ("gpu" or "cpu"), `devices_per_node`; default: all GPUs of this
+            machine, else its CPU. For a cluster: `launcher` "slurm", `nodes`, `time_limit`, `grace_s`, and further
+            sbatch options as `sbatch`.
+        overrides: LLM Foundry keys that replace the defaults, nested or dotted (`optimizer.lr`); merged last.
 
     Raises:
         SpecError: an argument is wrong; all problems of the call are listed, those of the data too.

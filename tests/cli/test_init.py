@@ -53,10 +53,23 @@ def test_options_are_the_parameters_of_create(arguments: dict[str, Any]) -> None
         "run_name": "mine",
     }
     line = ["create", *_options(given), "--eval-prompts", "a b", "c", "--devices", "2", "--device", "cpu"]
-    line += ["--set", "optimizer.lr=0.5", "--set", "seed=3", "--set", "a=x=y", "--set", "b=", "--set", "c=[1, 2]"]
+    line += [
+        "--no-validate-inputs",
+        "--set",
+        "optimizer.lr=0.5",
+        "--set",
+        "seed=3",
+        "--set",
+        "a=x=y",
+        "--set",
+        "b=",
+        "--set",
+        "c=[1, 2]",
+    ]
     values = create_arguments(build_parser().parse_args(line))
     assert values == given | {
         "eval_prompts": ["a b", "c"],
+        "validate_inputs": False,
         "compute": {"devices_per_node": 2, "device": "cpu"},
         "overrides": {"optimizer.lr": 0.5, "seed": 3, "a": "x=y", "b": None, "c": [1, 2]},
     }

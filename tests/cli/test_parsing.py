@@ -19,7 +19,7 @@ Capture = pytest.CaptureFixture[str]
         ("craete", "there is no command 'craete'. Did you mean create? `tundish --help` lists them."),
         ("create --modle x", "`tundish create` has no option --modle. Did you mean --model"),
         ("create --train-data x", "`tundish create` has no option --train-data. Did you mean --train-data-path"),
-        ("create --device tpu", "argument --device: found 'tpu'; allowed is gpu or cpu."),
+        ("export RUN --dtype half", "argument --dtype: found 'half'; allowed is bfloat16 or float32."),
         ("list chat-1", "found 'chat-1', which `tundish list` does not take."),
         ("create --context-length 12x", "argument --context-length: found '12x'; allowed is a whole number."),
         ("list --limit 0", "argument --limit: found '0'; allowed is a whole number from 1."),

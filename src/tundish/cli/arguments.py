@@ -1,16 +1,14 @@
 """The arguments of `create()` on a command line: its options, YAML files, and assignments.
 
-An option's name, type and help text are those of the parameter of `create()`, or of the field of Compute.
+An option is derived from the field of RunSpec or Compute that it sets: name, type, help text and group.
 """
 
 import argparse
-import ast
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
@@ -20,43 +18,17 @@ from tundish.cli.parsing import whole
 from tundish.errors import SpecError, did_you_mean
 from tundish.plan.address import Beside, local_path
 from tundish.plan.compute import Compute
+from tundish.plan.options import DocumentedField, Option, documented_fields
 from tundish.plan.overrides import PATHS, flat
+from tundish.plan.spec import RunSpec
 
-PATH_ARGUMENTS = ("model", "train_data_path", "eval_data_path", "custom_weights_path")
 LARGEST_FILE = 1 << 20
 MOST_VALUES = 100_000
 """In a YAML file, those that aliases stand for counted each time."""
 SECTIONS = ("compute", "overrides")
 """Arguments of `create()` that are mappings: `SECTION.KEY` names one of their keys."""
-GROUPS: Mapping[str, Mapping[str, str]] = {
-    "data": {
-        "train_data_path": "PATH",
-        "eval_data_path": "PATH",
-        "eval_prompts": "TEXT",
-        "data_prep_cluster_id": "MASTER",
-    },
-    "training": {
-        "model": "MODEL",
-        "task_type": "TYPE",
-        "training_duration": "N",
-        "learning_rate": "X",
-        "context_length": "N",
-        "custom_weights_path": "PATH",
-    },
-    "output": {"register_to": "NAME", "run_name": "NAME", "experiment_path": "NAME"},
-}
-"""Where the help shows a parameter of `create()`, and what stands for its value."""
-CREATE_ARGUMENTS = [name for group in GROUPS.values() for name in group]
-COMPUTE: Mapping[str, tuple[str, str | None]] = {
-    "device": ("--device", None),
-    "devices_per_node": ("--devices", "N"),
-    "nodes": ("--nodes", "N"),
-    "launcher": ("--launcher", None),
-    "time_limit": ("--time-limit", "T"),
-    "sbatch": ("--sbatch", "OPTION=VALUE"),
-}
-"""Field of Compute → its option, and what stands for its value; the others are set by `--set compute.FIELD=VALUE`."""
-REQUIRED = ("model", "train_data_path", "register_to")
+GROUPS = ("data", "training", "output")
+"""The sections of `--help` in which the arguments of `create()` are, in this order."""
 USAGE = "--model MODEL --train-data-path PATH --register-to NAME\n       [options]"
 DATA_USAGE = "--model MODEL --train-data-path PATH [options]"
 
@@ -79,70 +51,76 @@ for _kind, _form in NUMBERS.items():
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"({_form})$"), list("-+0123456789."))
 
 
-def add_create_options(command: argparse.ArgumentParser, required: Iterable[str] = REQUIRED) -> None:
-    """Give a command the arguments of `create()`, in groups."""
-    parameters, texts = inspect.signature(fm.create).parameters, _parameter_texts()
-    for title, names in GROUPS.items():
+def add_create_options(
+    command: argparse.ArgumentParser, *, optional: Container[str] = (), leave_out: Container[str] = ()
+) -> None:
+    """Give a command the arguments of `create()`, in groups.
+
+    Args:
+        command: the command's parser.
+        optional: arguments that `create()` requires, but the command does not.
+        leave_out: arguments that mean nothing to the command.
+    """
+    fields = [(field, option) for field, option in _options(RunSpec) if field.name not in leave_out]
+    for title in GROUPS:
         group = command.add_argument_group(title)
-        for name, metavar in names.items():
-            kind = str(parameters[name].annotation)
-            settings: dict[str, Any] = (
-                {"nargs": "+"} if "Sequence" in kind else {"type": whole} if "int" in kind else {}
-            )
-            # Not required of the parser: create() tells all problems at once.
-            text = f"(required) {texts[name]}" if name in required else texts[name]
-            group.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, help=_help(text), **settings)
+        for field, option in fields:
+            if option.group == title:
+                _add_option(group, field, option, required=option.required and field.name not in optional)
     add_compute_options(command)
     command.add_argument_group("other options").add_argument(
         "--set",
         action="append",
         metavar="KEY=VALUE",
-        help="LLM-Foundry key to override, such as optimizer.betas=[0.9,0.95]; compute.KEY=VALUE sets a field of "
+        help="override an LLM Foundry key, such as optimizer.betas=[0.9,0.95]; compute.KEY=VALUE sets a field of "
         "compute (repeatable)",
     )
 
 
 def add_compute_options(command: argparse.ArgumentParser) -> None:
-    """Give a command the fields of Compute."""
+    """Give a command the fields of Compute; those without an option are set by `--set compute.FIELD=VALUE`."""
     group = command.add_argument_group("compute")
-    for name, (option, metavar) in COMPUTE.items():
-        kind, text = _compute_fields()[name]
-        settings: dict[str, Any] = {"metavar": metavar} if metavar else {}
-        if kind.startswith("Literal"):
-            settings["choices"] = ast.literal_eval(kind.removeprefix("Literal"))
-        elif kind.startswith("Mapping"):
-            settings["action"], text = "append", f"{text} (repeatable)"
-        elif kind == "int":
-            settings["type"] = whole
-        group.add_argument(option, dest=name, help=_help(text), **settings)
+    for field, option in _options(Compute):
+        _add_option(group, field, option)
 
 
-def _parameter_texts() -> dict[str, str]:
-    """What the docstring of `create()` says of each parameter."""
-    section = inspect.cleandoc(fm.create.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
-    found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, flags=re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in found}
+def _options(cls: type) -> Iterator[tuple[DocumentedField, Option]]:
+    for field in documented_fields(cls):
+        if field.option is not None:
+            yield field, field.option
 
 
-def _compute_fields() -> dict[str, tuple[str, str]]:
-    """Annotation and docstring of each field of Compute; only its source has the docstrings of fields."""
-    body = cast(ast.ClassDef, ast.parse(inspect.getsource(Compute)).body[0]).body
-    return {
-        ast.unparse(field.target): (ast.unparse(field.annotation), str(text.value.value))
-        for field, text in pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-    }
-
-
-def _help(text: str) -> str:
-    """A docstring's text as argparse takes it: begun small, without a full stop at its end."""
-    small = text if text[:2].isupper() or text.startswith("`") else f"{text[0].lower()}{text[1:]}"
-    return small.rstrip(".").replace("%", "%%").replace("`", "")
+def _add_option(
+    group: argparse._ArgumentGroup, field: DocumentedField, option: Option, *, required: bool = False
+) -> None:
+    flag = option.flag or f"--{field.name.replace('_', '-')}"
+    # The texts are those of a docstring; argparse begins small, has no full stop at the end, and formats with %.
+    small = (
+        field.text if field.text[:2].isupper() or field.text[0] == "`" else f"{field.text[0].lower()}{field.text[1:]}"
+    )
+    text = small.rstrip(".").replace("%", "%%").replace("`", "")
+    settings: dict[str, Any] = {"dest": field.name, "metavar": option.metavar}
+    kind = get_origin(field.type) or field.type
+    choices = get_args(field.type) if kind is Literal else ()
+    if kind is bool:
+        settings = {"dest": field.name, "action": argparse.BooleanOptionalAction}
+    elif kind is int:
+        settings["type"] = whole
+    elif kind is tuple:
+        settings["nargs"] = "+"
+    elif kind is Mapping:
+        settings["action"], text = "append", f"{text} (repeatable)"
+    elif choices and option.metavar is None:
+        settings["metavar"] = f"{{{','.join(choices)}}}"
+    # Neither required nor restricted by the parser: create() reports all problems of a call at once.
+    action = group.add_argument(flag, help=f"(required) {text}" if required else text, **settings)
+    if choices:
+        action.completer = lambda **_: choices  # pyright: ignore[reportAttributeAccessIssue]  argcomplete's
 
 
 def create_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `create()` that the options mean."""
-    values: dict[str, Any] = {name: getattr(arguments, name) for name in CREATE_ARGUMENTS}
+    values: dict[str, Any] = {field.name: getattr(arguments, field.name, None) for field, _ in _options(RunSpec)}
     values |= {"compute": compute_arguments(arguments) or {}, "overrides": {}}
     for text in arguments.set or ():
         _set_override(values, text)
@@ -163,7 +141,8 @@ def replaced(values: dict[str, Any], arguments: argparse.Namespace, assignments:
         else:
             check_names("the command line", [key])
             values[key] = value
-    values |= {name: getattr(arguments, name) for name in CREATE_ARGUMENTS if getattr(arguments, name) is not None}
+    options = {field.name: getattr(arguments, field.name) for field, _ in _options(RunSpec)}
+    values |= {name: value for name, value in options.items() if value is not None}
     for name, value in (compute_arguments(arguments) or {}).items():
         _set_below(values, "compute", name, value)
     for text in arguments.set or ():
@@ -192,12 +171,12 @@ def _set_below(values: dict[str, Any], section: str, key: str, value: Any) -> No
 
 def compute_arguments(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """The `compute` argument that the options mean; None where none was given."""
-    compute = {name: getattr(arguments, name) for name in COMPUTE}
-    compute["sbatch"] = {key: value for text in arguments.sbatch or () for key, value in _option(text)} or None
+    compute = {field.name: getattr(arguments, field.name) for field, _ in _options(Compute)}
+    compute["sbatch"] = {key: value for text in arguments.sbatch or () for key, value in _sbatch_option(text)} or None
     return {name: value for name, value in compute.items() if value is not None} or None
 
 
-def _option(text: str) -> Iterator[tuple[str, str | bool]]:
+def _sbatch_option(text: str) -> Iterator[tuple[str, str | bool]]:
     """`partition=gpu`, or `exclusive` alone."""
     key, sign, value = text.partition("=")
     yield key, value if sign else True
@@ -215,7 +194,9 @@ def read_experiment(given: str | Path) -> dict[str, Any]:
         raise SpecError(f"{file}: found no mapping. Write one argument of create() a line, like 'model: …'.")
     check_names(str(file), content)
     beside: dict[str, Any] = {
-        name: Beside(text, file.parent) for name in PATH_ARGUMENTS if isinstance(text := content.get(name), str)
+        field.name: Beside(text, file.parent)
+        for field, option in _options(RunSpec)
+        if option.is_path and isinstance(text := content.get(field.name), str)
     }
     if isinstance(overrides := content.get("overrides"), dict):
         beside["overrides"] = {

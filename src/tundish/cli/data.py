@@ -23,8 +23,6 @@ from tundish.runs import creating
 if TYPE_CHECKING:
     from tundish.data.report import Report, Validation
 
-REQUIRED = ("model", "train_data_path")
-
 
 def validate_options(command: argparse.ArgumentParser) -> None:
     """What `tundish validate` takes."""
@@ -32,7 +30,7 @@ def validate_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--report", metavar="FILE", help="write the report with the line numbers as JSON (2 MB at most)"
     )
-    add_create_options(command, REQUIRED)
+    _add_data_options(command)
 
 
 def validate(arguments: argparse.Namespace) -> int:
@@ -52,7 +50,7 @@ def estimate_options(command: argparse.ArgumentParser) -> None:
     """What `tundish estimate` takes."""
     add_json(command)
     command.add_argument("--plot", metavar="FILE", help="draw the histogram of sample lengths (.png, .svg, .pdf, .jpg)")
-    add_create_options(command, REQUIRED)
+    _add_data_options(command)
 
 
 def estimate(arguments: argparse.Namespace) -> int:
@@ -73,7 +71,7 @@ def prepare_options(command: argparse.ArgumentParser) -> None:
     """What `tundish prepare` takes."""
     add_json(command)
     command.add_argument("--out", metavar="DIR", help="copy the shards there: DIR/train and DIR/eval")
-    add_create_options(command, REQUIRED)
+    _add_data_options(command)
 
 
 def prepare(arguments: argparse.Namespace) -> int:
@@ -93,6 +91,10 @@ def prepare(arguments: argparse.Namespace) -> int:
         print("\n".join(report.lines()))
         print(f"  {folders[_split(report)]}")
     return 0
+
+
+def _add_data_options(command: argparse.ArgumentParser) -> None:
+    add_create_options(command, optional={"register_to"}, leave_out={"validate_inputs"})
 
 
 def _data_arguments(arguments: argparse.Namespace) -> dict[str, Any]:

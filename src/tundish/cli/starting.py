@@ -1,6 +1,7 @@
 """The commands that start a run, or show what would start: create, run, render, resume."""
 
 import argparse
+import dataclasses
 import shlex
 
 from tundish.base.progress_bar import progress_bar
@@ -17,6 +18,7 @@ from tundish.cli.output import add_json, add_run, print_json, record
 from tundish.cli.parsing import Command, whole
 from tundish.errors import Interrupted, SpecError
 from tundish.plan.address import local_path
+from tundish.plan.spec import RunSpec
 from tundish.runs import control, creating, following, reading, selecting
 from tundish.runs.records import RunRecord
 
@@ -26,16 +28,13 @@ FIRST_PORT = 29500
 def create_options(command: argparse.ArgumentParser) -> None:
     """What `tundish create` takes."""
     add_json(command)
-    command.add_argument("--no-validate-inputs", action="store_true", help="let the run check the rows")
     command.add_argument("--wait", action="store_true", help="show the run's progress until it has ended")
     add_create_options(command)
 
 
 def create(arguments: argparse.Namespace) -> int:
     """`tundish create`."""
-    values = create_arguments(arguments)
-    values["validate_inputs"] = not arguments.no_validate_inputs
-    return _started(creating.create(values, progress_bar), arguments.json, wait=arguments.wait)
+    return _started(creating.create(create_arguments(arguments), progress_bar), arguments.json, wait=arguments.wait)
 
 
 def run_options(command: argparse.ArgumentParser) -> None:
@@ -50,7 +49,9 @@ def run_options(command: argparse.ArgumentParser) -> None:
         help="arguments that replace the file's, such as training_duration=1ep, compute.devices_per_node=2 or "
         "overrides.optimizer.lr=1e-5; the options below do the same",
     )
-    add_create_options(command, required=())
+    add_create_options(
+        command, optional={field.name for field in dataclasses.fields(RunSpec)}
+    )  # the file may have them
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -70,7 +71,7 @@ def render_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--master-port", metavar="PORT", type=whole, help=f"… a port of it that is free (default {FIRST_PORT})"
     )
-    add_create_options(command)
+    add_create_options(command, leave_out={"validate_inputs"})
 
 
 def render(arguments: argparse.Namespace) -> int:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from tundish.base.text import INSTEAD_OF_SECRETS, names_secret, redacted
 from tundish.errors import did_you_mean
+from tundish.plan.options import Option
 
 PLANNED_GIB = 80.0
 """Of a GPU where none can be asked."""
@@ -21,22 +22,25 @@ PLANNED_GIB = 80.0
 class Compute:
     """Where to train and on how many devices."""
 
-    device: Literal["gpu", "cpu"]
-    """What trains; default: gpu where there is one."""
-    devices_per_node: int
-    """Processes on each node: one a GPU, or ranks that share the processor; default: all GPUs, else 1."""
-    nodes: int = 1
+    # Each docstring is the help text of its option.
+    device: Annotated[Literal["gpu", "cpu"], Option(group="compute")]
+    """Device to train on; default: gpu if there is one, else cpu."""
+    devices_per_node: Annotated[int, Option(group="compute", metavar="N", flag="--devices")]
+    """Training processes per node: one per GPU, or ranks that share the CPU; default: all GPUs, else 1."""
+    nodes: Annotated[int, Option(group="compute", metavar="N")] = 1
     """Machines that train together; default 1."""
-    launcher: Literal["local", "slurm"] = "local"
-    """What starts the run: this machine (default), or Slurm."""
+    launcher: Annotated[Literal["local", "slurm"], Option(group="compute")] = "local"
+    """What runs the training: a process on this machine (default), or a Slurm job."""
     device_memory_gib: float = PLANNED_GIB
-    """Of one device; on a CPU, a rank's share of the machine's."""
-    time_limit: str | None = None
-    """Of a Slurm job, as sbatch takes it: `12:00:00`, `2-00:00:00`; default: the partition's own."""
+    """Memory of one device; on a CPU, a rank's share of the machine's memory."""
+    time_limit: Annotated[str | None, Option(group="compute", metavar="T")] = None
+    """Time limit of a Slurm job, as sbatch takes it: `12:00:00`, `2-00:00:00`; default: that of the partition."""
     grace_s: int = 300
-    """Seconds before a Slurm job's time limit at which it saves a checkpoint and goes back into the queue."""
-    sbatch: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Further options of sbatch, by their names without dashes: partition, account …"""
+    """Seconds before its time limit at which a Slurm job saves a checkpoint and requeues itself."""
+    sbatch: Annotated[Mapping[str, str], Option(group="compute", metavar="OPTION=VALUE")] = field(
+        default_factory=dict[str, str]
+    )
+    """Further options of sbatch, by name without dashes, such as partition or account."""
 
     @property
     def devices(self) -> int:

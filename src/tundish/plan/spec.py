@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 from tundish import __version__
 from tundish.base.run_folder import RUN_NAME, RunFolder
@@ -26,6 +26,7 @@ from tundish.errors import SpecError
 from tundish.plan.address import Address, Takes
 from tundish.plan.compute import Compute
 from tundish.plan.models import ModelCard, find_card
+from tundish.plan.options import Option
 from tundish.plan.overrides import PATHS, flat
 
 TaskType = Literal["CHAT_COMPLETION", "INSTRUCTION_FINETUNE", "CONTINUED_PRETRAIN"]
@@ -75,31 +76,49 @@ class Duration:
 class RunSpec:
     """Everything that a run is asked to do. Made by `parse_spec` only."""
 
-    run_name: str
+    # The docstrings of those that create() takes are the help texts of the command line and, word for word, those of
+    # create(); a test compares them. Paths and names are kept as `Address.text`: absolute, or a name.
     created_by: str
     created_at: str
     """ISO 8601 with zone."""
-    model: str
-    """Canonical name of a supported model, or the absolute path of a Hugging Face folder."""
-    train_data_path: str
-    """`Address.text`, as that of the other paths: absolute, or a name."""
-    register_to: str
-    experiment_path: str
-    task_type: TaskType
-    eval_data_path: str | None = None
-    eval_prompts: tuple[str, ...] = ()
-    custom_weights_path: str | None = None
-    training_duration: Duration
-    learning_rate: float
-    """Peak."""
-    context_length: int
-    """Tokens in a row."""
-    validate_inputs: bool = True
-    data_prep_cluster_id: str | None = None
-    """Spark master that prepares the data; None: this machine."""
+    model: Annotated[str, Option(group="training", metavar="MODEL", required=True, is_path=True)]
+    """Name of a supported model (`tundish models` lists them), or path of a Hugging Face model folder."""
+    train_data_path: Annotated[str, Option(group="data", metavar="PATH", required=True, is_path=True)]
+    """Training data. For chats and instructions: a .jsonl file (also .gz or .zst), a Delta table
+    (`catalog.schema.table` or its folder), or a Hugging Face dataset with its split (`org/dataset/split`). For
+    continued pretraining: a folder of .txt files. Files and tables may be in an object store (`s3://…`)."""
+    register_to: Annotated[str, Option(group="output", metavar="NAME", required=True)]
+    """Where to register the model: `catalog.schema` or `catalog.schema.name`. An existing name gets a new version."""
+    experiment_path: Annotated[str, Option(group="output", metavar="NAME")]
+    """MLflow experiment; default `/Users/<user>/<run_name>`."""
+    task_type: Annotated[TaskType, Option(group="training", metavar="TYPE")]
+    """`CHAT_COMPLETION` (default), `INSTRUCTION_FINETUNE` or `CONTINUED_PRETRAIN`."""
+    eval_data_path: Annotated[str | None, Option(group="data", metavar="PATH", is_path=True)] = None
+    """Evaluation data, in the format of the training data."""
+    eval_prompts: Annotated[tuple[str, ...], Option(group="data", metavar="TEXT")] = ()
+    """Prompts that the model completes at every checkpoint; the completions are logged to MLflow. Prompts are used
+    verbatim: for a chat model, include the markers of its chat template."""
+    custom_weights_path: Annotated[str | None, Option(group="training", metavar="PATH", is_path=True)] = None
+    """A Composer checkpoint whose weights replace the pretrained ones."""
+    training_duration: Annotated[Duration, Option(group="training", metavar="DURATION")]
+    """`3ep` (epochs), `100ba` (batches) or `1_000_000tok` (tokens); default `1ep`."""
+    learning_rate: Annotated[float, Option(group="training", metavar="X")]
+    """Peak learning rate; default 5e-7 (1e-5 for Llama 3.1 405B)."""
+    context_length: Annotated[int, Option(group="training", metavar="N")]
+    """Maximum tokens per row; longer samples are truncated. Default: 8192, or the model's maximum if that is less."""
+    validate_inputs: Annotated[bool, Option(group="data")] = True
+    """Check every row before accepting the run. Data of up to 8 MB is tokenized as well; what only tokens reveal in
+    larger data, and everything if this is false, is checked by the run itself."""
+    data_prep_cluster_id: Annotated[str | None, Option(group="data", metavar="MASTER")] = None
+    """A Spark master that prepares the data: `spark://host:port`, `sc://host:port` or `local[4]`; default: no Spark."""
+    run_name: Annotated[str, Option(group="output", metavar="NAME")]
+    """Name of the run; default `<task>-<model>-<6 random characters>`."""
     compute: Compute
+    """Where to train, a mapping: `device` ("gpu" or "cpu"), `devices_per_node`; default: all GPUs of this machine, else
+    its CPU. For a cluster: `launcher` "slurm", `nodes`, `time_limit`, `grace_s`, and further sbatch options as
+    `sbatch`."""
     overrides: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """LLM-Foundry keys, all of them dotted; merged last."""
+    """LLM Foundry keys that replace the defaults, nested or dotted (`optimizer.lr`); merged last."""
 
     @property
     def registered_name(self) -> str:
