@@ -14,7 +14,7 @@ import yaml
 
 from tundish import foundation_model as fm
 from tundish.base.text import INSTEAD_OF_SECRETS, names_secret
-from tundish.cli.parsing import whole
+from tundish.cli.parsing import offer, whole
 from tundish.errors import SpecError, did_you_mean
 from tundish.plan.address import Beside, local_path
 from tundish.plan.compute import Compute
@@ -90,9 +90,8 @@ def _options(cls: type) -> Iterator[tuple[DocumentedField, Option]]:
             yield field, field.option
 
 
-def _add_option(
-    group: argparse._ArgumentGroup, field: DocumentedField, option: Option, *, required: bool = False
-) -> None:
+def _add_option(group: Any, field: DocumentedField, option: Option, *, required: bool = False) -> None:
+    """Add an option to a group (argparse keeps the type of groups to itself)."""
     flag = option.flag or f"--{field.name.replace('_', '-')}"
     # The texts are those of a docstring; argparse begins small, has no full stop at the end, and formats with %.
     small = (
@@ -115,7 +114,7 @@ def _add_option(
     # Neither required nor restricted by the parser: create() reports all problems of a call at once.
     action = group.add_argument(flag, help=f"(required) {text}" if required else text, **settings)
     if choices:
-        action.completer = lambda **_: choices  # pyright: ignore[reportAttributeAccessIssue]  argcomplete's
+        offer(action, lambda: choices)
 
 
 def create_arguments(arguments: argparse.Namespace) -> dict[str, Any]:

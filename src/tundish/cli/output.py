@@ -16,6 +16,7 @@ from rich.cells import cell_len, set_cell_size
 
 from tundish.base.text import printable
 from tundish.cli import streams
+from tundish.cli.parsing import offer
 from tundish.errors import SpecError
 from tundish.plan.address import local_path
 from tundish.runs.reading import run_names

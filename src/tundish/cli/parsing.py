@@ -4,7 +4,7 @@ import argparse
 import importlib
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -146,6 +146,15 @@ def add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, tuple[s
     for name, (module, summary) in commands.items():
         description = f"{summary[0].upper()}{summary[1:]}."
         parsers.add_parser(name, help=summary, description=description, module=f"tundish.cli.{module}")
+
+
+def offer(action: argparse.Action, values: Callable[[], Iterable[str]]) -> None:
+    """Let the shell complete the value of an option or argument."""
+
+    def completer(**_: Any) -> Iterable[str]:
+        return values()
+
+    action.completer = completer  # pyright: ignore[reportAttributeAccessIssue]  argcomplete's attribute
 
 
 def complete(parser: argparse.ArgumentParser, line: str) -> NoReturn:
