@@ -41,11 +41,7 @@ def add_run(command: argparse.ArgumentParser) -> None:
 
 def complete_runs(action: argparse.Action) -> None:
     """Let the shell complete the names of runs."""
-    action.completer = _names_for_shell  # pyright: ignore[reportAttributeAccessIssue]  argcomplete's
-
-
-def _names_for_shell(**_: Any) -> list[str]:
-    return [LAST, *run_names()]
+    offer(action, lambda: [LAST, *run_names()])
 
 
 def new_file(option: str, given: str | None, kinds: Sequence[str] = ()) -> Path | None:
