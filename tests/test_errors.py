@@ -42,7 +42,10 @@ def test_one_problem_is_said_as_it_is_and_several_are_listed() -> None:
         errors.SpecError(["a", "b"]),
         errors.DataError("c"),
         errors.StageError("d", "/logs/train.log"),
+        errors.StageError("d", failure=errors.FailureCause.DIVERGED),
         errors.CheckpointError("e"),
+        errors.CheckpointError("f", failure=errors.FailureCause.MODEL_MISMATCH),
+        errors.WorkerError("g", 3, "took too long", failure=errors.FailureCause.HOST_OUT_OF_MEMORY),
     ],
 )
 def test_errors_survive_pickling(error: errors.TundishError) -> None:

@@ -23,18 +23,84 @@ after its import line is changed.
 
 import difflib
 from collections.abc import Iterable, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from tundish.base.text import redacted
 
 
-class TundishError(Exception):
-    """Base of all errors of tundish; `.message` is the whole text."""
+class FailureCause(StrEnum):
+    """Why a run failed; the message of its FAILED event says it in words."""
 
-    def __init__(self, message: str = "") -> None:
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    """Of a GPU."""
+    HOST_OUT_OF_MEMORY = "HOST_OUT_OF_MEMORY"
+    GATED_MODEL = "GATED_MODEL"
+    """The model hub refuses access."""
+    HUB_UNREACHABLE = "HUB_UNREACHABLE"
+    DISK_FULL = "DISK_FULL"
+    SHARED_MEMORY_FULL = "SHARED_MEMORY_FULL"
+    TOO_MANY_FILES = "TOO_MANY_FILES"
+    """The limit of open files was reached."""
+    PORT_IN_USE = "PORT_IN_USE"
+    DRIVER_TOO_OLD = "DRIVER_TOO_OLD"
+    RANKS_DISCONNECTED = "RANKS_DISCONNECTED"
+    NODE_LOST = "NODE_LOST"
+    """A machine no longer answers, or its scheduler reports it as failed."""
+    BAD_DATA = "BAD_DATA"
+    """The training or evaluation data."""
+    BAD_MODEL = "BAD_MODEL"
+    """Files of the model that is trained are missing or damaged."""
+    BAD_CHECKPOINT = "BAD_CHECKPOINT"
+    """A checkpoint is missing, incomplete, damaged or unsafe to read."""
+    BAD_INPUT = "BAD_INPUT"
+    """Something else that an argument names is missing, or no longer what it was at `create()`."""
+    MODEL_MISMATCH = "MODEL_MISMATCH"
+    """A checkpoint is of another model."""
+    DIVERGED = "DIVERGED"
+    """The loss is not a finite number above 0."""
+    NOTHING_LEARNED = "NOTHING_LEARNED"
+    """Training changed no weight."""
+    MLFLOW_UNREACHABLE = "MLFLOW_UNREACHABLE"
+    """MLflow's store or registry does not answer, or refuses."""
+    REGISTRATION_FAILED = "REGISTRATION_FAILED"
+    """The registry took the model and did not make it ready."""
+    SPARK_FAILED = "SPARK_FAILED"
+    """The Spark cluster could not be reached, or could not prepare the data."""
+    TIME_LIMIT = "TIME_LIMIT"
+    """The scheduler's limit came before the run could save its progress."""
+    PREEMPTED = "PREEMPTED"
+    KILLED = "KILLED"
+    """A process of the run was killed from outside, often by the out-of-memory killer."""
+    CRASHED = "CRASHED"
+    """A process of the run was ended by a fault of its own, such as SIGSEGV."""
+    RUN_DAMAGED = "RUN_DAMAGED"
+    """A file of the run's folder is damaged."""
+    UNKNOWN = "UNKNOWN"
+    """See the message and the log that it names."""
+
+    @classmethod
+    def of(cls, value: object) -> "FailureCause":
+        """The cause that a file names; UNKNOWN for one that only a newer version knows."""
+        return cls(value) if isinstance(value, str) and value in cls.__members__ else cls.UNKNOWN
+
+
+class TundishError(Exception):
+    """Base of all errors of tundish; `.message` is the whole text.
+
+    `.failure` is the cause that a run has which fails with this error: the class's own, or the one given.
+    """
+
+    failure: FailureCause = FailureCause.UNKNOWN
+
+    def __init__(self, message: str = "", *, failure: FailureCause | None = None) -> None:
         self.message = redacted(message)
+        self.failure = failure or type(self).failure
         super().__init__(self.message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message,), {"failure": self.failure}
 
 
 class InputError(TundishError, ValueError):
@@ -51,6 +117,8 @@ class InputError(TundishError, ValueError):
 class SpecError(InputError):
     """An argument of `create()` is wrong."""
 
+    failure: FailureCause = FailureCause.BAD_INPUT
+
 
 class FolderExistsError(SpecError):
     """A folder that is to be written is there already."""
@@ -58,6 +126,8 @@ class FolderExistsError(SpecError):
 
 class DataError(InputError):
     """The training or evaluation data is wrong."""
+
+    failure: FailureCause = FailureCause.BAD_DATA
 
 
 class RequestError(TundishError, ValueError):
@@ -70,6 +140,8 @@ class RunNotFoundError(TundishError, LookupError):
 
 class RunDamagedError(TundishError, ValueError):
     """A file of a run's folder cannot be read, or holds something else than it must. `.path` is the file."""
+
+    failure: FailureCause = FailureCause.RUN_DAMAGED
 
     def __init__(self, message: str, path: Path) -> None:
         super().__init__(message)
@@ -86,6 +158,8 @@ class LockHeldError(TundishError, TimeoutError):
 class StoreError(TundishError, RuntimeError):
     """A store of MLflow's cannot be used. `.found` names it and says why, `.advice` what to do."""
 
+    failure: FailureCause = FailureCause.MLFLOW_UNREACHABLE
+
     def __init__(self, found: str, advice: str) -> None:
         super().__init__(f"{found}. {advice}")
         self.found, self.advice = redacted(found), advice
@@ -97,30 +171,36 @@ class StoreError(TundishError, RuntimeError):
 class CheckpointError(TundishError, ValueError):
     """A checkpoint is incomplete, damaged, or holds what may not be loaded."""
 
+    failure: FailureCause = FailureCause.BAD_CHECKPOINT
+
 
 class StageError(TundishError, RuntimeError):
     """A stage of a run failed. `.log_path` is the file to read, or None."""
 
-    def __init__(self, message: str, log_path: str | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, log_path: str | None = None, *, failure: FailureCause | None = None) -> None:
+        super().__init__(message, failure=failure)
         self.log_path = log_path
 
-    def __reduce__(self) -> tuple[type["StageError"], tuple[str, str | None]]:
-        return type(self), (self.message, self.log_path)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.log_path), {"failure": self.failure}
 
 
 class WorkerError(StageError):
     """A process that handles what others wrote has ended, or took more time or memory than it may."""
 
-    def __init__(self, message: str, what: object = None, cause: str = "") -> None:
-        super().__init__(message)
+    failure: FailureCause = FailureCause.BAD_DATA
+
+    def __init__(
+        self, message: str, what: object = None, cause: str = "", *, failure: FailureCause | None = None
+    ) -> None:
+        super().__init__(message, failure=failure)
         self.what = what
         """It was at; None where that has nothing to do with it."""
         self.cause = cause
         """What it did, behind `what`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.message, self.what, self.cause)
+        return type(self), (self.message, self.what, self.cause), {"failure": self.failure}
 
 
 class Interrupted(KeyboardInterrupt):

@@ -15,6 +15,7 @@ import pytest
 from tundish.base.processes import ProcessId
 from tundish.base.run_folder import RunFolder
 from tundish.cli import main
+from tundish.errors import FailureCause
 
 Capture = pytest.CaptureFixture[str]
 MakeRun = Callable[..., RunFolder]
@@ -114,3 +115,24 @@ def test_ctrl_c_before_there_is_a_run_says_so(tmp_path: Path, home: Path) -> Non
         limit.cancel()
         assert (process.returncode, shown) == (130, ("", "tundish: stopped. No run was created.\n"))
     assert not home.exists()
+
+
+def test_why_a_run_failed_is_a_word_for_programs(make_run: MakeRun, capsys: Capture) -> None:
+    """A program would have to guess from sentences whether to try again; those of older versions have no word."""
+    run = make_run("new", ("STARTED", "on this machine"))
+    run.add_event("FAILED", "Stage 'train' failed: CUDA out of memory.", cause=FailureCause.OUT_OF_MEMORY)
+    make_run("old", ("FAILED", "broken"))
+    make_run("newer", ("STARTED", "…")).add_event("FAILED", "…", cause="EATEN_BY_A_BEAR")
+    make_run("good", ("COMPLETED", "done"))
+    dead = make_run("dead", ("STARTED", "on this machine"))
+    with subprocess.Popen(["true"]) as ended:
+        dead.write_supervisor("local", ProcessId.of(ended.pid))
+    assert main(["list", "--json"]) == 0
+    causes = {record["name"]: record["cause"] for record in json.loads(capsys.readouterr().out)}
+    assert causes == {
+        "new": "OUT_OF_MEMORY", "old": "UNKNOWN", "newer": "UNKNOWN", "good": None, "dead": "KILLED",
+    }  # fmt: skip
+    assert main(["get", "new", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cause"] == "OUT_OF_MEMORY"
+    assert main(["events", "new", "--json"]) == 0
+    assert [event["cause"] for event in json.loads(capsys.readouterr().out)] == [None, "OUT_OF_MEMORY"]

@@ -143,22 +143,22 @@ def test_a_job_that_runs_is_canceled_with_its_stage(submitted: Callable[..., Run
 
 
 @pytest.mark.parametrize(
-    ("state", "status", "words"),
+    ("state", "status", "cause", "words"),
     [
-        ("RUNNING|None", "Running", "go"),
-        ("COMPLETING|None", "Running", "go"),
-        ("SUSPENDED|None", "Running", "go"),
-        ("PENDING|Priority", "Queued", "Slurm job 1 is pending: Priority."),
-        ("CANCELLED|None", "Stopped", "Slurm ended job 1: CANCELLED"),
-        ("TIMEOUT|TimeLimit", "Failed", "Raise compute's time_limit"),
-        ("OUT_OF_MEMORY|None", "Failed", "ask for more with sbatch's mem"),
-        ("NODE_FAIL|None", "Failed", "A node was lost. `tundish resume` continues it."),
-        ("BOOT_FAIL|None", "Failed", "BOOT_FAIL"),
-        ("COMPLETED|None", "Failed", "Slurm ended job 1: COMPLETED"),
+        ("RUNNING|None", "Running", None, "go"),
+        ("COMPLETING|None", "Running", None, "go"),
+        ("SUSPENDED|None", "Running", None, "go"),
+        ("PENDING|Priority", "Queued", None, "Slurm job 1 is pending: Priority."),
+        ("CANCELLED|None", "Stopped", None, "Slurm ended job 1: CANCELLED"),
+        ("TIMEOUT|TimeLimit", "Failed", "TIME_LIMIT", "Raise compute's time_limit"),
+        ("OUT_OF_MEMORY|None", "Failed", "HOST_OUT_OF_MEMORY", "ask for more with sbatch's mem"),
+        ("NODE_FAIL|None", "Failed", "NODE_LOST", "A node was lost. `tundish resume` continues it."),
+        ("BOOT_FAIL|None", "Failed", "NODE_LOST", "BOOT_FAIL"),
+        ("COMPLETED|None", "Failed", "UNKNOWN", "Slurm ended job 1: COMPLETED"),
     ],
 )
 def test_the_status_is_what_slurm_says(
-    submitted: Callable[..., RunFolder], cluster: Path, state: str, status: str, words: str
+    submitted: Callable[..., RunFolder], cluster: Path, state: str, status: str, cause: str | None, words: str
 ) -> None:
     """A run that a cluster has ended would be RUNNING for ever; one that waits, FAILED."""
     (cluster / "pending").touch()
@@ -167,6 +167,7 @@ def test_the_status_is_what_slurm_says(
     (cluster / "states" / "1").write_text(state)
     run = fm.get("ift-1")
     assert run.status.display_name == status and words in (run.details or "")
+    assert run.cause == cause
 
 
 def test_a_controller_that_is_away_fails_no_run(submitted: Callable[..., RunFolder], cluster: Path) -> None:

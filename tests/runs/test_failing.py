@@ -1,5 +1,6 @@
 """Runs that end early, on the real stack: the cause in one sentence, nothing left running."""
 
+import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 from tests.runs.processes import supervisor
 
 from tundish import foundation_model as fm
+from tundish.cli import main
+from tundish.errors import FailureCause
 from tundish.foundation_model import TrainingRun
 
 pytestmark = pytest.mark.slow
@@ -51,7 +54,7 @@ def _mlflow_status(run: TrainingRun) -> str:
 
 
 def test_data_that_cannot_be_trained_fails_the_run_with_its_line(
-    real_arguments: dict[str, Any], write_lines: WriteLines
+    real_arguments: dict[str, Any], write_lines: WriteLines, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A sample without targets that is trained on, or a failure that does not say where."""
     chats = [
@@ -65,6 +68,12 @@ def test_data_that_cannot_be_trained_fails_the_run_with_its_line(
     assert f"{data.name}, line 3" in run.details
     assert "raise context_length" in run.details
     assert "prepare.log" in run.details
+    assert run.cause is FailureCause.BAD_DATA
+    capsys.readouterr()
+    assert main(["get", run.name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cause"] == "BAD_DATA"
+    assert main(["events", run.name, "--json"]) == 0
+    assert [event["cause"] for event in json.loads(capsys.readouterr().out)][-2:] == [None, "BAD_DATA"]
     assert _mlflow_status(run) == "FAILED"
 
 

@@ -1,8 +1,13 @@
 """supervise/causes.py: a failed stage says why: the cause in a sentence, what to do, and the end of the log."""
 
+from pathlib import Path
+
 import pytest
 
-from tundish.supervise.causes import QUOTED_CHARACTERS, explain, last_error, lost_nodes
+import tundish
+from tundish import errors
+from tundish.errors import FailureCause
+from tundish.supervise.causes import KNOWN, QUOTED_CHARACTERS, cause_of, explain, last_error, lost_nodes
 
 TRACEBACK = """\
 Traceback (most recent call last):
@@ -63,48 +68,136 @@ def test_the_log_of_the_rank_that_crashed_first_is_quoted() -> None:
         "train.log": lost + "ERROR:composer.cli.launcher:Rank 1 crashed with exit code 1.\n",
         "train-rank1.log": "loading\n" + TRACEBACK,
     }
-    text = explain(logs, 1)
-    assert text.startswith("torch.OutOfMemoryError: CUDA out of memory.")
-    assert "device_train_microbatch_size" in text and "Connection closed" not in text
-    cause, newline, quoted = text.partition("\nThe end of train-rank1.log:\n")
-    assert newline and quoted.splitlines()[-1].strip() == TRACEBACK.splitlines()[-1] and "\n" not in cause
-    assert len(quoted.splitlines()) <= 12
+    why = explain(logs, 1)
+    assert why.cause is FailureCause.OUT_OF_MEMORY
+    assert why.sentence.startswith("torch.OutOfMemoryError: CUDA out of memory.")
+    assert "device_train_microbatch_size" in why.sentence and "Connection closed" not in why.sentence + why.quoted
+    title, *quoted = why.quoted.splitlines()
+    assert title == "The end of train-rank1.log:" and quoted[-1].strip() == TRACEBACK.splitlines()[-1]
+    assert len(quoted) <= 12
+
+
+LOGS = [
+    ("OUT_OF_MEMORY", "device_train_microbatch_size", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate "
+     "20.00 MiB. GPU 0 has a total capacity of 79.10 GiB of which 7.88 MiB is free."),
+    ("OUT_OF_MEMORY", "more devices", "RuntimeError: CUDA error: out of memory"),
+    ("HOST_OUT_OF_MEMORY", "machine ran", "RuntimeError: [enforce fail at alloc_cpu.cpp:118] err == 0. "
+     "DefaultCPUAllocator: can't allocate memory: you tried to allocate 549755813888 bytes. Error code 12"),
+    ("HOST_OUT_OF_MEMORY", "fewer ranks", "OSError: [Errno 12] Cannot allocate memory"),
+    ("HOST_OUT_OF_MEMORY", "fewer ranks", "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0. Some of the "
+     "step tasks have been OOM Killed."),
+    ("GATED_MODEL", "HF_TOKEN", "huggingface_hub.errors.GatedRepoError: 401 Client Error. (Request ID: Root=1-66) "
+     "Access to model meta-llama/Llama-3.2-1B is restricted. You must have access to it and be authenticated to access it."),
+    ("HUB_UNREACHABLE", "HF_HUB_OFFLINE", "OSError: We couldn't connect to 'https://huggingface.co' to load the files, "
+     "and couldn't find them in the cached files."),
+    ("HUB_UNREACHABLE", "its folder as model", "huggingface_hub.errors.LocalEntryNotFoundError: Cannot find an "
+     "appropriate cached snapshot folder for the specified revision on the local disk and outgoing traffic has been "
+     "disabled."),
+    ("DISK_FULL", "Free some space", "OSError: [Errno 28] No space left on device"),
+    ("DISK_FULL", "then resume", "OSError: [Errno 122] Disk quota exceeded: '/home/lab/runs'"),
+    ("SHARED_MEMORY_FULL", "--shm-size", "RuntimeError: DataLoader worker (pid 4242) is killed by signal: Bus error. "
+     "It is possible that dataloader's workers are out of shared memory."),
+    ("SHARED_MEMORY_FULL", "/dev/shm", "RuntimeError: unable to write to file </torch_4242_1_0>: on shm"),
+    ("TOO_MANY_FILES", "ulimit -n", "OSError: [Errno 24] Too many open files: '/data/shard.00001.mds'"),
+    ("PORT_IN_USE", "another port", "torch.distributed.DistNetworkError: The server socket has failed to listen on any "
+     "local network address. port: 29500, useIpv6: false, code: -98, name: EADDRINUSE, message: address already in "
+     "use"),
+    ("DRIVER_TOO_OLD", "tundish doctor", "RuntimeError: The NVIDIA driver on your system is too old (found version "
+     "11040). Please update your GPU driver."),
+    ("DRIVER_TOO_OLD", "both versions", "RuntimeError: CUDA error: no kernel image is available for execution on the "
+     "device"),
+    ("MLFLOW_UNREACHABLE", "tundish doctor", "mlflow.exceptions.MlflowException: API request to "
+     "http://127.0.0.1:5000/api/2.0/mlflow/runs/get failed with exception HTTPConnectionPool: Max retries exceeded"),
+    ("RANKS_DISCONNECTED", "dist_timeout", "RuntimeError: [../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc"
+     ":81] Timed out waiting 60000ms for send operation to complete"),
+    ("RANKS_DISCONNECTED", "NCCL_SOCKET_IFNAME", "torch.distributed.DistBackendError: NCCL error: Watchdog caught "
+     "collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE) ran for 600000 milliseconds"),
+    ("RANKS_DISCONNECTED", "exited, its own log", "RuntimeError: [/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:"
+     "534] Connection closed by peer [127.0.0.1]:39282"),
+    ("BAD_CHECKPOINT", "", "tundish.errors.CheckpointError: ep0-ba4: __0_0.distcp is missing."),
+    ("BAD_DATA", "", "tundish.errors.DataError: train.jsonl, line 7: is not JSON."),
+    ("UNKNOWN", "", "KeyError: 'x'"),
+]  # fmt: skip
+"""Cause, a part of the advice, and a line as it stands in a log."""
+
+
+@pytest.mark.parametrize(("cause", "advice", "line"), LOGS)
+def test_a_log_shows_its_cause_and_comes_with_what_to_do(cause: str, advice: str, line: str) -> None:
+    """Each of them has cost people hours of searching the web for the words of a library."""
+    why = explain({"train.log": f"epoch 1\n{line}\n"}, 1)
+    assert why.cause is FailureCause(cause)
+    assert advice in why.sentence and line in why.quoted
+    assert "slurmstepd" in line or why.sentence.startswith(line)
+
+
+def test_every_cause_that_a_log_can_show_is_shown_by_one() -> None:
+    """A sign that matches nothing real would never be noticed."""
+    assert set(KNOWN) <= {FailureCause(cause) for cause, _, _ in LOGS}
+
+
+def test_every_cause_is_one_that_something_fails_with() -> None:
+    """A program that waits for a cause would wait for ever."""
+    sources = [file.read_text() for file in Path(tundish.__file__).parent.rglob("*.py") if file.name != "errors.py"]
+    by_class = {kind.failure for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "failure")}
+    by_name = {cause for cause in FailureCause if any(f"FailureCause.{cause.name}" in text for text in sources)}
+    assert by_class | by_name == set(FailureCause)
+
+
+def _raised(error: Exception, cause: Exception | None = None) -> Exception:
+    error.__cause__ = cause
+    return error
 
 
 @pytest.mark.parametrize(
-    ("line", "advice"),
+    ("error", "cause"),
     [
-        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.", "device_train_microbatch_size"),
-        (
-            "RuntimeError: [enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you",
-            "machine ran",
-        ),
-        ("huggingface_hub.errors.GatedRepoError: 401 Client Error. Access to model x is restricted.", "HF_TOKEN"),
-        ("OSError: We couldn't connect to 'https://huggingface.co' to load the files", "HF_HUB_OFFLINE"),
-        ("OSError: [Errno 28] No space left on device", "Make room"),
-        ("OSError: [Errno 24] Too many open files: '/x'", "ulimit -n"),
-        ("RuntimeError: DataLoader worker is killed by signal: Bus error. insufficient shared memory", "--shm-size"),
-        ("torch.distributed.DistNetworkError: port: 29500, EADDRINUSE", "another port"),
-        ("RuntimeError: [gloo/unbound_buffer.cc:81] Timed out waiting 60000ms for send operation", "dist_timeout"),
-        ("torch.distributed.DistBackendError: Watchdog caught collective operation timeout", "NCCL_SOCKET_IFNAME"),
+        (errors.DataError("train.jsonl, line 3: is not JSON."), "BAD_DATA"),
+        (errors.DataError("train.jsonl, line 3: found '401 Client Error'."), "BAD_DATA"),
+        (errors.SpecError("model: /models/tiny: model.safetensors is cut off."), "BAD_MODEL"),
+        (errors.SpecError("train_data_path: there is no such file."), "BAD_INPUT"),
+        (errors.SpecError("model: cannot be loaded (couldn't connect to 'https://huggingface.co')"), "HUB_UNREACHABLE"),
+        (errors.CheckpointError("ep0-ba4: is incomplete."), "BAD_CHECKPOINT"),
+        (errors.CheckpointError("weights differ.", failure=FailureCause.MODEL_MISMATCH), "MODEL_MISMATCH"),
+        (errors.StoreError("http://x: 401 Client Error", "Log in."), "MLFLOW_UNREACHABLE"),
+        (errors.StageError("the loss is nan", failure=FailureCause.DIVERGED), "DIVERGED"),
+        (_raised(errors.StageError("preparing failed"), OSError(28, "No space left on device")), "DISK_FULL"),
+        (OSError(28, "No space left on device"), "DISK_FULL"),
+        (RuntimeError("boom"), "UNKNOWN"),
     ],
-)
-def test_common_causes_come_with_what_to_do(line: str, advice: str) -> None:
-    """Each of them has cost people hours of searching the web for the words of a library."""
-    text = explain({"train.log": f"epoch 1\n{line}\n"}, 1)
-    assert text.startswith(line) and advice in text.partition("\n")[0]
+)  # fmt: skip
+def test_an_error_has_a_cause(error: Exception, cause: str) -> None:
+    """What a stage refuses in its own words would be UNKNOWN to programs, or be judged by a word that it quotes."""
+    assert cause_of(error) is FailureCause(cause)
 
 
 def test_other_causes_come_without_advice() -> None:
     """Advice that has nothing to do with the cause sends people the wrong way."""
-    text = explain({"train.log": "KeyError: 'x'\n"}, 1)
-    assert text == "KeyError: 'x'.\nThe end of train.log:\n    KeyError: 'x'"
+    why = explain({"train.log": "KeyError: 'x'\n"}, 1)
+    assert (why.sentence, why.quoted) == ("KeyError: 'x'.", "The end of train.log:\n    KeyError: 'x'")
 
 
-def test_a_death_without_a_word_is_told_by_its_signal() -> None:
-    """An empty cause: the kernel that runs out of memory leaves no line in any log."""
-    assert explain({}, -9).startswith("its process was killed by signal 9 (by somebody, or by the kernel for want")
-    assert explain({"train.log": "x\n"}, 3).startswith("its process ended with exit code 3 and left no error")
+@pytest.mark.parametrize(
+    ("returncode", "cause", "words"),
+    [
+        (
+            -9,
+            "KILLED",
+            "was killed by SIGKILL, often the out-of-memory killer (check dmesg), and its log shows no error.",
+        ),
+        (247, "KILLED", "was killed by SIGKILL, often the out-of-memory killer"),
+        (137, "KILLED", "was killed by SIGKILL, often the out-of-memory killer"),
+        (-15, "KILLED", "was killed by SIGTERM, and its log"),
+        (-11, "CRASHED", "was killed by SIGSEGV, and its log"),
+        (-64, "CRASHED", "was killed by SIGRTMAX, and its log"),
+        (3, "UNKNOWN", "exited with code 3, and its log shows no error."),
+        (255, "UNKNOWN", "exited with code 255, and"),
+    ],
+)
+def test_a_process_that_leaves_no_error_is_explained_by_how_it_ended(returncode: int, cause: str, words: str) -> None:
+    """A kernel that is out of memory leaves no line in any log, and a launcher's exit code means nothing to people."""
+    why = explain({"train.log": "epoch 1\n"}, returncode)
+    assert why.cause is FailureCause(cause) and why.sentence.startswith(f"its process {words}")
+    assert explain({}, returncode).quoted == ""
 
 
 def test_a_lost_node_is_named() -> None:
@@ -114,17 +207,14 @@ def test_a_lost_node_is_named() -> None:
         "ERROR: node 2 (h2) has not been heard from for 21 s.\nRuntimeError: Timed out waiting 60000ms for send\n"
     )
     assert lost_nodes(log) == ["node 2 (h2) has not been heard from for 21 s."]
-    assert " Node 2 (h2) has not been heard from for 21 s. The ranks lost each other." in explain({"train.log": log}, 1)
+    why = explain({"train.log": log}, 1)
+    assert why.cause is FailureCause.NODE_LOST
+    assert " Node 2 (h2) has not been heard from for 21 s. The ranks lost their connection." in why.sentence
 
 
 def test_secrets_are_not_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Events are shown in notebooks and kept for ever; a line that is cut would show half of one."""
     monkeypatch.setenv("WANDB_KEY", "abcdefgh1234" * 10)
     secret = f"ValueError: {'x' * (QUOTED_CHARACTERS - 50)} {'abcdefgh1234' * 10} at mysql://lab:pa/ss@db:5432/x"
-    assert "abcdefgh" not in explain({"train.log": secret}, 1) and "pa/ss" not in explain({"train.log": secret}, 1)
-
-
-def test_a_killed_rank_is_told_as_a_killed_process() -> None:
-    """The launcher's exit code says nothing to anybody; want of memory is the most common cause."""
-    assert "was killed by signal 9 (by somebody, or by the kernel for want of memory" in explain({}, 247)
-    assert "ended with exit code 255" in explain({}, 255)
+    why = explain({"train.log": secret}, 1)
+    assert not any(part in text for text in (why.sentence, why.quoted) for part in ("abcdefgh", "pa/ss"))

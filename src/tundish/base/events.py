@@ -16,6 +16,7 @@ import orjson
 from tundish.base.files import flush_folder, try_lock
 from tundish.base.text import redacted
 from tundish.base.typed_json import moment, read_regular
+from tundish.errors import FailureCause
 
 PROGRESS = b'{"type": "TRAIN_UPDATED"'
 NUMBERS = ("eta_s", "share", "loss", "eval_loss", "tokens_per_s")
@@ -32,6 +33,12 @@ class Event:
     time: datetime
     message: str
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def cause(self) -> FailureCause | None:
+        """Why the run failed, or had to be started again; None for other events, and those of older versions."""
+        value = self.facts.get("cause")
+        return None if value is None else FailureCause.of(value)
 
 
 def append(path: Path, type: str, message: str, **facts: Any) -> None:

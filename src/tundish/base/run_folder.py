@@ -19,7 +19,7 @@ from tundish.base.events import Event
 from tundish.base.files import inside, write_atomic
 from tundish.base.home import runs_dir
 from tundish.base.typed_json import RECORD_BYTES, NewerError, parse, read_object, read_regular
-from tundish.errors import RunDamagedError, RunNotFoundError
+from tundish.errors import FailureCause, RunDamagedError, RunNotFoundError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -162,7 +162,7 @@ class RunFolder:
         return [log for log in [self.log(stage), *sorted(self.logs.glob(f"{stage}-rank*.log"))] if log.is_file()]
 
     def result(self, stage: str) -> Path:
-        """What a stage found, as JSON: its result, or the sentence that says why it failed."""
+        """What a stage found, as JSON: its result, or an `error` and its `cause`."""
         return self.folder / "results" / f"{stage}.json"
 
     @property
@@ -230,6 +230,14 @@ class RunFolder:
         for file in (self.result(stage), self.stop_request, self.stopped):
             file.unlink(missing_ok=True)
         shutil.rmtree(self.beats, ignore_errors=True)
+
+    def write_result(self, stage: str, result: Mapping[str, Any]) -> None:
+        """Record what a stage found: the stage is done."""
+        write_atomic(self.result(stage), json.dumps(result, indent=2) + "\n")
+
+    def write_error(self, stage: str, message: str, cause: FailureCause) -> None:
+        """Record why a stage failed."""
+        write_atomic(self.result(stage), json.dumps({"error": message, "cause": cause}) + "\n")
 
     def add_event(self, type: str, message: str, **facts: Any) -> None:
         """Append an event, with facts for machines."""

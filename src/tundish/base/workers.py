@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 from tundish.base.processes import die_with
 from tundish.base.progress import Bars, Progress
-from tundish.errors import InputError, StageError, WorkerError
+from tundish.errors import FailureCause, InputError, StageError, WorkerError
 
 Result = TypeVar("Result")
 MEMORY_BYTES = 4 << 30
@@ -337,7 +337,8 @@ class _Worker:
         if kind == "ended" and code == -signal.SIGKILL:
             return WorkerError(
                 "a process that prepares data was killed, most likely for want of memory. Give the machine more "
-                "memory, or fewer processors to this process (taskset)."
+                "memory, or fewer processors to this process (taskset).",
+                failure=FailureCause.HOST_OUT_OF_MEMORY,
             )
         if kind == "memory" or "memory allocation of" in words:
             cause = took_memory(memory)

@@ -24,7 +24,7 @@ from tundish.base.workers import Workers, one_thread_each
 from tundish.data.encoding import Job
 from tundish.data.shards import PartResult, write_shards
 from tundish.data.source import Source, first_samples
-from tundish.errors import DataError, StageError
+from tundish.errors import DataError, FailureCause, StageError
 
 PART_BYTES = 1 << 25
 """Input of one task; a share's last row is not full, so small shares would waste room."""
@@ -89,7 +89,9 @@ def _run(session: Any, job: Job, parts: Sequence[Source], folder: Path) -> list[
         numbers = session.range(0, len(parts), 1, len(parts))
         rows = numbers.mapInArrow(prepare_parts, RESULT).collect()
     except Exception as error:  # Py4J's, or Spark Connect's
-        raise StageError(f"the Spark cluster could not prepare the data: {_cause(error)}") from error
+        raise StageError(
+            f"the Spark cluster could not prepare the data: {_cause(error)}", failure=FailureCause.SPARK_FAILED
+        ) from error
     if problems := sorted({problem for row in rows for problem in row["problems"]}):
         raise DataError(problems)
     found = {row["part"]: (row["folder"], pickle.loads(bytes(row["share"]))) for row in rows}
@@ -112,7 +114,10 @@ def _session(cluster: str) -> Iterator[Any]:
     try:
         from pyspark.sql import SparkSession
     except ImportError:
-        raise StageError("preparing data on Spark takes pyspark, which is not installed: tundish[spark].") from None
+        raise StageError(
+            "preparing data on Spark takes pyspark, which is not installed: tundish[spark].",
+            failure=FailureCause.SPARK_FAILED,
+        ) from None
     # Else the executors take the first python3 that they find.
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     before, modes = _is_running(), {name: os.environ.get(name) for name in CONNECT_MODES}
@@ -127,7 +132,9 @@ def _session(cluster: str) -> Iterator[Any]:
             with one_thread_each():  # Spark forks this process to start its own
                 session = builder.master(master).config(map=quiet).getOrCreate()
     except Exception as error:
-        raise StageError(f"the Spark cluster {cluster} cannot be reached: {_cause(error)}") from error
+        raise StageError(
+            f"the Spark cluster {cluster} cannot be reached: {_cause(error)}", failure=FailureCause.SPARK_FAILED
+        ) from error
     try:
         yield session
     finally:

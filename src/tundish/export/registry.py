@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tundish.base.mlflow_client import told
-from tundish.errors import StageError, StoreError
+from tundish.errors import FailureCause, StageError, StoreError
 from tundish.plan.models import license_of
 from tundish.plan.spec import RunSpec, TaskType
 
@@ -87,7 +87,7 @@ def register(
             version = version_of(client, name, mlflow_run_id, model_path) or _log(export, spec, model_path)
             _wait_until_ready(client, name, version)
     except StoreError as error:
-        raise StageError(f"the registry has not taken {name}: {error.message}") from error
+        raise StageError(f"the registry has not taken {name}: {error.message}", failure=error.failure) from error
     return name, version
 
 
@@ -189,5 +189,8 @@ def _wait_until_ready(client: "MlflowClient", name: str, version: str) -> None:
     deadline = time.monotonic() + READY_SECONDS
     while (status := client.get_model_version(name, version).status) != "READY":
         if status != "PENDING_REGISTRATION" or time.monotonic() > deadline:
-            raise StageError(f"the registry reports version {version} of {name} as {status}; it should be READY.")
+            raise StageError(
+                f"the registry reports version {version} of {name} as {status}; it should be READY.",
+                failure=FailureCause.REGISTRATION_FAILED,
+            )
         time.sleep(1)

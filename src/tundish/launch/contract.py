@@ -10,6 +10,7 @@ from signal import Signals
 from typing import Any, Protocol
 
 from tundish.base.run_folder import RunFolder
+from tundish.errors import FailureCause
 from tundish.plan.compute import Compute
 
 
@@ -25,6 +26,8 @@ class Life:
     """Why its state cannot be determined now."""
     end: str = ""
     """How it ended without recording an end of its own, where the launcher knows."""
+    cause: FailureCause = FailureCause.UNKNOWN
+    """Why it ended so."""
     canceled: bool = False
     """It was canceled by the launcher's own means."""
 

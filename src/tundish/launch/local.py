@@ -11,7 +11,7 @@ import psutil
 from tundish.base.files import is_held
 from tundish.base.processes import ProcessId, command_lines, start, stop_all, stop_tree
 from tundish.base.run_folder import RunFolder
-from tundish.errors import RequestError
+from tundish.errors import FailureCause, RequestError
 from tundish.launch import devices
 from tundish.launch.command import node_script, supervisor_command, train_environment
 from tundish.launch.contract import Life, Restart
@@ -74,9 +74,9 @@ def state(run: RunFolder, record: ProcessId) -> Life:
     """From the process table and the queue."""
     if not record.is_here:
         # Of another machine's process, only the lock on the shared disk is visible here.
-        return Life(alive=is_held(run.lock))
+        return Life(alive=is_held(run.lock), cause=FailureCause.KILLED)
     if record.process() is None:
-        return Life(alive=False)
+        return Life(alive=False, cause=FailureCause.KILLED)
     place = devices.place(run.name)
     return Life(alive=True, waiting="" if place is None else _waiting(*place))
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from tundish.base.files import write_atomic
 from tundish.base.home import absolute_environment
 from tundish.base.run_folder import RunFolder
-from tundish.errors import RequestError, SpecError, StageError
+from tundish.errors import FailureCause, RequestError, SpecError, StageError
 from tundish.launch.contract import Life, Restart
 from tundish.launch.job_script import job_script
 from tundish.plan.compute import Compute
@@ -33,13 +33,17 @@ ALIVE = frozenset(
     "STAGE_OUT STOPPED SUSPENDED".split()
 )
 """Job states after which the job may still run."""
-ADVICE = {
-    "TIMEOUT": "Raise compute's time_limit, or its grace_s if saving a checkpoint takes longer.",
-    "NODE_FAIL": "A node was lost.",
-    "OUT_OF_MEMORY": "The nodes ran out of memory; ask for more with sbatch's mem.",
-    "PREEMPTED": "It was preempted, and the cluster does not requeue such jobs.",
-    "DEADLINE": "Its deadline passed.",
-}
+ENDS = {
+    "TIMEOUT": (
+        FailureCause.TIME_LIMIT, "Raise compute's time_limit, or its grace_s if saving a checkpoint takes longer."
+    ),
+    "DEADLINE": (FailureCause.TIME_LIMIT, "Its deadline passed."),
+    "NODE_FAIL": (FailureCause.NODE_LOST, "A node was lost."),
+    "BOOT_FAIL": (FailureCause.NODE_LOST, "A node did not boot."),
+    "OUT_OF_MEMORY": (FailureCause.HOST_OUT_OF_MEMORY, "The nodes ran out of memory; ask for more with sbatch's mem."),
+    "PREEMPTED": (FailureCause.PREEMPTED, "It was preempted, and the cluster does not requeue such jobs."),
+}  # fmt: skip
+"""What the states in which a job ends mean, and what to do."""
 PASSED_ON = re.compile(
     r"(AWS|AZURE|CUDA|DATABRICKS|GLOO|GOOGLE|HF|HUGGING_FACE_HUB|LC|MLFLOW|NCCL|OCI|OMP|S3|TORCH|TUNDISH|UCX)_\w+|HOME|PG\w+|"
     r"USER|XDG_CACHE_HOME|LOGNAME|LANG|PATH|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|"
@@ -149,11 +153,9 @@ def state(run: RunFolder, record: SlurmJob) -> Life:
     if status in ALIVE:
         why = f": {reason}" if reason not in ("", "None") else ""
         return Life(alive=True, waiting=f"Slurm job {job} is pending{why}." if status == "PENDING" else "")
-    return Life(
-        alive=False,
-        end=f"Slurm ended job {job}: {status}. {ADVICE.get(status, '')}".strip(),
-        canceled=status == "CANCELLED",
-    )
+    cause, advice = ENDS.get(status, (FailureCause.UNKNOWN, ""))
+    text = f"Slurm ended job {job}: {status}. {advice}".strip()
+    return Life(alive=False, end=text, cause=cause, canceled=status == "CANCELLED")
 
 
 def cancel(run: RunFolder, record: SlurmJob, seconds: float) -> None:
@@ -195,7 +197,8 @@ def restart(stopped_by: signal.Signals, *, progressed: bool) -> Restart | None:
     at_time_limit = stopped_by is signal.SIGUSR1  # the job script asks for this signal before the limit
     if at_time_limit and not progressed:
         raise StageError(
-            "The run made no progress within the job's time limit. Raise compute's time_limit, or save more often."
+            "The run made no progress within the job's time limit. Raise compute's time_limit, or save more often.",
+            failure=FailureCause.TIME_LIMIT,
         )
 
     def request() -> None:

@@ -11,7 +11,7 @@ from tundish.checkpoints.format.metadata import read_shapes
 from tundish.checkpoints.format.pickles import shown
 from tundish.checkpoints.format.tensors import StoredTensor
 from tundish.checkpoints.save_folder import save_folder_of
-from tundish.errors import CheckpointError, SpecError
+from tundish.errors import CheckpointError, FailureCause, SpecError
 from tundish.model.architecture import Shapes, architecture_of, hollow
 
 WEIGHT_PREFIX = f"{MODEL_PREFIX}model."
@@ -123,7 +123,8 @@ def fit_vocabulary(config: Any, weights: Mapping[str, StoredTensor], tokens: int
     if tokens > stored.shape[0]:
         raise CheckpointError(
             f"{checkpoint}: its vocabulary has {stored.shape[0]:,} tokens, the model's tokenizer {tokens:,}. "
-            "Give the model that the run started from."
+            "Give the model that the run started from.",
+            failure=FailureCause.MODEL_MISMATCH,
         )
     config.vocab_size = stored.shape[0]
 
@@ -143,7 +144,8 @@ def check_shapes(checkpoint: Path | str, found: Shapes, expected: Shapes) -> Non
     if missing or other:
         raise CheckpointError(
             f"{checkpoint}: not a checkpoint of this model: {len(missing) + len(other)} of its {len(expected)} weights "
-            f"differ. Missing: {_some(missing)}. Of another shape: {_some(other)}. Use a checkpoint of the same model."
+            f"differ. Missing: {_some(missing)}. Of another shape: {_some(other)}. Use a checkpoint of the same model.",
+            failure=FailureCause.MODEL_MISMATCH,
         )
 
 

@@ -64,7 +64,7 @@ def read_events(paths: RunFolder) -> ObjectList[TrainingEvent]:
     Raises:
         RunDamagedError: they cannot be read.
     """
-    found = (TrainingEvent(event.type, event.time, event.message) for event in paths.read_events())
+    found = (TrainingEvent(e.type, e.time, e.message, e.cause) for e in paths.read_events())
     return ObjectList(found, TrainingEvent.COLUMNS)
 
 
@@ -108,7 +108,7 @@ def read_run(name: str) -> RunRecord:
         formatted_eta=eta,
         completed_at=found[-1].time if status.is_terminal() else None,
         submitted_config=spec,
-        events=ObjectList((TrainingEvent(e.type, e.time, e.message) for e in found), TrainingEvent.COLUMNS),
+        events=ObjectList((TrainingEvent(e.type, e.time, e.message, e.cause) for e in found), TrainingEvent.COLUMNS),
         experiment_id=tracking.experiment_id,
         run_id=tracking.run_id,
         run_dir=paths.folder,
@@ -119,6 +119,7 @@ def read_run(name: str) -> RunRecord:
         tokens_per_second=facts.get("tokens_per_s"),
         registered_name=facts.get("name"),
         registered_version=facts.get("version"),
+        cause=(found[-1].cause or life.cause) if status is RunStatus.FAILED else None,
         last_seen=_last_seen(paths, found, status),
     )
 

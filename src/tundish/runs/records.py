@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, SupportsIndex, TypeVar
 
 from tundish.base.events import TERMINAL_TYPES
 from tundish.base.run_folder import RunFolder
+from tundish.errors import FailureCause
 from tundish.runs import html_tables
 
 if TYPE_CHECKING:
@@ -145,6 +146,8 @@ class TrainingEvent:
     type: str
     time: datetime
     message: str
+    cause: FailureCause | None = field(default=None, repr=False, compare=False)
+    """Why the run failed, or had to be started again."""
     COLUMNS: ClassVar[dict[str, str]] = {"type": "Type", "time": "Time", "message": "Message"}
 
     def is_terminal_state(self) -> bool:
@@ -223,6 +226,8 @@ class RunRecord:
     registered_name: str | None = field(default=None, compare=False)
     """Of the registered model, once there is a version."""
     registered_version: str | None = field(default=None, compare=False)
+    cause: FailureCause | None = field(default=None, compare=False)
+    """Why the run failed; `details` says it in words."""
     last_seen: datetime | None = field(default=None, compare=False)
     """The last sign of life: while it trains, of the rank that has been silent longest; else the latest event."""
     COLUMNS: ClassVar[dict[str, str]] = {

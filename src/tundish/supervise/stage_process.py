@@ -17,10 +17,10 @@ from tundish.base.home import RUN_VARIABLE
 from tundish.base.processes import start, stop_tree
 from tundish.base.run_folder import RunFolder
 from tundish.checkpoints.save_folder import SaveFolder
-from tundish.errors import StageError
+from tundish.errors import FailureCause, StageError
 from tundish.launch.command import MASTER_PORT, STOPPED, train_command, train_environment
 from tundish.plan.spec import RunSpec
-from tundish.supervise.causes import explain
+from tundish.supervise.causes import Explanation, explain
 from tundish.supervise.stragglers import Watch
 from tundish.tracking.publishing import wait_seconds
 
@@ -111,10 +111,10 @@ def run_stage(run: RunFolder, stage: str, devices: Devices) -> None:
     if stage == "train" and returncode != 0 and (returncode == STOPPED or run.stopped.exists()):
         raise Stopped(signal.SIGTERM)
     if returncode != 0 and not run.is_done(stage):  # after its result, how a stage exits does not matter
-        cause, newline, quoted = _cause(run, stage, limit if returncode is None else None, returncode or 0)
+        why = _explanation(run, stage, limit if returncode is None else None, returncode or 0)
         kept = f" The export is kept: {run.export}. `tundish resume {run.name}` registers it."
-        text = f"Stage {stage!r} failed: {cause}{kept if stage == 'register' else ''}"
-        raise StageError(f"{text} Log: {run.log(stage)}{newline}{quoted}", str(run.log(stage)))
+        text = f"Stage {stage!r} failed: {why.sentence}{kept if stage == 'register' else ''} Log: {run.log(stage)}"
+        raise StageError(f"{text}\n{why.quoted}".strip(), str(run.log(stage)), failure=why.cause)
 
 
 def _register_seconds(run: RunFolder) -> float:
@@ -181,17 +181,17 @@ def _command(run: RunFolder, stage: str, devices: Devices) -> tuple[Sequence[str
     return train_command(compute, run), environment
 
 
-def _cause(run: RunFolder, stage: str, limit: float | None, returncode: int) -> tuple[str, str, str]:
-    """What a failed stage said of itself, else what its logs tell, as sentence, newline and quoted log."""
+def _explanation(run: RunFolder, stage: str, limit: float | None, returncode: int) -> Explanation:
+    """Why a stage failed: what it recorded itself, else what its logs show."""
     if limit is not None:
         text = f"it was not done after {limit:,.0f} s, and was stopped."
-    elif (result := run.read_result(stage)) is not None and "error" in result:
-        text = str(result["error"])
-    else:
-        logs: dict[str, str] = {}
-        for log in run.stage_logs(stage):
-            with open(log, "rb") as file:
-                file.seek(max(0, log.stat().st_size - LOG_BYTES))
-                logs[log.name] = file.read().decode(errors="replace").rpartition(TRY_MARK)[2]
-        text = explain(logs, returncode)
-    return text.partition("\n")
+        return Explanation(FailureCause.MLFLOW_UNREACHABLE, text)  # only registering has a limit
+    if (result := run.read_result(stage)) is not None and "error" in result:
+        sentence, _, more = str(result["error"]).partition("\n")
+        return Explanation(FailureCause.of(result.get("cause")), sentence, more)
+    logs: dict[str, str] = {}
+    for log in run.stage_logs(stage):
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - LOG_BYTES))
+            logs[log.name] = file.read().decode(errors="replace").rpartition(TRY_MARK)[2]
+    return explain(logs, returncode)

@@ -4,7 +4,6 @@ Training is not here: the composer launcher starts it. A stage writes its event 
 sentence that says why it failed, into the run folder.
 """
 
-import json
 import logging
 import sys
 import threading
@@ -23,7 +22,7 @@ from tundish.checkpoints.save_folder import SaveFolder, remove
 from tundish.data.manifest import Prepared
 from tundish.data.prepare import prepare_guarded
 from tundish.data.report import facts
-from tundish.errors import StageError, TundishError
+from tundish.errors import CheckpointError, TundishError
 from tundish.model.pretrained import check_pretrained
 from tundish.model.weights import check_weights, fetch_weights
 from tundish.plan.foundry import Destination, planned_steps, render
@@ -31,6 +30,7 @@ from tundish.plan.models import find_card
 from tundish.plan.spec import RunSpec
 from tundish.runs.checking import job_of
 from tundish.runs.checkpoint_addresses import trained_from
+from tundish.supervise.causes import cause_of
 from tundish.tracking.experiment import end_tracking
 from tundish.tracking.notes import tell_files
 from tundish.tracking.publishing import Checkpoints, Publisher, channels, publish_all, wait_seconds
@@ -52,9 +52,9 @@ def main(stage: str, folder: str) -> int:
     try:
         result = stages[stage](paths, RunSpec.read(paths), paths.read_tracking())
     except TundishError as error:
-        write_atomic(paths.result(stage), json.dumps({"error": error.message}) + "\n")
+        paths.write_error(stage, error.message, cause_of(error))
         return 1
-    write_atomic(paths.result(stage), json.dumps(result, indent=2) + "\n")
+    paths.write_result(stage, result)
     return 0
 
 
@@ -144,7 +144,7 @@ def export_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[st
 
     checkpoint = SaveFolder(tracking.save_folder).newest()
     if checkpoint is None:
-        raise StageError(f"there is no complete checkpoint in {tracking.save_folder}.")
+        raise CheckpointError(f"there is no complete checkpoint in {tracking.save_folder}.")
     if paths.export.exists():  # of a run whose supervisor was killed right after it
         remove([paths.export])
     done, tell, lock = 0, _teller(paths, "Exporting the model: {share:.0%} of {size}."), threading.Lock()

@@ -19,9 +19,10 @@ from tundish.base.files import locked
 from tundish.base.home import RUN_VARIABLE
 from tundish.base.processes import processes_with, stop_all
 from tundish.base.run_folder import RunFolder
-from tundish.errors import LockHeldError, StageError, TundishError
+from tundish.errors import FailureCause, LockHeldError, StageError, TundishError
 from tundish.launch import launcher_of, release_devices
 from tundish.plan.spec import RunSpec
+from tundish.supervise.causes import cause_of
 from tundish.supervise.stage_process import (
     Canceled,
     Devices,
@@ -67,10 +68,10 @@ def _supervise(run: RunFolder, command: Sequence[str]) -> None:
     except Stopped as stopped:
         _stop(run, stopped, before)
     except TundishError as error:
-        _end(run, "FAILED", error.message, mlflow="FAILED")
+        _end(run, "FAILED", error.message, mlflow="FAILED", cause=cause_of(error))
     except Exception as error:
         text = f"The supervisor failed: {error!r}. Log: {run.log('supervisor')}"
-        _end(run, "FAILED", text, mlflow="FAILED")
+        _end(run, "FAILED", text, mlflow="FAILED", cause=cause_of(error))
         raise
     finally:
         release_devices(run)
@@ -108,7 +109,8 @@ def _run_with_retry(run: RunFolder, stage: str, devices: Devices) -> None:
         if stage != "train" or run.result(stage).exists() or training_starts(run) == starts:
             raise
         text, newline, quoted = error.message.partition("\n")
-        run.add_event("REQUEUED", f"{text} Training is retried once from its newest checkpoint.{newline}{quoted}")
+        message = f"{text} Training is retried once from its newest checkpoint.{newline}{quoted}"
+        run.add_event("REQUEUED", message, cause=error.failure)
         end_processes_of(run)
         run_stage(run, stage, devices)
 
@@ -128,7 +130,7 @@ def _stop(run: RunFolder, stopped: Stopped, before: tuple[int, int]) -> None:
             _end(run, "REQUEUED", f"{restart.reason} {saved}")
             restart.request()
     except TundishError as error:
-        _end(run, "FAILED", f"{error.message} {resume}", mlflow="FAILED")
+        _end(run, "FAILED", f"{error.message} {resume}", mlflow="FAILED", cause=cause_of(error))
 
 
 def _progress(run: RunFolder) -> tuple[int, int]:
@@ -137,14 +139,14 @@ def _progress(run: RunFolder) -> tuple[int, int]:
     return sum(run.is_done(stage) for stage in STAGES), saved
 
 
-def _end(run: RunFolder, type: str, message: str, *, mlflow: str | None = None) -> None:
+def _end(run: RunFolder, type: str, message: str, *, mlflow: str | None = None, **facts: FailureCause) -> None:
     """End what is left of the stage, and record how the run ended."""
     ignore_signals()
     stop_all(psutil.Process().children(recursive=True), grace_s=0)
     end_processes_of(run)
     if mlflow is not None:
         end_mlflow_run(run, mlflow)
-    run.add_event(type, message)
+    run.add_event(type, message, **facts)
 
 
 def end_processes_of(run: RunFolder) -> None:

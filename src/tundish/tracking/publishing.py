@@ -239,7 +239,8 @@ def publish_all(paths: RunFolder, seconds: float, sleep: Callable[[float], None]
         if time.monotonic() + pause > end:
             raise StageError(
                 f"{failure.message} The run has waited {events.short_duration(seconds)} for it "
-                f"({WAIT_VARIABLE} sets the seconds). Metrics and checkpoints are kept, and published with the model."
+                f"({WAIT_VARIABLE} sets the seconds). Metrics and checkpoints are kept, and published with the model.",
+                failure=failure.failure,
             )
         sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_SECONDS)

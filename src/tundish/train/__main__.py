@@ -5,7 +5,6 @@ tundish writes, except that FSDP2 stays on with one rank, so that checkpoints ar
 a run with a complete checkpoint in its save folder goes on from there.
 """
 
-import json
 import os
 import signal
 import sys
@@ -14,7 +13,6 @@ from typing import Any, cast
 
 os.environ.setdefault("FSDP_VERSION", "2")
 
-from tundish.base.files import write_atomic
 from tundish.base.home import RUN_VARIABLE
 from tundish.base.processes import die_with_starter
 from tundish.base.run_folder import RunFolder
@@ -210,7 +208,7 @@ def main() -> None:
         trainer.close()
     except Exception as error:
         if isinstance(error, TundishError):
-            _note({"error": error.message})
+            _note(error)
         _tell_mlflow("FAILED")
         raise
     _tell_mlflow("FINISHED")
@@ -228,12 +226,15 @@ def _tell_mlflow(status: str) -> None:
         tell_status(run, status)
 
 
-def _note(result: dict[str, Any]) -> None:
-    """Leave the result of the stage in the run folder."""
-    run = os.environ.get(RUN_VARIABLE)
-    # A refusal may reach another rank first.
-    if run and ("error" in result or dist.get_global_rank() == 0):
-        write_atomic(RunFolder(Path(run).parent).result("train"), json.dumps(result) + "\n")
+def _note(result: dict[str, Any] | TundishError) -> None:
+    """Leave the result of the stage, or why it failed, in the run folder."""
+    run = _run()
+    if run is None:
+        return
+    if isinstance(result, TundishError):  # on any rank: a refusal may reach another one before the first
+        run.write_error("train", result.message, result.failure)
+    elif dist.get_global_rank() == 0:
+        run.write_result("train", result)
 
 
 def _is_done(state: State) -> bool:

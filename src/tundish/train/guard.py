@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from tundish.base.home import RUN_VARIABLE
 from tundish.base.run_folder import RunFolder
-from tundish.errors import StageError
+from tundish.errors import FailureCause, StageError
 
 METRICS = "metrics/train/Language"
 LARGEST = 700
@@ -92,7 +92,8 @@ def nothing_learned(state: State) -> StageError:
     return StageError(
         f"training changed no weight in {int(state.timestamp.batch):,} batch(es): the result would be the model that "
         f"it began with. Raise learning_rate (it is {max(rates):g}), or look at the overrides of optimizer and "
-        "scheduler."
+        "scheduler.",
+        failure=FailureCause.NOTHING_LEARNED,
     )
 
 
@@ -118,5 +119,6 @@ def check_loss(loss: float, batch: int, learning_rate: float) -> None:
     )
     raise StageError(
         f"batch {batch}: the loss is {loss:g}; allowed is a finite number above 0. {cause} "
-        "Checkpoints saved before are kept."
+        "Checkpoints saved before are kept.",
+        failure=FailureCause.DIVERGED,
     )
