@@ -87,7 +87,7 @@ LOGS = [
     ("HOST_OUT_OF_MEMORY", "fewer ranks", "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0. Some of the "
      "step tasks have been OOM Killed."),
     ("GATED_MODEL", "HF_TOKEN", "huggingface_hub.errors.GatedRepoError: 401 Client Error. (Request ID: Root=1-66) "
-     "Access to model meta-llama/Llama-3.2-1B is restricted. You must have access to it and be authenticated to access it."),
+     "Access to model meta-llama/Llama-3.2-1B is restricted. You must have access to it and be authenticated."),
     ("HUB_UNREACHABLE", "HF_HUB_OFFLINE", "OSError: We couldn't connect to 'https://huggingface.co' to load the files, "
      "and couldn't find them in the cached files."),
     ("HUB_UNREACHABLE", "its folder as model", "huggingface_hub.errors.LocalEntryNotFoundError: Cannot find an "
