@@ -1,4 +1,4 @@
-"""Before a run: what is wrong with the data, and how many steps a run on it would take."""
+"""Before a run: find out what is wrong with the data, and how many steps a run would take."""
 
 import os
 import tempfile

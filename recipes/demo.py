@@ -1,6 +1,6 @@
-"""The main job on this machine: a base model made on the spot learns to turn written dates into ISO dates.
+"""The demo: a base model with random weights learns to turn written dates into ISO dates.
 
-Run it with `make demo`. Nothing is downloaded; the result is measured on dates that were not trained on.
+Run it with `make demo`. Nothing is downloaded; the score is taken on dates that were held out.
 """
 
 import os
@@ -18,7 +18,7 @@ started = time.monotonic()
 pairs = tiny.date_pairs(7_800, seed=1)
 train, evaluation, held_out = pairs[:7_600], pairs[7_600:7_700], pairs[7_700:]
 base = tiny.make_base_model(folder / "tiny-llama", (text for pair in train for text in pair))
-print(f"Made a base model with random weights and {len(train):,} chats in {folder}.\n")
+print(f"Created a base model with random weights and {len(train):,} chats in {folder}.\n")
 
 run = fm.create(
     model=str(base),
@@ -33,7 +33,7 @@ run = fm.create(
 fm.get_events(run, follow=True)
 run = run.refresh()
 if run.export_dir is None:
-    raise SystemExit(f"The run ended as {run.status}: {run.details}")
+    raise SystemExit(f"The run ended with status {run.status}: {run.details}")
 
 questions, expected = [question for question, _ in held_out], [answer for _, answer in held_out]
 before, after = tiny.answer(base, questions), tiny.answer(run.export_dir, questions)
@@ -43,8 +43,8 @@ for row in list(zip(questions, expected, after, before, strict=True))[:10]:
 
 
 def score(answers: list[str]) -> str:
-    """Share of answers that are right to the letter."""
-    return f"{sum(map(str.__eq__, answers, expected))} of {len(expected)} right"
+    """How many answers match exactly."""
+    return f"{sum(map(str.__eq__, answers, expected))} of {len(expected)} correct"
 
 
 print(f"\nHeld-out dates before training: {score(before)}; after: {score(after)}.")

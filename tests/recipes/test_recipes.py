@@ -132,7 +132,7 @@ def test_checkpoints_are_sharded_at_every_world_size(
 
 def test_the_demo_learns_what_it_was_not_shown(run_recipe: Callable[[str], Finished]) -> None:
     """Training that does nothing, an export of other weights, or a score that is made up."""
-    match = re.search(r"before training: (\d+) of 100 right; after: (\d+) of 100 right", run_recipe("demo").output)
+    match = re.search(r"before training: (\d+) of 100 correct; after: (\d+) of 100 correct", run_recipe("demo").output)
     assert match is not None
     assert int(match[1]) <= 5
     assert int(match[2]) >= 90
@@ -279,7 +279,7 @@ def test_fine_tuning_begins_with_the_weights_of_the_pretraining(run_recipe: Call
     assert before["batch"] == after["batch"] == 1
     assert after["loss"] < 0.6 * before["loss"]
     assert _final_loss(tuned.events) < after["loss"]
-    assert f"began with the weights of {pretrained.run_folder.name}" in whole.output
+    assert f"started from the weights of {pretrained.run_folder.name}" in whole.output
 
 
 def _final_loss(events: list[dict[str, Any]]) -> float:
