@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from tundish import foundation_model as fm
-from tundish.base.mlflow_client import check_artifacts, open_client, told, why
+from tundish.base.mlflow_client import open_client, told, why
+from tundish.base.objects.opening import check_artifacts
 from tundish.doctor import services
 from tundish.errors import RequestError, SpecError, StoreError
 from tundish.tracking import metrics

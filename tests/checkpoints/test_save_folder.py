@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +127,7 @@ def test_a_store_that_is_away_costs_nothing_that_is_here(monkeypatch: pytest.Mon
 
 def test_a_web_address_that_is_no_mlflow_server_s_is_told() -> None:
     """MLflow's client says `not enough values to unpack`."""
-    with pytest.raises(CheckpointError, match=r"it is not in an MLflow server's artifacts.*Copy the address"):
+    with pytest.raises(CheckpointError, match=r"is not in an MLflow server's artifacts.*Copy the address"):
         SaveFolder("http://127.0.0.1:1/x").list()
 
 
@@ -173,7 +175,7 @@ def test_odd_names_in_the_store_are_not_written_here(store: Store, name: str, tm
     store.put(f"ep1-ba1/{name}", b"odd")
     with pytest.raises(CheckpointError) as error:
         place.newest()
-    assert "no name of a checkpoint's file" in error.value.message and error.value.message.isprintable()
+    assert "checkpoints have no file of this name" in error.value.message and error.value.message.isprintable()
     assert list_checkpoints(place.local) == [] and not list(place.local.rglob(Path(name).name))
 
 
@@ -191,7 +193,8 @@ def test_keys_do_not_leave_the_copy(bucket: Bucket, tmp_path: Path, key: str) ->
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == b"escaped"]
     bucket.put("lab/checkpoints/../ep9-ba9/.metadata", b"escaped")
     bucket.put("lab/checkpoints/ep9-ba9/../.metadata", b"escaped")
-    assert "ep9-ba9" not in str(place.list())
+    with pytest.raises(CheckpointError, match=r"/lab/checkpoints: the key '[^']*\.\.[^']*' cannot be read.* Rename"):
+        place.list()
 
 
 @pytest.mark.parametrize("content", ["", "..", "/", "a/..", "\x1b[2J", "x" * 5000, "\0", "../../etc", "s3://other/.."])
@@ -241,10 +244,16 @@ def test_a_kill_while_publishing_leaves_no_half_checkpoint(store: Store, after: 
     place = store.place
     place.publish(_make(place.local, 1))
     second = _make(place.local, 2)
-    pid = os.fork()
-    if not pid:
-        _publish_and_die(place, second, after)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    if place.address.startswith("s3:"):  # obstore's threads do not outlive a fork
+        call = f"_publish_and_die({place.address!r}, {str(second)!r}, {after})"
+        code = f"import tests.checkpoints.test_save_folder as here; here.{call}"
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        assert subprocess.run(command, timeout=120).returncode == -signal.SIGKILL
+    else:
+        pid = os.fork()
+        if not pid:
+            _publish_and_die(place.address, str(second), after)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     half = {key for key in store.keys() if key.startswith("ep1-ba2/")}
     assert len(half) == min(after, 3)
     complete = ["ep1-ba1"] if after < 3 else ["ep1-ba1", "ep1-ba2"]
@@ -255,21 +264,20 @@ def test_a_kill_while_publishing_leaves_no_half_checkpoint(store: Store, after: 
     assert place.list()[-1].endswith("/ep1-ba2") and place.read_link(CHECKPOINT_LINK).endswith("/ep1-ba2")
 
 
-def _publish_and_die(place: SaveFolder, folder: Path, after: int) -> None:
-    """In a process of its own: put so many files, then be killed."""
-    put: Any = SaveFolder._put
-    done: list[Path] = []
+def _publish_and_die(address: str, folder: str, after: int) -> None:
+    """Upload so many files, then be killed."""
+    place, put, done = SaveFolder(address), SaveFolder._put, list[Path]()
 
-    def counted(self: SaveFolder, file: Path, below: str) -> None:
+    def counted(self: SaveFolder, file: Path, key: str) -> None:
         if len(done) == after:
             os.kill(os.getpid(), signal.SIGKILL)
         done.append(file)
-        put(self, file, below)
+        put(self, file, key)
 
     signal.alarm(60)  # should the fork have broken something
     SaveFolder._put = counted  # pyright: ignore[reportAttributeAccessIssue]  this process ends here
     try:
-        place.publish(folder)
+        place.publish(Path(folder))
     finally:
         os._exit(1)
 
@@ -280,8 +288,8 @@ def test_a_store_that_is_not_there_is_told(bucket: Bucket, monkeypatch: pytest.M
     for ask in (place.list, place.newest, lambda: place.read_link(CHECKPOINT_LINK), lambda: place.holds("ep1-ba1")):
         with pytest.raises(CheckpointError) as error:
             ask()
-        assert error.value.message.startswith(f"{place.address}: there is no such ")
-        assert error.value.message.isprintable()
+        assert error.value.message.startswith(place.address) and error.value.message.isprintable()
+        assert "the bucket does not exist. Create it, or correct its name." in error.value.message
 
 
 def test_the_weights_of_a_store_are_compared_by_their_metadata_alone(

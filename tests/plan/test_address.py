@@ -69,11 +69,20 @@ def test_a_bare_name_of_a_file_is_a_path(here: Path, takes: Takes, given: str) -
     assert Address.parse(given, takes).text == str(here / given)
 
 
+WRITABLE = ("s3", "gs", "azure", "abfss", "wasbs", "azure-dl", "oci", "r2", "hdfs")
+SERVED = "https://lab:8443/api/2.0/mlflow-artifacts/artifacts/1/ab/artifacts/x"
+
+
 @pytest.mark.parametrize(
     ("takes", "given", "found"),
     [
-        *(("data", f"{scheme}://bucket/x", f"{scheme}://bucket/x") for scheme in ("s3", "gs", "oci", "azure", "hf")),
-        *((takes, f"{s}://b/x", f"{s}://b/x") for takes in STORES for s in ("s3", "gs", "abfss", "wasbs", "https")),
+        *((takes, f"{scheme}://b/x", f"{scheme}://b/x") for takes in ("data", *STORES) for scheme in WRITABLE),
+        *(
+            (takes, text, text)
+            for takes in ("data", *STORES)
+            for text in ("abfss://c@acc.dfs.core.windows.net/x", SERVED)
+        ),
+        *(("data", f"{scheme}://b/x.jsonl", f"{scheme}://b/x.jsonl") for scheme in ("hf", "http", "https")),
         ("data", "S3://Bucket/X", "s3://Bucket/X"),
         ("checkpoint", "mlflow-artifacts:/1/ab/artifacts/x", "mlflow-artifacts:/1/ab/artifacts/x"),
     ],
@@ -87,13 +96,8 @@ def test_uris_of_stores_stay(here: Path, takes: Takes, given: str, found: str) -
 @pytest.mark.parametrize(
     ("takes", "given", "found"),
     [
-        (
-            "data",
-            "https://example.org/train.jsonl",
-            "allowed is a path, or a name, or an address that begins with dbfs",
-        ),
-        ("data", "abfss://x/y", "begins with dbfs:/, file:///, s3://, gs://, oci://"),
-        ("checkpoint", "oci://x/y", "begins with dbfs:/, file:///, s3://, gs://, abfss://"),
+        *((takes, "https://b/x", r"https:// is read-only, unless it is in an MLflow server's art") for takes in STORES),
+        *((takes, "hf://datasets/b/x", "begins with dbfs:/, file:///, s3://, gs://, azure://") for takes in STORES),
         *((takes, "s3://bucket/x", r"begins with dbfs:/, file:///\.") for takes in ("model", "file")),
         *((takes, "s4://bucket/x", "found 's4://bucket/x'; allowed is") for takes in ALL),
         ("data", "s3://key:Gehe1mnis@bucket/x.jsonl", r"found 's3://\*\*\*@bucket/x.jsonl'; it holds a password"),

@@ -17,7 +17,6 @@ from urllib.parse import unquote, urlparse
 
 from tundish.base.text import redacted
 from tundish.errors import StoreError, TundishError
-from tundish.plan.address import is_uri
 
 PACKAGES = {
     "psycopg2": "psycopg2-binary",
@@ -142,28 +141,6 @@ def check_database(uri: str) -> None:
     with engine.connect() as connection:
         if url.get_backend_name() == "sqlite":
             connection.exec_driver_sql("SELECT name FROM sqlite_master")
-
-
-def check_artifacts(address: str, tracking_uri: str) -> None:
-    """Ask the store at the address of an artifact folder; one on this machine is made when it is needed.
-
-    Raises:
-        StoreError: it cannot be used.
-    """
-    address = artifact_address(address, tracking_uri)
-    if is_uri(address):
-        with told(address), quiet(), impatient():
-            artifacts_at(address).list_artifacts()
-
-
-def artifacts_at(address: str) -> Any:
-    """MLflow's client of an artifact folder."""
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-    # Streaming and Composer have one name for it, MLflow another.
-    if endpoint := os.environ.get("S3_ENDPOINT_URL"):
-        os.environ.setdefault("MLFLOW_S3_ENDPOINT_URL", endpoint)
-    return get_artifact_repository(address)
 
 
 def ask_registry(uri: str, tracking_uri: str, name: str) -> None:

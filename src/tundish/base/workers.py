@@ -101,14 +101,14 @@ def guarded(
 ) -> Result:
     """What a function gives in a process of its own, which ends with the call.
 
-    It is forked from this one, unless it reads Delta tables and this one has loaded their reader: that works in no
-    process that is forked from one that has used it. Then it is started anew.
+    It is forked from this one, unless it reads Delta tables or object stores and this one has loaded their clients,
+    whose threads do not exist in a forked process. Then it is started anew.
 
     Args:
-        function: its result, or its error, must be picklable; where it reads Delta tables, function and arguments too.
+        function: its result, or its error, must be picklable; where `tables` is set, function and arguments too.
         arguments: of it.
         progress: where given, the function is called with `progress=…`, whose bars are drawn by this process.
-        tables: whether it may read Delta tables.
+        tables: whether it may read Delta tables or object stores.
 
     Raises:
         WorkerError: the process has ended without result, or taken more than it may.
@@ -116,9 +116,8 @@ def guarded(
     # What libraries say before they end their process is for the error, not for the terminal.
     with tempfile.TemporaryFile() as words:
         named = {} if progress is None else {"progress": _remote_bar}
-        worker = _Worker(
-            (function, arguments, named), words.fileno(), forked=not (tables and "deltalake" in sys.modules)
-        )
+        loaded = "deltalake" in sys.modules or "obstore" in sys.modules
+        worker = _Worker((function, arguments, named), words.fileno(), forked=not (tables and loaded))
         try:
             with ExitStack() as bars:
                 tell: Callable[..., None] | None = None

@@ -1,7 +1,7 @@
-"""Where a run's checkpoints are: a folder of this machine, or one of an object store or an MLflow server.
+"""Where a run's checkpoints are kept: a folder of this machine, an object store, or an MLflow server.
 
-What is kept elsewhere is written here first, then copied, `.metadata` last: a checkpoint without it is not complete.
-MLflow's artifact clients do the copying (`s3://`, `gs://`, `abfss://`, `wasbs://`, `mlflow-artifacts:/`).
+A checkpoint of a store is written on this machine first, then copied with `.metadata` last: without it, a checkpoint is
+not complete.
 """
 
 import hashlib
@@ -9,39 +9,38 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from tundish.base.files import locked, make_folder, write_atomic
 from tundish.base.home import copies_dir
-from tundish.base.mlflow_client import artifacts_at, told
+from tundish.base.objects.contract import is_uri
+from tundish.base.objects.opening import open_store
 from tundish.checkpoints.folder import CHECKPOINT_LINK, NAME, check_complete, in_order, list_checkpoints
 from tundish.checkpoints.format.metadata import METADATA
 from tundish.checkpoints.format.pickles import shown
 from tundish.checkpoints.manifest import problems, read_manifest
 from tundish.errors import CheckpointError, StoreError
-from tundish.plan.address import is_uri
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 FILE_NAME = re.compile(r"\.metadata|manifest\.json|[\w-]+\.(distcp|pt)|[\w-]+\.symlink")
 LONGEST_LINK = 4096
 READ = "read"
-"""Folder of copies for readers, beside those that a run goes on from."""
+"""Folder of copies for readers, beside those that a run resumes from."""
 
 
 @dataclass(frozen=True, slots=True)
 class SaveFolder:
-    """A folder of checkpoints."""
+    """A folder of checkpoints, and the link that names the newest one."""
 
     address: str
     """A path of this machine, or a URI."""
 
     @property
     def is_remote(self) -> bool:
-        """Whether it is on another machine."""
+        """Whether it is in a store."""
         return is_uri(self.address)
 
     @property
@@ -55,18 +54,19 @@ class SaveFolder:
         """Addresses of the complete checkpoints, oldest first.
 
         Raises:
-            CheckpointError: the store cannot be asked.
+            CheckpointError: the store does not answer.
         """
         if not self.is_remote:
             return [str(path) for path in list_checkpoints(self.local)]
-        names = [name for name in in_order(self._names("")) if METADATA in self._names(name)]
-        return [f"{self.address}/{name}" for name in names]
+        keys = self._keys()
+        names = in_order({key.partition("/")[0] for key in keys})
+        return [f"{self.address}/{name}" for name in names if f"{name}/{METADATA}" in keys]
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint on this machine, copied where it is not here.
+        """The newest complete checkpoint, on this machine; copied from the store if this machine lacks it.
 
         Raises:
-            CheckpointError: the store cannot be asked and there is none here, or what it holds is damaged.
+            CheckpointError: the store does not answer and this machine has none, or the copy is damaged.
         """
         here = [path.name for path in list_checkpoints(self.local)]
         if not self.is_remote:
@@ -76,28 +76,26 @@ class SaveFolder:
         except CheckpointError:
             if not here:
                 raise
-            log.warning("The newest checkpoint of this machine is used, as the store is away.", exc_info=True)
+            log.warning("Using the newest checkpoint of this machine, as the store does not answer.", exc_info=True)
             return self.local / here[-1]
         if not here and not there:
             return None
         name = in_order({*here, *there})[-1]
-        if name not in here:
-            self.copy(name, self.local)
-        return self.local / name
+        return self.local / name if name in here else self.copy(name, self.local)
 
     def fetch(self, name: str) -> Path:
-        """A checkpoint or a file on this machine, complete, for reading: not among those that its own run removes.
+        """A checkpoint or a `.pt` file, on this machine, for reading: a run that keeps the newest few cannot remove it.
 
         Raises:
-            CheckpointError: there is none of that name, or it is damaged.
+            CheckpointError: it does not exist, or is damaged.
         """
         return self.copy(name, self.local / READ) if self.is_remote else self.local / name
 
     def copy(self, name: str, folder: Path) -> Path:
-        """A copy of a checkpoint or a file of the store in a folder of this machine, made where it is not there.
+        """Copy a checkpoint or a `.pt` file of the store to a folder of this machine, unless it is there.
 
         Raises:
-            CheckpointError: there is none of that name, or it is damaged.
+            CheckpointError: it does not exist, or is damaged.
         """
         copy = folder / name
         make_folder(folder)
@@ -107,62 +105,68 @@ class SaveFolder:
         return copy
 
     def fetch_metadata(self, name: str, folder: Path) -> None:
-        """Put what says which tensors a checkpoint of the store has, and nothing else, into a folder of that name.
+        """Copy only a checkpoint's `.metadata`, which lists its tensors, from the store to a folder of that name.
 
         Raises:
-            CheckpointError: the store cannot be asked.
+            CheckpointError: the store does not have it, or does not answer.
         """
         self._get(f"{name}/{METADATA}", folder / METADATA)
 
     def holds(self, name: str) -> bool:
-        """Whether there is a complete checkpoint, or a file, of that name in the store.
+        """Whether the store has a complete checkpoint, or a `.pt` file, of that name.
 
         Raises:
-            CheckpointError: the store cannot be asked.
+            CheckpointError: the store does not answer.
         """
-        return name in self._names("") if name.endswith(".pt") else METADATA in self._names(name)
+        with _checkpoint_errors():
+            return open_store(self.address).find(name if name.endswith(".pt") else f"{name}/{METADATA}") is not None
 
     def read_link(self, name: str) -> str:
-        """The content of a `.symlink` file, read anew each time.
+        """The text of a `.symlink` file, read anew each time.
 
         Raises:
-            CheckpointError: there is none, or it is none.
+            CheckpointError: it does not exist, or is no text.
         """
-        with tempfile.TemporaryDirectory() as scratch:
-            link = Path(scratch) / name if self.is_remote else self.local / name
+        path = self.local / name
+        try:
             if self.is_remote:
-                self._get(name, link)
-            try:
-                if not link.is_file():
-                    raise FileNotFoundError("there is no such file")
-                with open(link) as file:
-                    return file.read(LONGEST_LINK).strip()
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{self.address}/{name}: cannot be read ({error}). Check the path.") from error
+                with _checkpoint_errors():
+                    return open_store(self.address).read(name, 0, LONGEST_LINK).decode().strip()
+            if not path.is_file():  # opening a named pipe would wait forever
+                raise FileNotFoundError("no such file")
+            with open(path) as file:
+                return file.read(LONGEST_LINK).strip()
+        except (OSError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{self.address}/{name}: cannot be read ({error}). Check the path.") from error
 
     def publish(self, folder: Path) -> None:
-        """Put a complete checkpoint of this machine where it belongs, and let `latest` name it.
+        """Copy a complete checkpoint of this machine to the store, if there is one, and let `latest` name it.
+
+        A process that is killed meanwhile leaves a checkpoint without `.metadata`, or a `latest` that names the one
+        before; publishing again completes it.
 
         Raises:
-            CheckpointError: the store does not take it.
+            CheckpointError: the store refuses it, or does not answer.
         """
         link = self.local / CHECKPOINT_LINK
         if self.is_remote:
-            if METADATA not in self._names(folder.name):
+            if not self.holds(folder.name):
                 for file in sorted(folder.iterdir(), key=lambda file: (file.name == METADATA, file.name)):
-                    self._put(file, folder.name)
-            # Here, only what a resume begins with is kept, and what waits for its turn.
+                    self._put(file, f"{folder.name}/{file.name}")
+            # This machine keeps what a resume begins with, and those that are not published yet.
             here = list_checkpoints(self.local)
             remove(here[: here.index(folder)] if folder in here else [])
         write_atomic(link, f"{self.address}/{folder.name}")
         if self.is_remote:
-            self._put(link, "")
+            self._put(link, CHECKPOINT_LINK)
 
     def keep_newest(self, count: int) -> None:
-        """Remove the oldest complete checkpoints until `count` (1 or more) are left.
+        """Remove the oldest complete checkpoints until `count` (at least 1) are left.
 
         Raises:
-            CheckpointError: the store does not let us.
+            CheckpointError: the store refuses it, or does not answer.
         """
         for address in self.list()[: -max(1, count)]:
             if self.is_remote:
@@ -174,40 +178,38 @@ class SaveFolder:
         """Remove all checkpoints of the store, complete or not, and the link to the newest.
 
         Raises:
-            CheckpointError: the store does not let us.
+            CheckpointError: the store refuses it, or does not answer.
         """
-        names = self._names("")
-        for name in in_order(names):
+        for name in in_order({key.partition("/")[0] for key in self._keys()}):
             self._remove(name)
-        if CHECKPOINT_LINK in names:
-            _try(self.address, lambda: artifacts_at(self.address).delete_artifacts(CHECKPOINT_LINK))
+        with _checkpoint_errors():
+            open_store(self.address).delete(CHECKPOINT_LINK)
 
     def _remove(self, name: str) -> None:
-        """Remove a checkpoint of the store, file by file; what is interrupted is no longer complete.
+        # `.metadata` first: what is interrupted is not complete any more.
+        for key in sorted(self._keys(name), key=lambda key: (key != f"{name}/{METADATA}", key)):
+            with _checkpoint_errors():
+                open_store(self.address).delete(key)
 
-        Stores remove all that begins as they are told: with ep1-ba1, ep1-ba10 would be gone.
-        """
-        for file in sorted(self._names(name), key=lambda file: (file != METADATA, file)):
-            _try(self.address, lambda file=file: artifacts_at(self.address).delete_artifacts(f"{name}/{file}"))
+    def _keys(self, below: str = "") -> set[str]:
+        with _checkpoint_errors():
+            return {entry.key for entry in open_store(self.address).list(below)}
 
-    def _names(self, below: str) -> set[str]:
-        """Names in the folder or, with a slash at their end, of folders in a checkpoint."""
-        found = _try(self.address, lambda: artifacts_at(self.address).list_artifacts(below or None))
-        return {info.path.rpartition("/")[2] + ("/" if below and info.is_dir else "") for info in found}
+    def _put(self, file: Path, key: str) -> None:
+        with _checkpoint_errors():
+            open_store(self.address).upload(file, key)
 
-    def _put(self, file: Path, below: str) -> None:
-        _try(self.address, lambda: artifacts_at(self.address).log_artifact(str(file), below or None))
-
-    def _get(self, name: str, target: Path) -> None:
-        if not FILE_NAME.fullmatch(name.removeprefix(f"{target.parent.name}/")):
+    def _get(self, key: str, target: Path) -> None:
+        if not FILE_NAME.fullmatch(key.removeprefix(f"{target.parent.name}/")):
             raise CheckpointError(
-                f"{self.address}/{shown(name)}: no name of a checkpoint's file. Use another checkpoint."
+                f"{self.address}/{shown(key)}: checkpoints have no file of this name. Use another checkpoint."
             )
-        _try(self.address, lambda: artifacts_at(self.address)._download_file(name, str(target)))
+        with _checkpoint_errors():
+            open_store(self.address).download(key, target)
 
     def _download(self, name: str, copy: Path) -> None:
         begin = f".copy-{name}-"
-        for left in copy.parent.glob(f"{begin}*"):  # of a process that was killed: nobody else holds the lock
+        for left in copy.parent.glob(f"{begin}*"):  # of a process that was killed: this one holds the lock
             shutil.rmtree(left)
         with tempfile.TemporaryDirectory(dir=copy.parent, prefix=begin) as scratch:
             whole = Path(scratch) / name
@@ -215,8 +217,8 @@ class SaveFolder:
                 self._get(name, whole)
             else:
                 whole.mkdir()
-                for file in sorted(self._names(name)):
-                    self._get(f"{name}/{file}", whole / file)
+                for key in sorted(self._keys(name)):
+                    self._get(key, whole / key.removeprefix(f"{name}/"))
                 _check_copy(whole)
             whole.rename(copy)
 
@@ -243,13 +245,13 @@ def save_folder_of(address: str) -> tuple[SaveFolder, str]:
 def _check_copy(folder: Path) -> None:
     if read_manifest(folder) is None:
         check_complete(folder)
-    elif found := problems(folder):
-        raise CheckpointError(f"{found[0]} The copy was not used; try again, or use another checkpoint.")
+    elif damage := problems(folder):
+        raise CheckpointError(f"{damage[0]} The copy was not used; try again, or use another checkpoint.")
 
 
-def _try(address: str, action: Callable[[], T]) -> T:
+@contextmanager
+def _checkpoint_errors() -> Iterator[None]:
     try:
-        with told(address):
-            return action()
+        yield
     except StoreError as error:
         raise CheckpointError(error.message) from error

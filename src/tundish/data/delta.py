@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -10,13 +9,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
+from tundish.base.objects.settings import delta_location
 from tundish.base.text import printable
 from tundish.base.workers import limited
 from tundish.data.findings import Location
 from tundish.data.rows import batch_rows, bounded, sample_columns
 from tundish.data.samples import Rules
 from tundish.data.source import Chunk, Source, groups
-from tundish.errors import DataError, SpecError
+from tundish.errors import DataError, SpecError, StoreError
 
 READABLE = {"deletionVectors", "timestampNtz", "v2Checkpoint", "vacuumProtocolCheck", "domainMetadata"}
 """Delta reader features that change nothing of what is read here, and deletion vectors, which are applied."""
@@ -56,6 +56,8 @@ class DeltaRows:
             actions = table.get_add_actions()
             columns_of_files = (actions[name].to_pylist() for name in ("path", "size_bytes", "num_records"))
             files = sorted(zip(*columns_of_files, strict=True))
+        except StoreError as error:
+            raise SpecError(error.message) from error
         except (DeltaError, OSError) as error:
             found = f"there is no Delta table to read at {uri} ({_reason(error)})"
             raise SpecError(f"{given}: {found}. Check the name.") from error
@@ -116,11 +118,8 @@ class DeltaRows:
 def _delta_table(uri: str, version: int | None = None) -> Any:
     from deltalake import DeltaTable
 
-    endpoint = os.environ.get("S3_ENDPOINT_URL")
-    options = None
-    if endpoint and uri.startswith("s3://"):
-        options = {"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": str(endpoint.startswith("http:")).lower()}
-    return DeltaTable(uri, version=version, storage_options=options)
+    location, options = delta_location(uri)
+    return DeltaTable(location, version=version, storage_options=options or None)
 
 
 def _reason(error: Exception) -> str:

@@ -45,14 +45,14 @@ def open_source(given: Address | str, task_type: TaskType, *, system_message: bo
 
 
 def may_be_table(given: Address | str) -> bool:
-    """Whether the data at an address may be a Delta table."""
+    """Whether Rust may read the data at an address: a Delta table, or what is in an object store."""
     address = given if isinstance(given, Address) else Address.of(given)
     if address.kind == "path":
         try:
             return (address.path / "_delta_log").is_dir()
         except OSError:
             return False  # too long for a path, or not to be entered: told when it is opened
-    return address.kind == "table" or (address.kind == "object" and not address.text.endswith(LINE_SUFFIXES))
+    return address.kind in ("table", "object")
 
 
 _KINDS = (

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tundish.base.files import obstacle_to_writing
 from tundish.base.home import default_tracking_uri
-from tundish.base.mlflow_client import ask_registry, check_artifacts, check_file, file_of, open_client, told, why
+from tundish.base.mlflow_client import ask_registry, check_file, file_of, open_client, told, why
+from tundish.base.objects.opening import check_artifacts
 from tundish.doctor.finding import Finding
 from tundish.errors import StoreError
 from tundish.tracking.experiment import registry_uri, tracking_uri

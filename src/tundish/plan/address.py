@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 from tundish.base.files import inside
 from tundish.base.home import home, mlflow_artifacts_dir
+from tundish.base.objects.contract import SCHEMES, is_uri, scheme_of, unable
 from tundish.base.text import holds_secret
 from tundish.errors import SpecError
 
@@ -21,18 +22,18 @@ Kind = Literal["path", "table", "hub", "object", "artifact"]
 Takes = Literal["data", "model", "checkpoint", "folder", "file"]
 """What an argument is for: training data, a model, a checkpoint, a root of checkpoints, any file of this machine."""
 
-_STORES = ("s3", "gs", "abfss", "wasbs", "hdfs", "r2", "http", "https", "mlflow-artifacts")
-SCHEMES: dict[Takes, tuple[str, ...]] = {
-    "data": ("s3", "gs", "oci", "azure", "azure-dl", "hf"),
+_STORES = tuple(SCHEMES)
+ADDRESS_SCHEMES: dict[Takes, tuple[str, ...]] = {
+    "data": _STORES,
     "model": (),
-    "checkpoint": _STORES,
-    "folder": _STORES,
+    # Of http(s), an MLflow server's artifacts: see `_of_uri`.
+    "checkpoint": tuple(name for name in _STORES if name != "hf"),
+    "folder": tuple(name for name in _STORES if name != "hf"),
     "file": (),
 }
-"""URIs that each takes beside `file:` and `dbfs:`. Streaming's clients read data, MLflow's checkpoints."""
+"""URIs that each takes beside `file:` and `dbfs:`."""
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 ARTIFACTS = "/databricks/mlflow-tracking/"
-_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _TABLE = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+")
 _HUB_NAMES: dict[Takes, re.Pattern[str]] = {
     "data": re.compile(r"\w[\w.-]*(/\w[\w.-]*){0,2}/\w+(\[[\w:%+-]*\])?"),
@@ -113,11 +114,6 @@ class Address:
         return " or ".join([*own, *self.looked])
 
 
-def is_uri(address: str) -> bool:
-    """Whether an absolute address is one of another machine."""
-    return _URI.match(address) is not None
-
-
 def local_path(given: str | Path, argument: str) -> Path:
     """The absolute path of a file or folder of this machine that an argument names.
 
@@ -134,14 +130,14 @@ def _parsed(given: str | Path, takes: Takes) -> Address:
     if bad := next((c for c in text if ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or 0xD800 <= ord(c) < 0xE000), None):
         raise SpecError(f"found {text!r}, which holds {bad!r}; a name of printable characters is needed. Rename it.")
     folder = given.folder if isinstance(given, Beside) else None
-    uri = _URI.match(text)
-    if uri is not None and not isinstance(given, Path):
+    scheme = scheme_of(text)
+    if scheme and not isinstance(given, Path):
         if holds_secret(text):
             raise SpecError(
                 f"found {text!r}; it holds a password or token, which would be written into the run's files. Take it "
                 "out, and set the store's own variables, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
             )
-        found = _of_uri(text, uri[1].lower(), takes)
+        found = _of_uri(text, scheme, takes)
     elif takes in ("file", "checkpoint", "folder") or isinstance(given, Path) or text.startswith(("/", ".", "~")):
         found = _of_path(text, text, takes, folder)
     else:
@@ -164,10 +160,15 @@ def _of_uri(text: str, scheme: str, takes: Takes) -> Address:
                 f"found {text!r}; an absolute path of this machine follows 'file://', as in file:///data/x."
             )
         return _of_path(unquote(local[1]), text, takes, None)
-    if scheme not in SCHEMES[takes]:
-        known = ", ".join(["dbfs:/", "file:///", *(f"{name}://" for name in SCHEMES[takes])])
+    if scheme not in ADDRESS_SCHEMES[takes]:
+        known = ", ".join(["dbfs:/", "file:///", *(f"{name}://" for name in ADDRESS_SCHEMES[takes])])
         others = "a path, or a name" if takes in ("data", "model") else "a path"
         raise SpecError(f"found {text!r}; allowed is {others}, or an address that begins with {known}.")
+    if takes in ("checkpoint", "folder") and (reason := unable(text, "write")):
+        raise SpecError(
+            f"{text}: {reason}, unless it is in an MLflow server's artifacts. Copy the address from get_checkpoints(), "
+            "or use a path, s3://, gs://, azure://, abfss:// or oci://."
+        )
     host = r"//[^/]+(/.*)?" if scheme != "mlflow-artifacts" else r"/.+"
     if not re.fullmatch(host, rest):
         raise SpecError(f"found {text!r}; after '{scheme}://' the name of a bucket or host follows, then a path.")

@@ -13,12 +13,12 @@ from tundish.base.home import default_tracking_uri, home, mlflow_artifacts_dir
 from tundish.base.mlflow_client import (
     artifact_address,
     ask_registry,
-    check_artifacts,
     impatient,
     open_client,
     quiet,
     told,
 )
+from tundish.base.objects.opening import check_artifacts
 from tundish.base.run_folder import Tracking
 from tundish.base.text import holds_secret
 from tundish.errors import RequestError, SpecError, StoreError
