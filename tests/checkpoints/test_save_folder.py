@@ -175,7 +175,9 @@ def test_odd_names_in_the_store_are_not_written_here(store: Store, name: str, tm
     store.put(f"ep1-ba1/{name}", b"odd")
     with pytest.raises(CheckpointError) as error:
         place.newest()
-    assert "checkpoints have no file of this name" in error.value.message and error.value.message.isprintable()
+    # A control character is refused by the client already.
+    reasons = ("checkpoints have no file of this name", "cannot be read. No part of a key")
+    assert any(reason in error.value.message for reason in reasons) and error.value.message.isprintable()
     assert list_checkpoints(place.local) == [] and not list(place.local.rglob(Path(name).name))
 
 

@@ -106,9 +106,9 @@ def scheme_of(address: str) -> str:
     return match[1].lower() if match else ""
 
 
-def client_of(address: str) -> Client | None:
-    """What reads and writes at a URI; None where nothing does."""
-    return "mlflow" if SERVED_ARTIFACTS in address else SCHEMES.get(scheme_of(address))
+def client_of(address: str) -> Client:
+    """What reads and writes at a URI. MLflow's artifact roots may have other schemes (dbfs, sftp, those of plugins)."""
+    return "mlflow" if SERVED_ARTIFACTS in address else SCHEMES.get(scheme_of(address), "mlflow")
 
 
 def unable(address: str, action: Literal["write", "list"]) -> str:

@@ -33,7 +33,7 @@ _SENTENCES = (
     (r"status: 404|404 Not Found|EntryNotFound|No such file", "it does not exist", "Check the address."),
     (r"status: 412|Precondition", "it was replaced while it was read", "Try again."),
     (r"[Pp]arsing Path \"([^\"\n]{,200})", r"the key '\1' cannot be read",
-     "Keys must not have '.', '..' or nothing between two slashes. Rename the object."),
+     "No part of a key may be empty, '.', '..' or unprintable. Rename the object."),
     (r"dns error|failed to lookup|Name or service not known|NameResolution", "the host name cannot be resolved",
      _REACH),
     (r"Connection refused", "connection refused", _REACH),

@@ -6,14 +6,13 @@ from tundish.base.objects.cloud import open_cloud
 from tundish.base.objects.contract import ObjectStore, client_of, is_uri
 from tundish.base.objects.hub import HubDataset
 from tundish.base.objects.oracle import OracleBucket
-from tundish.errors import StoreError
 
 
 def open_store(address: str) -> ObjectStore:
     """The store with the objects below an address. Nothing is asked of it yet.
 
     Raises:
-        StoreError: nothing reads and writes there, or a variable that it needs is missing.
+        StoreError: a variable that it needs is missing.
     """
     root = address.rstrip("/")
     match client_of(root):
@@ -25,11 +24,6 @@ def open_store(address: str) -> ObjectStore:
             return OracleBucket(root)
         case "hub":
             return HubDataset(root)
-        case None:
-            raise StoreError(
-                f"{address}: no object store has addresses of this kind",
-                "Use s3://, gs://, azure://, abfss:// or oci://.",
-            )
 
 
 def check_artifacts(address: str, tracking_uri: str) -> None:
