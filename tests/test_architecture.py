@@ -24,7 +24,6 @@ NAMES_SLURM = {
 """Modules outside `launch` that may say the word in code, and why."""
 
 NOT_YET = {
-    "base.mlflow_client imports plan.address",
     "supervise.stages imports runs.checking",
     "supervise.stages imports runs.checkpoint_addresses",
 }

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -81,6 +82,8 @@ def register(
 
     mlflow.set_tracking_uri(tracking_uri)
     mlflow.set_registry_uri(registry_uri)
+    if endpoint := os.environ.get("S3_ENDPOINT_URL"):  # what all else here takes for S3's, under MLflow's own name
+        os.environ.setdefault("MLFLOW_S3_ENDPOINT_URL", endpoint)
     client, name = mlflow.MlflowClient(), spec.registered_name
     try:
         with told(registry_uri), _running(mlflow_run_id):

@@ -6,7 +6,7 @@ settings have the names of the Rust crate `object_store`, on which both obstore 
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, Literal
@@ -76,8 +76,9 @@ def _s3(bucket: str, prefix: str, endpoint: str | None = None, region: str | Non
 
     session = botocore.session.Session()
     profile = session.get_scoped_config()
+    # The variables of Streaming and Composer, of MLflow, and of AWS itself.
     names = ("S3_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-    endpoint = endpoint or next(filter(None, map(os.environ.get, names)), None) or profile.get("endpoint_url")
+    endpoint = endpoint or _variable(*names) or profile.get("endpoint_url")
     if region is None:
         # AWS answers only in the bucket's own region, and names it to whoever asks elsewhere.
         region = session.get_config_variable("region") or "us-east-1"
@@ -102,6 +103,11 @@ def _s3(bucket: str, prefix: str, endpoint: str | None = None, region: str | Non
         }
 
     return StoreSettings(kind="s3", bucket=bucket, prefix=prefix, options=options, login=login)
+
+
+def _variable(*names: str) -> str | None:
+    """The first of these environment variables that is set and not empty."""
+    return next(filter(None, map(os.environ.get, names)), None)
 
 
 @lru_cache
@@ -145,11 +151,11 @@ def _google(bucket: str, prefix: str) -> StoreSettings:
 
 
 def _azure(address: str, host: str, prefix: str) -> StoreSettings:
-    connection = dict(
-        part.partition("=")[::2] for part in os.environ.get("AZURE_STORAGE_CONNECTION_STRING", "").split(";") if part
-    )
-    names = ("AZURE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_NAME")
-    account = next(filter(None, map(os.environ.get, names)), None) or connection.get("AccountName")
+    connection = dict[str, str]()
+    for part in os.environ.get("AZURE_STORAGE_CONNECTION_STRING", "").split(";"):
+        name, _, value = part.partition("=")
+        connection[name] = value
+    account = _variable("AZURE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_NAME") or connection.get("AccountName")
     container, at, server = host.partition("@")
     options = dict[str, str]()
     if at:  # abfss://container@account.dfs.core.windows.net/path
@@ -168,8 +174,9 @@ def _azure(address: str, host: str, prefix: str) -> StoreSettings:
         options["azure_endpoint"] = endpoint.rstrip("/")
     options["azure_storage_account_name"] = account
     settings = StoreSettings(kind="azure", bucket=container, prefix=prefix, options=options)
+    # Streaming's name, ours, MLflow's, and object_store's.
     names = ("AZURE_ACCOUNT_ACCESS_KEY", "AZURE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_ACCOUNT_KEY")
-    if key := next(filter(None, map(os.environ.get, names)), None) or connection.get("AccountKey"):
+    if key := _variable(*names) or connection.get("AccountKey"):
         options["azure_storage_account_key"] = key
         return settings
     if token := os.environ.get("AZURE_STORAGE_SAS_TOKEN") or connection.get("SharedAccessSignature"):
@@ -180,8 +187,6 @@ def _azure(address: str, host: str, prefix: str) -> StoreSettings:
 
 def _azure_identity(settings: StoreSettings) -> StoreSettings:
     """With what the machine or `az login` gives."""
-    from dataclasses import replace
-
     from azure.core.exceptions import ClientAuthenticationError
     from azure.identity import DefaultAzureCredential
 
