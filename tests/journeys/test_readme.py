@@ -1,7 +1,7 @@
-"""Everything that the README prints is typed here as it stands, in order, by somebody in a folder of their own.
+"""Types everything that the README prints, in order, in a folder outside the repository.
 
-A block is `sh` (each line is a command), `python` (a script), or `text` (nothing to type). What a command says is read
-as well: see SAID.
+A block is `sh` (each line is a command), `python` (a script), or `text` (output of a command). The output of commands
+is checked as well: see OUTPUT, and the events in the text block.
 """
 
 import os
@@ -24,8 +24,10 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 SERVER = re.compile(r"(\w+=\S+ )*mlflow (ui|models serve)\b")
-"""Commands that go on until they are stopped; they have come up when their port answers."""
-SAID = {
+"""Commands that run until they are stopped; they are up when their port answers."""
+EVENT = re.compile(r"^\d\d:\d\d:\d\d  (.*)", flags=re.MULTILINE)
+"""A line of a run's events."""
+OUTPUT = {
     "tundish example": r"train\.jsonl",
     "tundish validate": r"2,000 samples",
     "tundish estimate": r"steps",
@@ -37,12 +39,12 @@ SAID = {
     "tundish models": r"meta-llama/",
     "tundish doctor": r"\bOK\b",
 }
-"""What a reader looks for in what a command says; a command whose words begin so must say it at least once."""
+"""What must be in the output of at least one of the commands that begin so."""
 
 
 @dataclass(frozen=True, slots=True)
 class Typed:
-    """Something that the README asks its reader to type."""
+    """Something that the README tells its reader to type."""
 
     language: str
     text: str
@@ -51,18 +53,18 @@ class Typed:
 
     @property
     def is_repository_command(self) -> bool:
-        """For a clone of the repository: what CI and the tests of the recipes run."""
+        """For a clone of the repository; CI and the tests of the recipes run these."""
         return self.text.startswith("make ")
 
 
 def typed(readme: str) -> Iterator[Typed]:
-    """All of it, in order."""
+    """All commands and scripts, in order."""
     for block in BLOCK.finditer(readme):
         line = readme.count("\n", 0, block.start()) + 2
         if block[1] == "python":
             yield Typed("python", block[2], line)
         elif block[1] == "sh":
-            # A backslash makes one command of several lines; they are counted all the same.
+            # A backslash continues a command on the next line; lines are counted nevertheless.
             text = block[2].replace("\\\n", "\\\0")
             for row in text.splitlines():
                 command = re.sub(r"\s+#\s.*$", "", row.replace("\\\0", "")).strip()
@@ -75,7 +77,7 @@ def typed(readme: str) -> Iterator[Typed]:
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A folder with a space in its name, and the environment of somebody who has set nothing."""
+    """A folder with a space in its name, and an environment in which nothing is set."""
     home = tmp_path_factory.mktemp("reader")
     folder, slurm, jobs = home / "my work", home / "slurm", home / "jobs"
     folder.mkdir()
@@ -95,44 +97,53 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, st
 
 
 def test_all_that_the_readme_prints_works_as_printed(reader: tuple[Path, dict[str, str]]) -> None:
-    """A first command that fails, a command that was renamed, an example whose names are defined nowhere."""
+    """A first command that fails, a command that was renamed, an example with undefined names, outdated output."""
     folder, environment = reader
-    said = dict.fromkeys(SAID, False)
-    count = 0
-    for each in typed((ROOT / "README.md").read_text(encoding="utf-8")):
-        if each.is_repository_command:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    seen = dict.fromkeys(OUTPUT, False)
+    outputs: list[str] = []
+    for step in typed(readme):
+        if step.is_repository_command:
             continue
-        output = _run(each, folder, environment)
-        count += 1
-        for words, wanted in SAID.items():
-            said[words] |= each.text.startswith(words) and re.search(wanted, output, re.DOTALL) is not None
-        print(f"--- README.md, line {each.line}: {each.text}\n{output}")
-    assert count >= 20
-    assert [words for words, seen in said.items() if not seen] == []
+        output = _run(step, folder, environment)
+        outputs.append(output)
+        for words, pattern in OUTPUT.items():
+            seen[words] |= step.text.startswith(words) and re.search(pattern, output, re.DOTALL) is not None
+        print(f"--- README.md, line {step.line}: {step.text}\n{output}")
+    assert len(outputs) >= 20
+    assert [words for words, was_seen in seen.items() if not was_seen] == []
+    printed, happened = _events(readme), _events("\n".join(outputs))
+    assert len(printed) >= 6
+    assert [line for line in printed if not any(other.startswith(line.rstrip(" …")) for other in happened)] == []
     assert not (folder / "mlruns").exists()
 
 
-def _run(each: Typed, folder: Path, environment: dict[str, str]) -> str:
-    """What it prints."""
-    if SERVER.match(each.text):
-        return _serve(each, folder, environment)
-    command = [sys.executable, "-c", each.text] if each.language == "python" else ["bash", "-c", each.text]
+def _events(text: str) -> list[str]:
+    """The events in a text; numbers and the host's name are left out, as each run has its own."""
+    return [re.sub(r"(?<=started on )[^\d\s]\S*|\d[\w.,]*", "#", event) for event in EVENT.findall(text)]
+
+
+def _run(step: Typed, folder: Path, environment: dict[str, str]) -> str:
+    """The output of a command or script, which must succeed."""
+    if SERVER.match(step.text):
+        return _serve(step, folder, environment)
+    command = [sys.executable, "-c", step.text] if step.language == "python" else ["bash", "-c", step.text]
     result = subprocess.run(
         command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900
     )
     output = result.stdout + result.stderr
-    assert result.returncode == 0 and "Traceback" not in output, f"README.md, line {each.line}: {each.text}\n{output}"
+    assert result.returncode == 0 and "Traceback" not in output, f"README.md, line {step.line}: {step.text}\n{output}"
     return output
 
 
-def _serve(each: Typed, folder: Path, environment: dict[str, str]) -> str:
-    """Start it, wait until its port answers, stop it and all that it has started."""
-    words = shlex.split(each.text)
+def _serve(step: Typed, folder: Path, environment: dict[str, str]) -> str:
+    """Start a server, wait until its port answers, and stop it with everything that it started."""
+    words = shlex.split(step.text)
     port = int(words[words.index("--port") + 1] if "--port" in words else 5000)
     log = folder.parent / "server.log"
     with open(log, "w") as out:
         server = subprocess.Popen(
-            ["bash", "-c", each.text],
+            ["bash", "-c", step.text],
             cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -145,7 +156,7 @@ def _serve(each: Typed, folder: Path, environment: dict[str, str]) -> str:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     return log.read_text()
-            assert server.poll() is None, f"README.md, line {each.line}: {each.text}\n{log.read_text()}"
+            assert server.poll() is None, f"README.md, line {step.line}: {step.text}\n{log.read_text()}"
             time.sleep(0.2)
     finally:
         os.killpg(server.pid, signal.SIGKILL)
