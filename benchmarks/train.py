@@ -52,7 +52,8 @@ def make_run(
     from tundish.data.encoding import Job
     from tundish.data.opening import open_source
     from tundish.data.prepare import prepare
-    from tundish.plan.foundry import Destination, render
+    from tundish.plan.foundry import render
+    from tundish.plan.run_plan import RunPlan
     from tundish.plan.spec import parse_spec
     from tundish.tiny import make_base_model
 
@@ -64,6 +65,7 @@ def make_run(
         {
             "model": str(model), "train_data_path": str(data), "register_to": "main.bench", "learning_rate": 1e-4,
             "task_type": "CHAT_COMPLETION", "context_length": CONTEXT_LENGTH, "training_duration": "1ep",
+            "experiment_path": "bench",
             "compute": {"device": "cpu", "devices_per_node": 1}, "overrides": settings,
         },
         created_at="2026-01-01T00:00:00+00:00",
@@ -73,10 +75,10 @@ def make_run(
     paths = RunFolder(scratch / "run")
     paths.data("train").parent.mkdir(parents=True)
     paths.data("train").symlink_to(prepared.folder)
-    store = Destination(
-        save_folder="unused", tracking_uri=f"sqlite:///{scratch}/mlflow.db", experiment_name="bench"
+    plan = RunPlan.of(
+        spec, card, save_folder="unused", tracking_uri=f"sqlite:///{scratch}/mlflow.db", registry_uri=None
     )  # fmt: skip
-    content = yaml.safe_load(render(spec, card, paths, store, prepared.rows))
+    content = yaml.safe_load(render(plan.completed({"train": prepared.facts}), paths))
     if save_interval:
         content |= {"save_folder": str(scratch / "checkpoints"), "save_interval": save_interval}
         del content["loggers"]

@@ -17,7 +17,7 @@ from tundish.base.run_folder import RunFolder
 from tundish.errors import RequestError
 from tundish.plan.compute import Compute
 from tundish.plan.models import model_cards
-from tundish.runs import control, creating, following, reading, selecting
+from tundish.runs import control, creating, following, planning, reading, selecting
 from tundish.runs.records import ObjectList, RunRecord, RunStatus, TrainingEvent, TrainingModelConstants
 from tundish.tracking import this_process
 
@@ -187,7 +187,7 @@ def validate(model: str, train_data_path: str, register_to: str | None = None, *
         SpecError: an argument is wrong.
         DataError: there is no sample in the data, or compressed data is damaged.
     """
-    return creating.validate(_bound(model, train_data_path, register_to, others), progress_bar)
+    return planning.validate(_bound(model, train_data_path, register_to, others), progress_bar)
 
 
 def estimate(model: str, train_data_path: str, register_to: str | None = None, **others: Any) -> "Estimate":
@@ -203,7 +203,7 @@ def estimate(model: str, train_data_path: str, register_to: str | None = None, *
         SpecError: an argument is wrong.
         DataError: there is no good sample in the data.
     """
-    return creating.estimate(_bound(model, train_data_path, register_to, others), progress_bar)
+    return planning.estimate(_bound(model, train_data_path, register_to, others), progress_bar)
 
 
 def _bound(model: str, train_data_path: str, register_to: str | None, others: Mapping[str, Any]) -> dict[str, Any]:

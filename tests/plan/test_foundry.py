@@ -15,27 +15,18 @@ import pytest
 import yaml
 
 from tundish.base.run_folder import RunFolder
-from tundish.plan.foundry import (
-    MAX_ROWS_PER_DEVICE,
-    MIN_STEPS,
-    Destination,
-    choose_batch_size,
-    memory_plan,
-    planned_steps,
-    render,
-)
+from tundish.plan.batch import MAX_ROWS_PER_DEVICE, MIN_STEPS, choose_batch_size
+from tundish.plan.foundry import render
 from tundish.plan.memory import StepMemory
-from tundish.plan.models import ModelCard, model_cards
-from tundish.plan.overrides import KEYS, REFUSED, check_overrides
-from tundish.plan.spec import RunSpec, TaskType, parse_spec
+from tundish.plan.models import model_cards
+from tundish.plan.overrides import KEYS, REFUSED, check_overrides, flat
+from tundish.plan.run_plan import DataFacts, RunPlan, memory_plan
+from tundish.plan.spec import TaskType, parse_spec
 
 RECORDED = Path(__file__).parent / "recorded"
 PATHS = RunFolder(Path("/runs/recorded"))
-DESTINATION = Destination(
-    save_folder="/artifacts/recorded/checkpoints",
-    tracking_uri="sqlite:////mlflow/mlflow.db",
-    experiment_name="/Users/me/recorded",
-)
+SAVE_FOLDER, TRACKING_URI = "/artifacts/recorded/checkpoints", "sqlite:////mlflow/mlflow.db"
+EXPERIMENT = "/Users/me/recorded"
 LARGE = 50_000
 GPUS = {"device": "gpu", "devices_per_node": 8, "device_memory_gib": 80}
 SIZES: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -46,43 +37,52 @@ SIZES: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 CASES = {f"{task.lower()}-{size}.yaml": (task, size) for task in get_args(TaskType) for size in SIZES}
 
-Plan = Callable[..., tuple[RunSpec, ModelCard]]
+Plan = Callable[..., RunPlan]
 
 
 @pytest.fixture
 def plan(config_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
-    """The checked spec and card of a size, the same on every machine."""
+    """The plan of a run of some size for so many rows, the same on every machine."""
     find_spec = importlib.util.find_spec
     # Whether this machine has flash-attn must not decide what is expected.
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: find_spec("yaml" if name == "flash_attn" else name))
 
-    def make(size: str = "tiny", **changes: Any) -> tuple[RunSpec, ModelCard]:
+    def make(size: str = "tiny", rows: int | None = LARGE, **changes: Any) -> RunPlan:
         model, compute, _ = SIZES[size]
         given = {
             "model": str(config_folder) if size == "tiny" else model,
             "train_data_path": "/data/train",
             "register_to": "main.lab",
             "run_name": "recorded",
-            "experiment_path": DESTINATION.experiment_name,
+            "experiment_path": EXPERIMENT,
             "compute": compute,
         }
         spec, card = parse_spec(given | changes, created_at="2026-11-21T10:00:00+00:00")
-        return dataclasses.replace(spec, model=model), dataclasses.replace(card, name=model)
+        model = changes.get("model", model)
+        spec, card = dataclasses.replace(spec, model=model), dataclasses.replace(card, name=model)
+        made = RunPlan.of(spec, card, tracking_uri=TRACKING_URI, registry_uri=None, save_folder=SAVE_FOLDER)
+        return made if rows is None else made.completed({"train": facts(rows)})
 
     return make
 
 
-def _render(
-    planned: tuple[RunSpec, ModelCard], rows: int | None = LARGE, destination: Destination = DESTINATION
-) -> dict[str, Any]:
-    return yaml.safe_load(render(*planned, PATHS, destination, rows))
+def facts(rows: int) -> DataFacts:
+    """Of prepared data with so many full rows of 64 tokens."""
+    return DataFacts(
+        folder="/prepared", samples=rows, rows=rows, tokens=64 * rows, target_tokens=rows, truncated=0, empty=0,
+        warned=0, chatml_added=False, digest="0",
+    )  # fmt: skip
+
+
+def _render(planned: RunPlan) -> dict[str, Any]:
+    return yaml.safe_load(render(planned, PATHS))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_yaml_is_the_recorded_one(plan: Plan, name: str) -> None:
     """What a run trains with would change unseen. `TUNDISH_RECORD=1` writes the files anew; read the diff."""
     task, size = CASES[name]
-    text = render(*plan(size, task_type=task), PATHS, DESTINATION, SIZES[size][2])
+    text = render(plan(size, SIZES[size][2], task_type=task), PATHS)
     if os.environ.get("TUNDISH_RECORD") == "1":
         (RECORDED / name).write_text(text)
     assert text == (RECORDED / name).read_text()
@@ -113,7 +113,7 @@ def test_nothing_is_left_open_for_any_model(plan: Plan, task: str) -> None:
     """LLM Foundry would stop at a `???`, at a key that it does not know, or resolve an environment variable."""
     assert len(model_cards()) > 30
     for name in model_cards():
-        text = render(*plan("8b", model=name, task_type=task), PATHS, DESTINATION, LARGE)
+        text = render(plan("8b", model=name, task_type=task), PATHS)
         values = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
         assert "???" not in values and "${" not in values, name
         assert set(yaml.safe_load(text)) <= KEYS | {key.split(".")[0] for key in REFUSED}, name
@@ -138,15 +138,15 @@ def test_training_is_what_the_service_did(plan: Plan) -> None:
 
 def test_arguments_and_places_reach_their_keys(plan: Plan) -> None:
     """A run would read other data, or write elsewhere, than its record says."""
-    content = _render(plan(), SIZES["tiny"][2])
+    content = _render(plan("tiny", SIZES["tiny"][2]))
     assert content["run_name"] == "recorded"
     assert content["model"]["pretrained_model_name_or_path"] == content["tokenizer"]["name"] == "/models/tiny"
     assert content["train_loader"]["name"] == "tundish_packed"
     assert content["train_loader"]["dataset"]["local"] == "/runs/recorded/data/train"
     assert content["train_loader"]["dataset"]["max_seq_len"] == content["max_seq_len"] == 512
-    assert content["save_folder"] == DESTINATION.save_folder
-    assert content["loggers"]["mlflow"]["tracking_uri"] == DESTINATION.tracking_uri
-    assert content["loggers"]["mlflow"]["experiment_name"] == DESTINATION.experiment_name
+    assert content["save_folder"] == SAVE_FOLDER
+    assert content["loggers"]["mlflow"]["tracking_uri"] == TRACKING_URI
+    assert content["loggers"]["mlflow"]["experiment_name"] == EXPERIMENT
     assert content["callbacks"]["tundish_events"] == {"events_path": "/runs/recorded/events.jsonl"}
 
 
@@ -162,10 +162,9 @@ def test_attention_is_one_that_the_machine_has(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, device: str, flash: bool, attention: str, precision: str
 ) -> None:
     """The model would not load, or packed samples would see each other: loader and model must agree."""
-    planned = plan("8b", compute={"device": device, "devices_per_node": 8})
     if not flash:
         monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    content = _render(planned)
+    content = _render(plan("8b", compute={"device": device, "devices_per_node": 8}))
     assert content["model"]["attn_implementation"] == attention
     assert content["precision"] == precision
 
@@ -180,8 +179,9 @@ def test_sections_that_were_not_asked_for_are_absent(plan: Plan) -> None:
 def test_sections_that_were_asked_for_are_there(plan: Plan) -> None:
     """Evaluation, prompts or custom weights would be ignored in silence."""
     content = _render(
-        plan(eval_data_path="/data/eval", eval_prompts=["What?", "Who?"]),
-        destination=dataclasses.replace(DESTINATION, load_path="/w/ep1-ba2"),
+        plan(
+            eval_data_path="/data/eval", eval_prompts=["What?", "Who?"], custom_weights_path="/w/latest.symlink"
+        ).completed(load_path="/w/ep1-ba2")
     )
     assert content["eval_loader"]["dataset"]["local"] == "/runs/recorded/data/eval"
     assert content["eval_loader"]["dataset"]["shuffle"] is False
@@ -191,31 +191,31 @@ def test_sections_that_were_asked_for_are_there(plan: Plan) -> None:
 
 def test_overrides_win_and_leave_their_neighbours(plan: Plan) -> None:
     """An override would be lost, or take the rest of its section with it."""
-    overrides = {"optimizer.lr": 0.5, "callbacks": {"lr_monitor": {"x": 1}}, "seed": 3, "eval_first": True}
+    overrides = {"optimizer.lr": 0.5, "callbacks": {"run_timeout": {"timeout": 1}}, "seed": 3, "spin_dataloaders": True}
     before, after = _render(plan()), _render(plan(overrides=overrides))
     assert after["optimizer"] == before["optimizer"] | {"lr": 0.5}
-    assert after["callbacks"] == before["callbacks"] | {"lr_monitor": {"x": 1}}
-    assert (after["seed"], after["eval_first"]) == (3, True)
+    assert after["callbacks"] == before["callbacks"] | {"run_timeout": {"timeout": 1}}
+    assert (after["seed"], after["spin_dataloaders"]) == (3, True)
     unchanged = set(before) - {"optimizer", "callbacks", "seed"}
     assert {key: after[key] for key in unchanged} == {key: before[key] for key in unchanged}
 
 
 def test_a_given_batch_size_wins_and_the_file_says_so(plan: Plan) -> None:
     """The one setting that people change would be overruled, or the comment would give a false reason."""
-    text = render(*plan("8b", overrides={"global_train_batch_size": 24}), PATHS, DESTINATION, LARGE)
+    text = render(plan("8b", overrides={"global_train_batch_size": 24}), PATHS)
     assert yaml.safe_load(text)["global_train_batch_size"] == 24
     assert "# Set by overrides.\nglobal_train_batch_size: 24\n" in text
 
 
 def test_the_chosen_batch_size_is_explained(plan: Plan) -> None:
     """Nobody would know where the number comes from, or the steps would be miscounted."""
-    text = render(*plan(), PATHS, DESTINATION, 340)
+    text = render(plan(rows=340), PATHS)
     size = yaml.safe_load(text)["global_train_batch_size"]
     assert (
         f"# Chosen for 340 rows on 1 device(s): {math.ceil(340 / size)} steps an epoch.\n"
         f"global_train_batch_size: {size}\n" in text
     )
-    assert "chosen again from the number of rows" in render(*plan(), PATHS, DESTINATION, None)
+    assert "chosen again from the number of rows" in render(plan(rows=None), PATHS)
 
 
 @pytest.mark.parametrize(("rows", "devices"), itertools.product([1, 7, 100, 340, 5_000, 10**6], [1, 2, 3, 8, 128]))
@@ -233,7 +233,7 @@ def test_the_batch_size_suits_rows_and_devices(rows: int, devices: int) -> None:
 def test_the_duration_does_not_change_the_batch_size(plan: Plan, rows: int) -> None:
     """Two runs that are compared would differ in two things, one of which nobody has set."""
     durations = ("1ep", "3ep", "4ep", "20ep", "1ba", "500ba", "1000tok", "9_000_000tok")
-    sizes = {planned_steps(plan(training_duration=duration)[0], rows, 64 * rows)[0] for duration in durations}
+    sizes = {plan(rows=rows, training_duration=duration).batch_size for duration in durations}
     assert sizes == {choose_batch_size(rows, 1)}
 
 
@@ -251,16 +251,16 @@ def test_the_duration_does_not_change_the_batch_size(plan: Plan, rows: int) -> N
 def test_another_schedule_gets_its_own_settings(plan: Plan, given: dict[str, Any], schedule: dict[str, Any]) -> None:
     """It would be built with settings of the linear one, which it does not know: the run fails after its data is
     prepared."""
-    spec = plan(training_duration="100ba", overrides=given)
-    assert _render(spec, 340)["scheduler"] == schedule
+    planned = plan(rows=340, training_duration="100ba", overrides=given)
+    assert _render(planned)["scheduler"] == schedule
 
 
 def test_memory_is_planned_for_what_the_overrides_say(plan: Plan) -> None:
     """The comment in the file, and what is refused, would be those of another run."""
-    spec, card = plan()
+    planned = plan()
 
     def chosen(**overrides: object) -> StepMemory:
-        return memory_plan(dataclasses.replace(spec, overrides=overrides), card, 8).chosen
+        return memory_plan(dataclasses.replace(planned.spec, overrides=flat(overrides)), planned.card, 8).chosen
 
     usual = chosen()
     assert chosen(optimizer={"name": "decoupled_adamw"}).states == usual.states * 4 // 3
@@ -291,7 +291,7 @@ def test_warm_up_is_two_percent_of_the_steps_and_at_least_one(
     plan: Plan, rows: int | None, changes: dict[str, Any], warm_up: str
 ) -> None:
     """Composer rounds 2 % of a short run down to no warm-up at all, or warm-up takes another share."""
-    assert _render(plan(**changes), rows)["scheduler"]["t_warmup"] == warm_up
+    assert _render(plan(rows=rows, **changes))["scheduler"]["t_warmup"] == warm_up
 
 
 @pytest.mark.parametrize(
@@ -312,17 +312,17 @@ def test_microbatches_of_large_models_are_single_rows(plan: Plan) -> None:
 
 def test_each_comment_is_true_where_it_stands(plan: Plan) -> None:
     """The file explains its values: a reason for what only large models get would be false in a small one's file."""
-    small = render(*plan("tiny"), PATHS, DESTINATION, LARGE)
-    large = render(*plan("8b"), PATHS, DESTINATION, LARGE)
+    small = render(plan("tiny"), PATHS)
+    large = render(plan("8b"), PATHS)
     assert "Rank 0 alone reads the weights" in large
     assert "Rank 0 alone reads the weights" not in small
-    raw_text = render(*plan("tiny", task_type="CONTINUED_PRETRAIN"), PATHS, DESTINATION, LARGE)
+    raw_text = render(plan("tiny", task_type="CONTINUED_PRETRAIN"), PATHS)
     assert "a longer sample was cut on the right" not in raw_text, "raw text is split, and its tail is kept"
 
 
 def test_the_file_tells_how_to_train_it_without_tundish(plan: Plan) -> None:
     """The command in the header would start another number of processes than the run has."""
-    text = render(*plan("8b"), PATHS, DESTINATION, LARGE)
+    text = render(plan("8b"), PATHS)
     assert text.startswith("# Run recorded, written by tundish ")
     assert "composer -n 8 $(which llmfoundry) train foundry.yaml" in text
 
@@ -368,7 +368,7 @@ def test_the_file_tells_how_to_train_it_without_tundish(plan: Plan) -> None:
 )
 def test_a_wrong_override_is_named(overrides: dict[str, Any], found: str) -> None:
     """LLM Foundry would fail in the middle of the run, or run a file, or print a secret."""
-    (problem,) = check_overrides(overrides)
+    (problem,) = check_overrides(flat(overrides))
     assert problem.startswith("overrides: ") and found in problem
 
 
@@ -381,7 +381,7 @@ def test_good_overrides_are_no_problem() -> None:
     """A key that LLM Foundry knows would be refused."""
     good = {"seed": 3, "optimizer.lr": 1e-3, "fsdp_config": {"activation_checkpointing": True}, "metadata.team": "x"}
     good |= {"save_folder": "s3://lab/checkpoints", "save_num_checkpoints_to_keep": -1}
-    assert check_overrides(good) == [] and check_overrides({}) == []
+    assert check_overrides(flat(good)) == [] and check_overrides({}) == []
 
 
 def test_only_this_module_knows_llm_foundry_s_keys() -> None:

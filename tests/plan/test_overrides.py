@@ -7,8 +7,8 @@ import pytest
 
 from tundish.base.run_folder import RunFolder
 from tundish.errors import SpecError
-from tundish.plan.overrides import COMPONENTS, VALUES, check_overrides, unused_overrides
-from tundish.runs import creating
+from tundish.plan.overrides import COMPONENTS, VALUES, check_overrides, flat, unused_overrides
+from tundish.runs import planning
 
 EVIL = "os.system"
 GOOD: tuple[Any, ...] = (
@@ -16,6 +16,10 @@ GOOD: tuple[Any, ...] = (
     "info", "norm", "decoupled_lionw", "cosine_with_warmup",
 )  # fmt: skip
 CHECKED_ELSEWHERE = {"global_train_batch_size", "save_folder", "model.attn_implementation"}
+
+
+def _problems(given: dict[str, Any]) -> list[str]:
+    return check_overrides(flat(given))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +123,7 @@ def test_what_reaches_more_than_numbers_is_refused_however_it_is_written(path: s
         nested = {part: nested}
     first, _, rest = path.partition(".")
     for given in ({path: value}, nested, {first: {rest: value}} if rest else nested):
-        problems = check_overrides(given)
+        problems = _problems(given)
         assert problems and all(
             problem.startswith("overrides: '") or "no LLM-Foundry key" in problem for problem in problems
         )
@@ -128,17 +132,17 @@ def test_what_reaches_more_than_numbers_is_refused_however_it_is_written(path: s
 @pytest.mark.parametrize("path", sorted(set(VALUES) - CHECKED_ELSEWHERE))
 def test_each_key_takes_some_value_and_no_other_type(path: str) -> None:
     """A key would be listed that nobody can set, or take lists and mappings, whose content nobody looks at."""
-    assert any(not check_overrides({path: value}) for value in GOOD), path
+    assert any(not _problems({path: value}) for value in GOOD), path
     for value in ([{"x": 1}], {"x": 1}, [["x"]], object(), {"x": {"y": EVIL}}):
-        assert check_overrides({path: value}), path
-    assert check_overrides({f"{path}.x": 1}), path
+        assert _problems({path: value}), path
+    assert _problems({f"{path}.x": 1}), path
 
 
 def test_a_component_is_set_alone_or_with_what_it_takes() -> None:
     """`callbacks.nan_monitor: {}` is how a callback is added."""
     for section, components in COMPONENTS.items():
         for name in components:
-            assert not check_overrides({section: {name: {}}}) and not check_overrides({f"{section}.{name}": None})
+            assert not _problems({section: {name: {}}}) and not _problems({f"{section}.{name}": None})
 
 
 @pytest.mark.parametrize(
@@ -159,16 +163,16 @@ def test_a_component_is_set_alone_or_with_what_it_takes() -> None:
 )
 def test_a_refusal_names_what_is_near(given: dict[str, Any], found: str) -> None:
     """The caller would have to read LLM Foundry's source."""
-    (problem,) = check_overrides(given)
+    (problem,) = _problems(given)
     assert found in problem
 
 
 def test_keys_of_an_optimizer_or_schedule_are_its_own() -> None:
     """`optimizer.eps` of an optimizer that has none would end the run in training."""
-    assert not check_overrides({"optimizer": {"name": "decoupled_adamw", "eps": 1e-8}})
-    assert not check_overrides({"scheduler": {"name": "cosine_with_warmup", "alpha_f": 0.1}})
-    assert check_overrides({"optimizer.name": "clip_lion", "optimizer.eps": 1e-8})
-    assert check_overrides({"scheduler.name": "cosine_with_warmup", "scheduler.alpha_i": 1})
+    assert not _problems({"optimizer": {"name": "decoupled_adamw", "eps": 1e-8}})
+    assert not _problems({"scheduler": {"name": "cosine_with_warmup", "alpha_f": 0.1}})
+    assert _problems({"optimizer.name": "clip_lion", "optimizer.eps": 1e-8})
+    assert _problems({"scheduler.name": "cosine_with_warmup", "scheduler.alpha_i": 1})
 
 
 @pytest.mark.parametrize(
@@ -186,7 +190,7 @@ def test_keys_of_an_optimizer_or_schedule_are_its_own() -> None:
 )
 def test_secrets_are_refused_with_the_variable_to_use(given: dict[str, Any]) -> None:
     """They would stand in spec.json, foundry.yaml, logs and MLflow."""
-    (problem,) = check_overrides(given)
+    (problem,) = _problems(given)
     assert "which a run's files would show" in problem and "HF_TOKEN, WANDB_API_KEY" in problem
     assert "hunter22" not in problem and "a" * 30 not in problem
 
@@ -194,13 +198,13 @@ def test_secrets_are_refused_with_the_variable_to_use(given: dict[str, Any]) -> 
 def test_a_secret_of_the_environment_is_refused_as_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever pastes it where it does not belong publishes it."""
     monkeypatch.setenv("WANDB_API_KEY", "s3cretvalue")
-    assert check_overrides({"loggers.wandb.project": "s3cretvalue"}) and not check_overrides({"metadata.team": "lab"})
+    assert _problems({"loggers.wandb.project": "s3cretvalue"}) and not _problems({"metadata.team": "lab"})
 
 
 @pytest.mark.parametrize("name", ["tokens", "max_tokens", "pad_token", "eos_token", "tokenizer", "keyboard", "passes"])
 def test_words_like_those_of_secrets_are_none(name: str) -> None:
     """Facts about a run could not be noted."""
-    assert not check_overrides({f"metadata.{name}": "x"})
+    assert not _problems({f"metadata.{name}": "x"})
 
 
 @pytest.mark.parametrize(
@@ -220,13 +224,13 @@ def test_what_a_run_has_no_use_for_is_refused(arguments: dict[str, Any], given: 
     (problem,) = unused_overrides(given, arguments)
     assert f"is of no use without {argument}" in problem and not unused_overrides(given, {argument: "x"})
     with pytest.raises(SpecError, match=f"is of no use without {argument}"):
-        creating.parsed_spec(arguments | {"overrides": given})
+        planning.plan(arguments | {"overrides": given})
 
 
 def test_dots_mean_the_same_at_every_depth(arguments: dict[str, Any]) -> None:
     """What was checked as one key would be merged as another."""
     given = {"callbacks": {"speed_monitor.window_size": 7}, "optimizer": {"lr": 0.5}}
-    spec, _ = creating.parsed_spec(arguments | {"overrides": given})
+    spec = planning.plan(arguments | {"overrides": given}).spec
     assert spec.overrides == {"callbacks.speed_monitor.window_size": 7, "optimizer.lr": 0.5}
 
 
@@ -237,5 +241,5 @@ def test_nothing_that_is_resolved_reaches_the_yaml(
     """The secret would stand in the run's log, by way of the name of a folder that no argument holds."""
     monkeypatch.setenv(variable, str(tmp_path / "${oc.env:SECRET}"))
     with pytest.raises(SpecError, match=r"'\$\{' is not allowed there"):
-        creating.parsed_spec(arguments)
+        planning.plan(arguments)
     assert not RunFolder.of("x").folder.exists()

@@ -96,5 +96,7 @@ def kill(_: str) -> None:
 
 def accept_anything(given: dict[str, Any]) -> None:
     """From now on `create()` takes these arguments for checked ones: it is what comes after that is looked at."""
-    spec = creating.check(given | {"run_name": "checked"})
-    creating.check = lambda arguments, progress=None: replace(spec, run_name=arguments["run_name"])
+    plan = creating.check(given | {"run_name": "checked"})
+    creating.check = lambda arguments, progress=None: replace(
+        plan, spec=replace(plan.spec, run_name=arguments["run_name"])
+    )

@@ -11,7 +11,7 @@ import yaml
 
 from tundish import foundation_model as fm
 from tundish.errors import DataError, InputError, SpecError
-from tundish.runs import creating
+from tundish.runs import creating, planning
 
 pytestmark = pytest.mark.usefixtures("nothing_starts")
 
@@ -180,16 +180,16 @@ def test_weights_of_another_shape_are_told_before_the_run(
 def test_rows_are_not_read_when_that_is_not_wanted(arguments: dict[str, Any], write_lines: WriteLines) -> None:
     """`validate_inputs=False` would still read a huge file; but a missing one must be told all the same."""
     write_lines(Path(arguments["train_data_path"]), ["{"])
-    spec = creating.check(arguments | {"validate_inputs": False})
-    assert spec.validate_inputs is False
+    plan = creating.check(arguments | {"validate_inputs": False})
+    assert plan.spec.validate_inputs is False and plan.data["train"].prepared is None and plan.steps is None
     with pytest.raises(SpecError, match="there is no such file"):
         creating.check(arguments | {"validate_inputs": False, "train_data_path": "/no/such.jsonl"})
 
 
 def test_good_input_passes_and_leaves_nothing_either(arguments: dict[str, Any], home: Path) -> None:
     """The tests above would pass if everything were refused."""
-    spec = creating.check(arguments | {"task_type": "", "experiment_path": ""})
-    assert spec.model == arguments["model"] and not (home / "runs").exists()
+    plan = creating.check(arguments | {"task_type": "", "experiment_path": ""})
+    assert plan.spec.model == arguments["model"] and not (home / "runs").exists()
 
 
 def test_a_failure_while_the_run_is_made_leaves_no_folder(
@@ -210,7 +210,7 @@ def test_rendering_reads_no_data_and_writes_nothing(arguments: dict[str, Any], h
     """Planning a run would need its data, or leave folders behind."""
     shutil.rmtree(Path(arguments["train_data_path"]).parent / "train.jsonl", ignore_errors=True)
     content = yaml.safe_load(
-        creating.render_only(
+        planning.render_only(
             arguments | {"run_name": "planned", "compute": {"nodes": 4, "devices_per_node": 8, "device": "gpu"}}
         )
     )
@@ -231,13 +231,13 @@ def test_rendering_reads_no_data_and_writes_nothing(arguments: dict[str, Any], h
 def test_rendering_tells_wrong_overrides(arguments: dict[str, Any], overrides: dict[Any, Any], found: str) -> None:
     """A plan would be printed that no run accepts, or end in a traceback."""
     with pytest.raises(SpecError, match=found):
-        creating.render_only(arguments | {"overrides": overrides})
+        planning.render_only(arguments | {"overrides": overrides})
 
 
 def test_rendering_tells_problems_of_arguments_and_overrides_together(arguments: dict[str, Any]) -> None:
     """The caller would repair one after the other."""
     with pytest.raises(SpecError) as error:
-        creating.render_only(arguments | {"overrides": {"optimiser.lr": 1}, "training_duration": "soon"})
+        planning.render_only(arguments | {"overrides": {"optimiser.lr": 1}, "training_duration": "soon"})
     assert len(error.value.problems) == 2
 
 
@@ -289,7 +289,7 @@ def test_a_password_in_an_address_is_refused(arguments: dict[str, Any], monkeypa
     for more in ("https://geheim@server:5000", "postgresql://db/mlflow?user=lab&password=geheim"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", more)
         with pytest.raises(SpecError, match="holds a password"):
-            creating.render_only(arguments)
+            planning.render_only(arguments)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://lab@db:5432/mlflow")
     with pytest.raises(pytest.fail.Exception, match="a run was accepted"):
         fm.create(**arguments)
@@ -299,8 +299,8 @@ def test_large_data_is_looked_at_without_a_tokenizer(
     arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, write_lines: Callable[..., Path]
 ) -> None:
     """The caller would wait for minutes; or a wrong row only be told after a device was taken."""
-    monkeypatch.setattr("tundish.runs.creating.PREPARED_BYTES", 50)
-    monkeypatch.setattr("tundish.runs.checking.job_of", lambda spec: pytest.fail("a tokenizer was loaded"))
+    monkeypatch.setattr("tundish.runs.planning.PREPARED_BYTES", 50)
+    monkeypatch.setattr("tundish.data.encoding.Job.of", lambda spec: pytest.fail("a tokenizer was loaded"))
     with pytest.raises(pytest.fail.Exception, match="a run was accepted"):
         fm.create(**arguments)
     write_lines(Path(arguments["train_data_path"]), [{"messages": [{"role": "user", "content": "2 + 2?"}]}] * 3)

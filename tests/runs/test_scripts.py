@@ -68,7 +68,7 @@ def test_a_folder_holds_all_that_hosts_need(arguments: dict[str, Any], tmp_path:
     (only,) = write({**given, "compute": {"device": "cpu", "devices_per_node": 1}}, None, 29500, out)
     assert not (out / "node1.sh").exists() and f"export MLFLOW_RUN_ID={run_id}" in only.read_text()
     assert yaml.safe_load((out / "foundry.yaml").read_text())["global_train_batch_size"] == 4
-    with pytest.raises(SpecError, match="batches of 4 rows must be shared equally"):
+    with pytest.raises(SpecError, match="batches of 4 rows cannot be shared equally by 3 devices"):
         write({**given, "compute": {"device": "cpu", "devices_per_node": 3}}, None, 29500, out)
 
 

@@ -13,10 +13,10 @@ import pytest
 from tundish import foundation_model as fm
 from tundish.base.files import write_atomic
 from tundish.base.run_folder import RunFolder
-from tundish.data.manifest import MANIFEST, Prepared
 from tundish.plan.foundry import render
+from tundish.plan.run_plan import DataFacts, DataPlan, RunPlan
 from tundish.plan.spec import RunSpec
-from tundish.runs import creating
+from tundish.runs import planning
 from tundish.tracking import notes
 from tundish.tracking.experiment import open_tracking
 from tundish.tracking.publishing import Publisher, channels
@@ -36,7 +36,7 @@ def test_every_argument_of_create_is_a_param(arguments: dict[str, Any], tmp_path
         "overrides": {"seed": 3, "optimizer": {"betas": [0.9, 0.95]}},
         "compute": {"device": "cpu", "devices_per_node": 2},
     }
-    spec, _ = creating.parsed_spec(given)
+    spec = planning.plan(given).spec
     found = notes.arguments_of(spec)
     names = set(inspect.signature(fm.create).parameters) - {"compute", "overrides"}
     assert len(names) >= 14 and names <= set(found)
@@ -54,7 +54,7 @@ def test_every_argument_of_create_is_a_param(arguments: dict[str, Any], tmp_path
     assert {name: found[name] for name in expected} == expected
     assert found["eval_prompts"].startswith('["What?", "xxx') and found["eval_prompts"].endswith("x…")
     assert max(map(len, found.values())) <= 500
-    least, _ = creating.parsed_spec(arguments)
+    least = planning.plan(arguments).spec
     assert "eval_data_path" not in notes.arguments_of(least) and "eval_prompts" not in notes.arguments_of(least)
 
 
@@ -64,25 +64,18 @@ def prepared_run(make_run: MakeRun, tmp_path: Path) -> RunFolder:
     paths = make_run("chat-1", ("CREATED", "waits"), eval_data_path=str(tmp_path / "train.jsonl"))
     open_tracking("chat-1", "/Users/me/chat-1", {}).write(paths)
     spec = RunSpec.read(paths)
-    for split, samples in (("train", 40), ("eval", 4)):
-        paths.data(split).mkdir(parents=True)
-        prepared = Prepared(
-            folder="",
-            samples=samples,
-            rows=samples // 2,
-            tokens=100 * samples,
-            target_tokens=60 * samples,
-            truncated=0,
-            context_length=8192,
-            source_hash=(split * 64)[:64],
-            tokenizer_hash="",
-            chatml_added=False,
-            units=samples,
-            versions={},
+    facts = {
+        split: DataFacts(
+            folder=str(tmp_path), samples=samples, rows=samples // 2, tokens=100 * samples, target_tokens=60 * samples,
+            truncated=0, empty=0, warned=0, chatml_added=False, digest=(split * 64)[:64],
         )
-        (paths.data(split) / MANIFEST).write_text(json.dumps(dataclasses.asdict(prepared)))
-    card = creating.parsed_spec({"model": spec.model, "train_data_path": "x", "register_to": "a.b"})[1]
-    write_atomic(paths.foundry_yaml, render(spec, card, paths, creating.destination_of(spec), rows=20))
+        for split, samples in (("train", 40), ("eval", 4))
+    }  # fmt: skip
+    plan = planning.plan({"model": spec.model, "train_data_path": "x", "register_to": "a.b"})
+    data = {split: DataPlan(address=spec.train_data_path) for split in facts}
+    plan = dataclasses.replace(plan, spec=spec, data=data).completed(facts)
+    plan.write(paths)
+    write_atomic(paths.foundry_yaml, render(plan, paths))
     return paths
 
 
@@ -100,7 +93,7 @@ def test_mlflow_has_plan_data_and_files_of_a_run(
     assert Publisher(channels(paths), None).attempt() is None
     # Resumed with two devices: MLflow changes no param, and refuses the whole batch.
     more = dataclasses.replace(spec, compute=dataclasses.replace(spec.compute, devices_per_node=2))
-    write_atomic(paths.spec, more.to_json())
+    dataclasses.replace(RunPlan.read(paths), spec=more).write(paths)
     notes.tell_plan(paths)
     assert Publisher(channels(paths), None).attempt() is None
     paths.logs.mkdir()
@@ -122,7 +115,7 @@ def test_mlflow_has_plan_data_and_files_of_a_run(
     assert json.loads(train.dataset.profile)["tokens"] == 4000
     assert [one.tags[0].value for one in (train, evaluation)] == ["train", "eval"]
     names = [one.path for folder in (None, "logs") for one in client.list_artifacts(tracking.run_id, folder)]
-    assert names == ["foundry.yaml", "logs", "spec.json", "logs/train.log"]
+    assert names == ["foundry.yaml", "logs", "plan.json", "spec.json", "logs/train.log"]
     text = Path(client.download_artifacts(tracking.run_id, "logs/train.log")).read_text()
     assert text.startswith("(938 bytes before this are left out)\nxxx") and text.endswith("refused: *** is no token\n")
 

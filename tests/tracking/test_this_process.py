@@ -10,7 +10,7 @@ import pytest
 from tundish import foundation_model as fm
 from tundish.base.run_folder import RunFolder
 from tundish.errors import SpecError
-from tundish.runs import creating
+from tundish.runs import planning
 from tundish.tracking import this_process
 from tundish.tracking.experiment import open_tracking, tracking_uri
 
@@ -68,4 +68,4 @@ def test_a_password_in_what_mlflow_was_told_is_refused(arguments: dict[str, Any]
     mlflow.set_tracking_uri("postgresql://lab:geheim@db/mlflow")
     os.environ["MLFLOW_TRACKING_URI"] = "sqlite:////other.db"
     with pytest.raises(SpecError, match="holds a password"):
-        creating.render_only(arguments)
+        planning.render_only(arguments)

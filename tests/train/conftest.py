@@ -132,7 +132,8 @@ def plan(tmp_path: Path, tiny_model: Path, write_lines: WriteLines) -> Callable[
     from tundish.data.encoding import Job
     from tundish.data.opening import open_source
     from tundish.data.prepare import prepare
-    from tundish.plan.foundry import Destination, render
+    from tundish.plan.foundry import render
+    from tundish.plan.run_plan import RunPlan
     from tundish.plan.spec import parse_spec
 
     def make(name: str, world: int = 1, samples: int = 40, **more: Any) -> Path:
@@ -156,10 +157,10 @@ def plan(tmp_path: Path, tiny_model: Path, write_lines: WriteLines) -> Callable[
         source = open_source(str(data), spec.task_type, system_message=True)
         prepared = prepare(source, Job(model=spec.model, task_type=spec.task_type, context_length=64))
         paths.data("train").symlink_to(prepared.folder)
-        destination = Destination(
-            save_folder=str(paths.folder / "checkpoints"), tracking_uri="unused", experiment_name="unused"
+        planned = RunPlan.of(
+            spec, card, save_folder=str(paths.folder / "checkpoints"), tracking_uri="unused", registry_uri=None
         )
-        content = yaml.safe_load(render(spec, card, paths, destination, prepared.rows))
+        content = yaml.safe_load(render(planned.completed({"train": prepared.facts}), paths))
         del content["loggers"]
         paths.foundry_yaml.write_text(yaml.safe_dump(content, sort_keys=False))
         return paths.foundry_yaml

@@ -367,8 +367,9 @@ def test_every_model_gets_an_attention_that_isolates(
     import yaml
 
     from tundish.base.run_folder import RunFolder
-    from tundish.plan.foundry import Destination, render
+    from tundish.plan.foundry import render
     from tundish.plan.models import model_cards
+    from tundish.plan.run_plan import RunPlan
     from tundish.plan.spec import parse_spec
 
     find_spec, stand_in = importlib.util.find_spec, "yaml" if flash else "no_such_package"
@@ -380,7 +381,7 @@ def test_every_model_gets_an_attention_that_isolates(
         spec, card = parse_spec(
             given | {"compute": {"device": device, "devices_per_node": 8}}, created_at="2026-11-21T10:00:00+00:00"
         )
-        places = Destination(save_folder="/save", tracking_uri="sqlite:////db", experiment_name="/Users/me/one")
-        content = yaml.safe_load(render(spec, card, RunFolder(tmp_path), places, 1000))
+        planned = RunPlan.of(spec, card, save_folder="/save", tracking_uri="sqlite:////db", registry_uri=None)
+        content = yaml.safe_load(render(planned.for_rows(1000, 64_000), RunFolder(tmp_path)))
         chosen = content["model"]["attn_implementation"]
         assert chosen in ISOLATING[family]

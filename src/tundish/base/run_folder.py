@@ -124,6 +124,11 @@ class RunFolder:
         return self.folder / "spec.json"
 
     @property
+    def plan(self) -> Path:
+        """Everything that was decided about the run, as JSON; a run of a version before it has none yet."""
+        return self.folder / "plan.json"
+
+    @property
     def foundry_yaml(self) -> Path:
         """What LLM Foundry trains."""
         return self.folder / "foundry.yaml"

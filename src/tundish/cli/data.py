@@ -18,7 +18,7 @@ from tundish.cli.output import PICTURES, add_json, new_file, print_json
 from tundish.cli.parsing import Command
 from tundish.errors import DataError, SpecError
 from tundish.plan.address import local_path
-from tundish.runs import creating
+from tundish.runs import planning
 
 if TYPE_CHECKING:
     from tundish.data.report import Report, Validation
@@ -36,7 +36,7 @@ def validate_options(command: argparse.ArgumentParser) -> None:
 def validate(arguments: argparse.Namespace) -> int:
     """`tundish validate`."""
     file = new_file("--report", arguments.report)
-    found = creating.validate(_data_arguments(arguments), progress_bar)
+    found = planning.validate(_data_arguments(arguments), progress_bar)
     if file:
         found.save(file)
     if arguments.json:
@@ -56,7 +56,7 @@ def estimate_options(command: argparse.ArgumentParser) -> None:
 def estimate(arguments: argparse.Namespace) -> int:
     """`tundish estimate`."""
     file = new_file("--plot", arguments.plot, PICTURES)
-    found = creating.estimate(_data_arguments(arguments), progress_bar)
+    found = planning.estimate(_data_arguments(arguments), progress_bar)
     if file:
         found.plot(file)
     if arguments.json:
@@ -79,7 +79,7 @@ def prepare(arguments: argparse.Namespace) -> int:
     out = local_path(arguments.out, "--out") if arguments.out else None
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SpecError(f"--out: {out} exists already. Name a new folder.")
-    found = creating.validate(_data_arguments(arguments), progress_bar)
+    found = planning.validate(_data_arguments(arguments), progress_bar)
     if not found.ok:
         raise DataError([message for report in found.reports for message in report.messages])
     folders = {_split(report): _folder(report) for report in found.reports}

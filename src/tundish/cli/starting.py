@@ -19,7 +19,7 @@ from tundish.cli.parsing import Command, whole
 from tundish.errors import Interrupted, SpecError
 from tundish.plan.address import local_path
 from tundish.plan.spec import RunSpec
-from tundish.runs import control, creating, following, reading, selecting
+from tundish.runs import control, creating, following, planning, reading, selecting
 from tundish.runs.records import RunRecord
 
 FIRST_PORT = 29500
@@ -81,7 +81,7 @@ def render(arguments: argparse.Namespace) -> int:
     for option in ("out", "master_addr", "master_port"):
         if getattr(arguments, option) is not None:
             raise SpecError(f"--{option.replace('_', '-')} is of no use without --launch. Add that, or leave it out.")
-    print(creating.render_only(create_arguments(arguments)), end="")
+    print(planning.render_only(create_arguments(arguments)), end="")
     return 0
 
 

@@ -20,7 +20,8 @@ from tundish.data.source import EMPTY, Chunk, Source
 from tundish.data.tokenize import Encoded, Encoder, TargetResponses, load_encoder, texts_of
 from tundish.data.tokenizer import LOAD_SECONDS
 from tundish.errors import DataError, WorkerError
-from tundish.plan.spec import TaskType
+from tundish.plan.overrides import target_responses
+from tundish.plan.spec import RunSpec, TaskType
 
 BATCH_SAMPLES = 256
 SAMPLE_SECONDS = 10.0
@@ -43,6 +44,16 @@ class Job:
     """Tokens in a row."""
     target_responses: TargetResponses = "all"
     """Which of the assistant's replies are targets."""
+
+    @classmethod
+    def of(cls, spec: RunSpec) -> "Job":
+        """What a run makes of its samples."""
+        return cls(
+            model=spec.model,
+            task_type=spec.task_type,
+            context_length=spec.context_length,
+            target_responses=target_responses(spec.overrides),
+        )
 
     @property
     def encoder(self) -> Encoder:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tundish.data.templates import TEMPLATE_DATE
+from tundish.plan.run_plan import DataFacts
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
@@ -46,6 +47,15 @@ class Prepared:
         content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         # The folder may have been moved since.
         return cls(**(content | {"folder": str(folder)}))
+
+    @property
+    def facts(self) -> DataFacts:
+        """What a run's plan keeps of it."""
+        return DataFacts(
+            folder=self.folder, samples=self.samples, rows=self.rows, tokens=self.tokens, empty=self.refused,
+            target_tokens=self.target_tokens, truncated=self.truncated, chatml_added=self.chatml_added,
+            warned=sum(len(warning["where"]) for warning in self.warnings), digest=self.source_hash,
+        )  # fmt: skip
 
     @property
     def fill(self) -> float:

@@ -71,20 +71,7 @@ class Report:
         for finding in self.warnings:
             yield f"  warning: {finding.message}"
         if self.prepared is not None:
-            yield f"  {facts(self.prepared)}"
-
-
-def facts(data: Prepared) -> str:
-    """Counts of prepared data, as a sentence or two."""
-    text = (
-        f"{data.samples:,} samples with {data.tokens:,} tokens ({data.target_tokens:,} targets) in {data.rows:,} rows "
-        f"of {data.context_length:,}, {data.fill:.1%} full."
-    )
-    if data.truncated:
-        text += f" {data.truncated:,} samples were cut at {data.context_length:,} tokens."
-    if data.refused:
-        text += f" {data.refused:,} empty files were left out."
-    return text
+            yield f"  {self.prepared.facts.summary(self.prepared.context_length)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ transformers fills what is missing with random numbers and leaves out what it do
 no weights; a pickle is read as data.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -62,6 +63,22 @@ def check_pretrained(model: str) -> None:
     problems.extend(_tokens_problems(folder))
     if problems:
         raise SpecError(problems)
+
+
+def state_of(model: str) -> str | None:
+    """A digest of the names, sizes and times of a model's files: another one, and they must be checked once more.
+
+    None where the model is not complete on this machine.
+    """
+    folder = Path(model) if is_model_folder(model) else _snapshot(model)
+    try:
+        files = sorted(folder.iterdir()) if folder is not None else []
+        # Of what links lead to: in the hub's cache, all files are links.
+        stats = {file.name: file.stat() for file in files}
+    except OSError:
+        return None
+    states = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()]
+    return hashlib.sha256(json.dumps(states).encode()).hexdigest() if states else None
 
 
 def _snapshot(model: str) -> Path | None:

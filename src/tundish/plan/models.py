@@ -90,6 +90,13 @@ class ModelCard:
         embeddings = self.vocabulary_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.layers * layer + embeddings + self.hidden_size
 
+    def isolating_attentions(self, device: str) -> list[str]:
+        """The attention implementations that keep packed samples apart on a kind of device."""
+        everywhere = ["sdpa", "eager"]
+        if device == "cpu":
+            return everywhere
+        return list(dict.fromkeys(["flash_attention_2", self.gpu_attention, *everywhere]))
+
 
 @cache
 def _families() -> dict[str, dict[str, Any]]:

@@ -134,6 +134,15 @@ _LOADER: Mapping[str, Value] = {
 }  # fmt: skip
 PATHS = ("save_folder", "loggers.tensorboard.log_dir")
 """Keys that hold an address: relative ones start from the caller's folder."""
+BATCH_SIZE = "global_train_batch_size"
+ATTENTION = "model.attn_implementation"
+WARM_UP_KEY = "scheduler.t_warmup"
+CHOICES: Mapping[str, str] = {
+    "device_train_microbatch_size": "microbatch",
+    "fsdp_config.activation_checkpointing": "activation_checkpointing",
+    "fsdp_config.reshard_after_forward": "reshard_after_forward",
+}
+"""Keys that the memory planner chooses where the overrides do not, and its fields for them."""
 MAX_SECONDS = "callbacks.tundish_eval_prompts.max_seconds"
 TARGET_RESPONSES = "train_loader.dataset.target_responses"
 """Which of the assistant's replies are targets, in training and in evaluation: `all` (default) or `last`."""
@@ -254,14 +263,24 @@ REFUSED: Mapping[str, str] = {
 """Keys that a run depends on, or that would run code, each with the reason; what is below them is refused too."""
 
 
-def target_responses(given: Mapping[str, Any]) -> Literal["all", "last"]:
-    """What the overrides say of TARGET_RESPONSES."""
-    return "last" if flat(given).get(TARGET_RESPONSES) == "last" else "all"
+def target_responses(overrides: Mapping[str, Any]) -> Literal["all", "last"]:
+    """What the overrides set TARGET_RESPONSES to."""
+    return "last" if overrides.get(TARGET_RESPONSES) == "last" else "all"
 
 
-def save_root(given: Mapping[str, Any]) -> str | None:
-    """Where the overrides put the checkpoints: each run has a folder of its own below."""
-    return flat(given).get("save_folder")
+def save_root(overrides: Mapping[str, Any]) -> str | None:
+    """Where the overrides put the checkpoints: each run has a folder below it."""
+    return overrides.get("save_folder")
+
+
+def memory_choices(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What the overrides decide of a step's memory, by fields of `memory.Choice`."""
+    return {field: overrides[key] for key, field in CHOICES.items() if key in overrides}
+
+
+def optimizer_moments(overrides: Mapping[str, Any]) -> int:
+    """How many numbers the optimizer keeps of each weight."""
+    return 2 if "adam" in str(overrides.get("optimizer.name", "")).lower() else 1
 
 
 def flat(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,16 +288,15 @@ def flat(given: Mapping[str, Any]) -> dict[str, Any]:
     return {path: value for key, top in given.items() for path, value in _leaves(key, top)}
 
 
-def check_overrides(given: Mapping[Any, Any]) -> list[str]:
-    """Problems of the `overrides` argument, one sentence each; empty when all is well."""
-    # Keys that are no text are told by the spec's own check.
-    leaves = flat({key: value for key, value in given.items() if isinstance(key, str)})
-    problems = (_problem(path, value, _values(leaves)) for path, value in leaves.items())
+def check_overrides(overrides: Mapping[str, Any]) -> list[str]:
+    """Problems of overrides that `flat` made, one sentence each; empty when all is well."""
+    values = _values(overrides)
+    problems = (_problem(path, value, values) for path, value in overrides.items())
     return [f"overrides: {problem}" for problem in problems if problem]
 
 
-def unused_overrides(given: Mapping[Any, Any], arguments: Mapping[str, Any]) -> list[str]:
-    """What is set for a part that the run of these arguments of `create()` does not have."""
+def unused_overrides(overrides: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[str]:
+    """Overrides that `flat` made, for a part that the run of these arguments of `create()` does not have."""
     needed = {
         "eval_loader": "eval_data_path",
         "eval_interval": "eval_data_path",
@@ -290,20 +308,20 @@ def unused_overrides(given: Mapping[Any, Any], arguments: Mapping[str, Any]) -> 
     }
     return [
         f"overrides: {path!r} is of no use without {needed[key]}. Give that too, or leave it out."
-        for path in flat({key: value for key, value in given.items() if isinstance(key, str)})
+        for path in overrides
         for key in needed
         if _is_below(path, key) and not arguments.get(needed[key])
     ]
 
 
-def _values(leaves: Mapping[str, Any]) -> Mapping[str, Value]:
+def _values(overrides: Mapping[str, Any]) -> Mapping[str, Value]:
     """What may be set, with the keys of the optimizer and the schedule that were chosen, or of ours."""
     values = dict(VALUES)
     for section, known, ours in (
         ("optimizer", OPTIMIZERS, "tundish_decoupled_lionw"),
         ("scheduler", SCHEDULERS, "linear_decay_with_warmup"),
     ):
-        name = leaves.get(f"{section}.name", ours)
+        name = overrides.get(f"{section}.name", ours)
         # Of one that is not known, which is told, all keys are.
         chosen = [known[name]] if isinstance(name, str) and name in known else known.values()
         values |= {f"{section}.{key}": value for keys in chosen for key, value in keys.items()}

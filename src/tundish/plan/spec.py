@@ -1,7 +1,7 @@
 """RunSpec: the checked arguments of `create()`.
 
-`parse_spec` is the door: strings become values here, once, and all problems are reported together. Nothing behind it
-sees an unchecked argument.
+`read_arguments` is the door: strings become values here, once, and all problems are reported together. Nothing behind
+it sees an unchecked argument.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ from tundish.plan.address import Address, Takes
 from tundish.plan.compute import Compute
 from tundish.plan.models import ModelCard, find_card
 from tundish.plan.options import Option
-from tundish.plan.overrides import PATHS, flat
+from tundish.plan.overrides import ATTENTION, BATCH_SIZE, PATHS, check_overrides, flat, unused_overrides
 
 TaskType = Literal["CHAT_COMPLETION", "INSTRUCTION_FINETUNE", "CONTINUED_PRETRAIN"]
 TASK_PREFIXES: Mapping[TaskType, str] = {
@@ -170,48 +170,113 @@ class RunSpec:
         return spec
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arguments:
+    """What could be read of the arguments of a call."""
+
+    spec: RunSpec | None
+    """None where an argument could not be read; where only overrides are wrong, it is there beside the problems."""
+    card: ModelCard | None
+    """None where the model is not known."""
+    task_type: TaskType | None
+    """None where it is none of ours."""
+    data: Mapping[str, Address]
+    """Addresses that could be read, by their argument's name."""
+    weights: Address | None
+    """Of the checkpoint that replaces the model's weights."""
+    validate_inputs: bool
+    problems: Sequence[str]
+    """All that are wrong with the arguments themselves."""
+
+
 def parse_spec(arguments: Mapping[str, Any], *, created_at: str) -> tuple[RunSpec, ModelCard]:
-    """Check the arguments of `create()` and make values of them.
+    """The spec and the model's card.
 
     Raises:
         SpecError: with every problem of the call.
     """
+    read = read_arguments(arguments, created_at=created_at)
+    if read.problems or read.spec is None or read.card is None:
+        raise SpecError(read.problems)
+    return read.spec, read.card
+
+
+def read_arguments(arguments: Mapping[str, Any], *, created_at: str) -> Arguments:
+    """Check the arguments of `create()` and make values of them; the only function that sees them unchecked."""
     problems: list[str] = []
 
-    def check(name: str, read: Callable[[Any], Any]) -> Any:
+    def attempt(name: str, value: object, read: Callable[[Any], Any]) -> Any:
         try:
-            return read(arguments.get(name))
+            return read(value)
         except SpecError as error:
             problems.extend(f"{name}: {problem.removeprefix(f'{name}: ')}" for problem in error.problems)
         except (ValueError, TypeError) as error:
             problems.append(f"{name}: {error}")
         return None
 
-    card = check("model", _read_model)
-    task_type: TaskType = check("task_type", _read_task) or "CHAT_COMPLETION"
+    def check(name: str, read: Callable[[Any], Any]) -> Any:
+        return attempt(name, arguments.get(name), read)
+
     user = _user()
-    name = check("run_name", lambda given: _read_run_name(given, task_type, card))
+    card: ModelCard | None = check("model", _read_model)
+    task_type: TaskType | None = check("task_type", _read_task)
+    run_name = check("run_name", lambda given: _read_run_name(given, task_type or "CHAT_COMPLETION", card))
+    train: Address | None = check("train_data_path", lambda given: _address(given, "data") or _required_text(None))
     values: dict[str, Any] = {
-        "run_name": name,
-        "task_type": task_type,
-        "train_data_path": check("train_data_path", lambda given: _address(given, "data") or _required_text(None)),
+        "run_name": run_name,
         "register_to": check("register_to", _read_register_to),
-        "experiment_path": check("experiment_path", _optional_text) or f"/Users/{user}/{name}",
-        "eval_data_path": check("eval_data_path", lambda given: _address(given, "data")),
-        "eval_prompts": check("eval_prompts", _read_prompts),
-        "custom_weights_path": check("custom_weights_path", lambda given: _address(given, "checkpoint")),
+        "experiment_path": check("experiment_path", _optional_text) or f"/Users/{user}/{run_name}",
+    }
+    evaluation: Address | None = check("eval_data_path", lambda given: _address(given, "data"))
+    values["eval_prompts"] = check("eval_prompts", _read_prompts)
+    weights: Address | None = check("custom_weights_path", lambda given: _address(given, "checkpoint"))
+    values |= {
         "training_duration": check("training_duration", lambda given: Duration.parse(given or "1ep")),
         "learning_rate": check("learning_rate", lambda given: _read_learning_rate(given, card)),
         "context_length": check("context_length", lambda given: _read_context_length(given, card)),
         "validate_inputs": check("validate_inputs", _read_switch),
         "data_prep_cluster_id": check("data_prep_cluster_id", _read_cluster),
         "compute": check("compute", Compute.parse),
-        "overrides": check("overrides", _read_overrides),
     }
-    if problems:
-        raise SpecError(problems)
-    spec = RunSpec(created_by=user, created_at=created_at, model=card.name, **values)
-    return spec, card
+    overrides: dict[str, Any] = check("overrides", _read_overrides) or {}
+    for key in PATHS:
+        if key in overrides:
+            overrides[key] = attempt("overrides", overrides[key], lambda given, key=key: _override_path(key, given))
+    spec = None
+    if not problems and card is not None and task_type is not None and train is not None:
+        spec = RunSpec(
+            created_by=user, created_at=created_at, model=card.name, task_type=task_type, train_data_path=train.text,
+            eval_data_path=None if evaluation is None else evaluation.text, overrides=overrides,
+            custom_weights_path=None if weights is None else weights.text, **values,
+        )  # fmt: skip
+        problems.extend(_device_problems(spec, card))
+    problems.extend([*check_overrides(overrides), *unused_overrides(overrides, arguments)])
+    addresses = {"train_data_path": train, "eval_data_path": evaluation}
+    return Arguments(
+        spec=spec,
+        card=card,
+        task_type=task_type,
+        data={argument: address for argument, address in addresses.items() if address is not None},
+        weights=weights,
+        validate_inputs=values["validate_inputs"] is not False,
+        problems=problems,
+    )
+
+
+def _device_problems(spec: RunSpec, card: ModelCard) -> Iterator[str]:
+    """Overrides that do not fit the devices."""
+    compute = spec.compute
+    batch_size = spec.overrides.get(BATCH_SIZE)
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1 or batch_size % compute.devices):
+        yield (
+            f"overrides: found {BATCH_SIZE} {batch_size!r}; allowed is a multiple of the {compute.devices} device(s)."
+        )
+    attention, isolating = spec.overrides.get(ATTENTION), card.isolating_attentions(compute.device)
+    if attention is not None and attention not in isolating:
+        yield (
+            f"overrides: found {ATTENTION} {attention!r}, in which packed samples see each other, or which cannot "
+            f"train {card.family} on a {compute.device}; allowed is {' or '.join(isolating)}."
+        )
 
 
 def _user() -> str:
@@ -226,18 +291,17 @@ def _read_model(given: object) -> ModelCard:
     address = _address(given, "model")
     if address is None:
         raise ValueError("is missing. Give a supported model's name or a folder of a Hugging Face model.")
-    card = find_card(address)
+    card = find_card(address.text)
     # A folder's card has the folder that a link leads to.
     return card if "${" not in card.name else _fail(f"found {card.name!r}; '${{' is not allowed in it. Rename it.")
 
 
-def _address(given: object, takes: Takes) -> str | None:
-    """What spec.json keeps of a path or name."""
+def _address(given: object, takes: Takes) -> Address | None:
     if given is None or given == "":
         return None
     if not isinstance(given, str | Path):
         raise ValueError(f"found {type(given).__name__}; allowed is text.")
-    return Address.parse(given, takes).text
+    return Address.parse(given, takes)
 
 
 def _fail(text: str) -> Any:
@@ -351,17 +415,19 @@ def _read_cluster(given: object) -> str | None:
     return text
 
 
-def _read_overrides(given: object) -> Mapping[str, Any]:
+def _read_overrides(given: object) -> dict[str, Any]:
+    """Every key with its dotted path."""
     if given is None:
         return {}
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in cast(Any, given)):
         raise ValueError("allowed is a mapping of LLM-Foundry keys. For example {'global_train_batch_size': 8}.")
-    overrides = flat(cast(Any, given))
-    for key in PATHS:
-        if key in overrides:
-            takes = "folder" if key == "save_folder" else "file"
-            try:
-                overrides[key] = _address(overrides[key], takes) or _required_text(None)
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from None
-    return overrides
+    return flat(cast(Mapping[str, Any], given))
+
+
+def _override_path(key: str, given: object) -> str:
+    """The absolute path, or the URI, that an override of PATHS means."""
+    try:
+        address = _address(given, "folder" if key == "save_folder" else "file")
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    return _required_text(None) if address is None else address.text

@@ -1,19 +1,14 @@
 """What a call names: what is wrong with the paths and rows of its data, and with the devices it asks for."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from tundish.errors import DataError, InputError, SpecError, WorkerError
 from tundish.plan.address import Address
-from tundish.plan.models import ModelCard
-from tundish.plan.overrides import target_responses
-from tundish.plan.spec import ANSWER_TOKENS, RunSpec, TaskType
+from tundish.plan.spec import ANSWER_TOKENS, Arguments, RunSpec, TaskType
 
 if TYPE_CHECKING:
     from tundish.data.encoding import Job
@@ -47,39 +42,22 @@ class CheckedData:
         return [*self.unreadable, *(message for report in self.reports for message in report.messages)]
 
 
-def job_of(spec: RunSpec) -> "Job":
-    """What a run makes of its samples."""
-    from tundish.data.encoding import Job
-
-    return Job(
-        model=spec.model,
-        task_type=spec.task_type,
-        context_length=spec.context_length,
-        target_responses=target_responses(spec.overrides),
-    )
-
-
 def check_data(
-    arguments: Mapping[str, Any],
-    parsed: tuple[RunSpec, ModelCard] | None,
-    *,
-    rows: bool,
-    most: float = math.inf,
-    progress: BarOf = no_bar,
+    read: Arguments, *, complete: bool, rows: bool, most: float = math.inf, progress: BarOf = no_bar
 ) -> CheckedData:
     """Open the sources that the arguments of `create()` name, and with `rows` look at every one.
 
-    They are prepared, too, unless one has more than `most` bytes: then, and where other arguments are wrong (`parsed`
-    is None), a source cannot be opened or the tokenizer not be loaded, only the structure of the rows is checked.
+    They are prepared, too, unless one has more than `most` bytes: then, where the arguments are not `complete` (others
+    are wrong), and where a source cannot be opened or the tokenizer not be loaded, only their structure is checked.
     """
     from tundish.base.workers import guarded
     from tundish.data.opening import may_be_table
 
-    named, task_type = list(_named(arguments)), arguments.get("task_type") or "CHAT_COMPLETION"
-    if parsed is not None and parsed[0].data_prep_cluster_id and rows:
+    spec = read.spec if complete else None
+    if spec is not None and spec.data_prep_cluster_id and rows:
         # A Spark session is this process's.
-        return _check_data(named, task_type, parsed, rows, most, progress)
-    if parsed is not None and rows and _is_small(named, most):
+        return _check_data(read, spec, rows, most, progress)
+    if spec is not None and rows and _is_small(read.data.values(), most):
         # Here, so that the next process has them too.
         import streaming
         from transformers import AutoTokenizer
@@ -87,47 +65,44 @@ def check_data(
         assert streaming
         assert AutoTokenizer
     try:
-        tables = any(may_be_table(address) for _, address in named)
-        return guarded(_check_data, named, task_type, parsed, rows, most, progress=progress, tables=tables)
+        tables = any(may_be_table(address) for address in read.data.values())
+        return guarded(_check_data, read, spec, rows, most, progress=progress, tables=tables)
     except WorkerError as error:
         return CheckedData(problems=[error.message])
 
 
-def _is_small(named: Iterable[tuple[str, Address]], most: float) -> bool:
+def _is_small(addresses: Iterable[Address], most: float) -> bool:
     """Whether all of the data is files of this machine of at most `most` bytes."""
     try:
-        files = [address.path for _, address in named]
+        files = [address.path for address in addresses]
         return bool(files) and all(file.is_file() and file.stat().st_size <= most for file in files)
     except (SpecError, OSError):
         return False  # told when it is opened
 
 
-def _check_data(
-    named: Iterable[tuple[str, Address]],
-    task_type: str,
-    parsed: tuple[RunSpec, ModelCard] | None,
-    rows: bool,
-    most: float,
-    progress: BarOf,
-) -> CheckedData:
+def _check_data(read: Arguments, spec: RunSpec | None, rows: bool, most: float, progress: BarOf) -> CheckedData:
     found = CheckedData()
     sources = dict[str, "Source"]()
-    for name, address in named:
+    system_message = spec is None or read.card is None or read.card.system_message
+    for name, address in read.data.items():
         with collected(found, name):
-            if (source := _open(address, task_type, parsed)) is not None:
+            if (source := _open(address, read.task_type, system_message)) is not None:
                 sources[name] = source
     if not rows:
         return found
     small = all((source.size or 0) <= most for source in sources.values())
     job = None
-    if parsed is not None and not found.problems and (small or parsed[0].eval_prompts):
+    if spec is not None and not found.problems and (small or spec.eval_prompts):
         with collected(found, "model"):
-            job = job_of(parsed[0])
-            found.problems.extend(_prompt_problems(parsed[0], job))
+            from tundish.data.encoding import Job
+
+            job = Job.of(spec)
+            found.problems.extend(_prompt_problems(spec, job))
     for name, source in sources.items():
         with collected(found, name):
-            wanted = job if small and not found.problems else None
-            found.reports.append(_report(name, source, wanted, parsed, progress))
+            to_prepare = job if small and not found.problems else None
+            cluster = None if spec is None else spec.data_prep_cluster_id
+            found.reports.append(_report(name, source, to_prepare, cluster, progress))
     return found
 
 
@@ -168,49 +143,22 @@ def collected(found: CheckedData, name: str) -> Iterator[None]:
         found.problems.append(f"{name}: cannot be read ({error}). Check the path.")
 
 
-def _named(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Address]]:
-    for name in ("train_data_path", "eval_data_path"):
-        given = arguments.get(name)
-        if not given or not isinstance(given, str | Path):
-            continue
-        try:
-            address = Address.parse(given, "data")
-        except SpecError:
-            continue  # told by the spec's own check
-        yield name, address
-
-
-def _open(address: Address, task_type: str, parsed: tuple[RunSpec, ModelCard] | None) -> "Source | None":
+def _open(address: Address, task_type: TaskType | None, system_message: bool) -> "Source | None":
     from tundish.data.opening import open_source
 
-    if task_type not in get_args(TaskType):
-        # What it should hold cannot be told, but whether it is there.
+    if task_type is None:
+        # What the data should hold is not known, but whether it is there.
         if address.kind == "path" and not address.path.exists():
             raise SpecError(f"{address.given}: there is no such file or folder ({address.places}). Check the path.")
         return None
-    return open_source(address, cast(TaskType, task_type), system_message=parsed is None or parsed[1].system_message)
+    return open_source(address, task_type, system_message=system_message)
 
 
-def _report(
-    name: str, source: "Source", job: "Job | None", parsed: tuple[RunSpec, ModelCard] | None, progress: BarOf
-) -> "Report":
+def _report(name: str, source: "Source", job: "Job | None", cluster: str | None, progress: BarOf) -> "Report":
     from tundish.data.report import report_of, report_on
     from tundish.data.structure import check_structure
 
-    if job is None or parsed is None:
+    if job is None:
         return report_of(name, source, check_structure(source), [])
     with progress(f"Preparing {name}") as tell:
-        return report_on(name, source, job, parsed[0].data_prep_cluster_id, tell)
-
-
-def same_batches(spec: RunSpec, foundry_yaml: Path) -> RunSpec:
-    """The spec with the batches of a run that has begun: on other devices, it goes on with the same ones.
-
-    Raises:
-        SpecError: the devices cannot share them.
-    """
-    batch = yaml.safe_load(foundry_yaml.read_text())["global_train_batch_size"]
-    if batch % spec.compute.devices:
-        text = f"found {spec.compute.devices} devices; the run's batches of {batch} rows must be shared equally"
-        raise SpecError(f"compute: {text}. Use a number of devices that divides {batch}.")
-    return replace(spec, overrides={**spec.overrides, "global_train_batch_size": batch})
+        return report_on(name, source, job, cluster, tell)

@@ -1,10 +1,7 @@
 """Where the checkpoint is that a user names: a path of this machine, a URI, or an MLflow run's artifact."""
 
-from pathlib import Path
-
 from tundish.base.home import default_tracking_uri
 from tundish.base.mlflow_client import artifact_address, open_client, told
-from tundish.checkpoints.manifest import base_model
 from tundish.errors import SpecError, StoreError
 from tundish.plan.address import ARTIFACTS, Address
 from tundish.plan.spec import RunSpec
@@ -27,15 +24,8 @@ def checkpoint_address(address: Address) -> str:
     return _of_run(mlflow_run, path) or _of_store(address.text, mlflow_run, path)
 
 
-def trained_from(checkpoint: Path, address: str) -> str | None:
-    """The model that a checkpoint's training began from: its manifest says it, or its run; None where neither does.
-
-    Args:
-        checkpoint: on this machine.
-        address: where it is kept.
-    """
-    if checkpoint.is_dir() and (said := base_model(checkpoint)) is not None:
-        return said
+def model_of_run(address: str) -> str | None:
+    """The model that a checkpoint's run started from; None where no run of this machine has saved it."""
     for paths, tracking in trackings():
         if tracking.save_folder == address.rstrip("/").rpartition("/")[0]:
             return RunSpec.read(paths).model

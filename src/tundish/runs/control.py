@@ -5,14 +5,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
 from tundish import launch
 from tundish.base import events
-from tundish.base.files import locked, write_atomic
+from tundish.base.files import locked
 from tundish.base.home import RUN_VARIABLE
 from tundish.base.processes import interrupt_waits, processes_with, start
 from tundish.base.run_folder import RunFolder
@@ -25,14 +24,12 @@ from tundish.errors import (
     SpecError,
     TundishError,
 )
-from tundish.plan.compute import Compute
-from tundish.plan.spec import RunSpec
 from tundish.runs import selecting
-from tundish.runs.checking import same_batches
-from tundish.runs.extending import extension
+from tundish.runs.changing import apply, longer, on_other_devices
 from tundish.runs.reading import find_run, read_run
 from tundish.runs.records import RunRecord, RunStatus
 from tundish.supervise import supervisor
+from tundish.supervise.preparing import planned
 from tundish.tracking.experiment import reopen_tracking
 
 CANCEL_SECONDS = 5.0
@@ -108,46 +105,27 @@ def _resume(name: str, paths: RunFolder, compute: object, training_duration: obj
         raise RequestError(
             f"{name} is completed; nothing is left to do. Give a longer training_duration, or create another run."
         )
-    spec, longer = RunSpec.read(paths), None
-    trains = training_duration is not None or not paths.is_done("train")
+    plan = planned(paths)
+    changed, note = plan, ""
     if compute is not None:
-        spec = _with_compute(spec, compute, paths)
-    elif trains and (problems := launch.problems(spec.compute)):
-        # It would wait for ever, and all that come after it too.
-        raise SpecError(problems)
+        changed = on_other_devices(changed, compute, paths)
+    elif training_duration is not None or not paths.is_done("train"):
+        if problems := launch.problems(plan.spec.compute):
+            raise SpecError(problems)  # it would wait forever, and all that come after it too
     if training_duration is not None:
-        longer = extension(spec, training_duration, paths)
-        spec = longer.spec
+        changed, note = longer(changed, training_duration, paths)
     supervisor.end_processes_of(paths)
     reopen_tracking(paths.read_tracking())
-    if longer is not None:
-        longer.apply(paths)
-    write_atomic(paths.spec, spec.to_json())
+    apply(plan, changed, paths, train_again=training_duration is not None)
     checkpoints = selecting.checkpoints(name)
     where = f"from checkpoint {checkpoints[-1].rpartition('/')[2]}" if checkpoints else "from the beginning"
     trained = paths.is_done("train")
     how = "Training is done; what comes after it goes on." if trained else f"Training goes on {where}."
     with interrupt_waits(Interrupted(name)):
         paths.supervisor.unlink(missing_ok=True)  # the next one is about to start
-        events.append(paths.events, "REQUEUED", f"Run resumed by user. {longer.said if longer else ''}{how}")
-        launch.submit(paths, spec.compute)
+        events.append(paths.events, "REQUEUED", f"Run resumed by user. {note}{how}")
+        launch.submit(paths, changed.spec.compute)
     return read_run(name)
-
-
-def _with_compute(spec: RunSpec, given: object, paths: RunFolder) -> RunSpec:
-    """The spec for other devices, which make the same batches; the file that they train is written anew."""
-    try:
-        compute = Compute.parse(given)
-    except ValueError as error:
-        raise SpecError(f"compute: {error}") from None
-    if problems := launch.problems(compute):
-        raise SpecError(problems)
-    spec = replace(spec, compute=compute)
-    if paths.foundry_yaml.exists():
-        spec = same_batches(spec, paths.foundry_yaml)
-        # Prepared data is found again; the file is rendered for the new devices.
-        paths.result("prepare").unlink(missing_ok=True)
-    return spec
 
 
 def cancel_message(canceled: Sequence[str], asked: int) -> str:

@@ -19,18 +19,12 @@ from tundish.base.mlflow_client import impatient
 from tundish.base.run_folder import RunFolder, Tracking
 from tundish.base.text import size_text
 from tundish.checkpoints.save_folder import SaveFolder, remove
-from tundish.data.manifest import Prepared
-from tundish.data.prepare import prepare_guarded
-from tundish.data.report import facts
-from tundish.errors import CheckpointError, TundishError
-from tundish.model.pretrained import check_pretrained
-from tundish.model.weights import check_weights, fetch_weights
-from tundish.plan.foundry import Destination, planned_steps, render
-from tundish.plan.models import find_card
+from tundish.errors import CheckpointError, DataError, TundishError
+from tundish.model.pretrained import check_pretrained, state_of
+from tundish.plan.run_plan import RunPlan
 from tundish.plan.spec import RunSpec
-from tundish.runs.checking import job_of
-from tundish.runs.checkpoint_addresses import trained_from
 from tundish.supervise.causes import cause_of
+from tundish.supervise.preparing import finish, planned, prepare, weights_warning
 from tundish.tracking.experiment import end_tracking
 from tundish.tracking.notes import tell_files
 from tundish.tracking.publishing import Checkpoints, Publisher, channels, publish_all, wait_seconds
@@ -48,9 +42,12 @@ def main(stage: str, folder: str) -> int:
         return 0
     if stage == "canceled":
         return _canceled(paths)
-    stages = {"prepare": prepare_stage, "export": export_stage, "register": register_stage}
     try:
-        result = stages[stage](paths, RunSpec.read(paths), paths.read_tracking())
+        if stage == "prepare":
+            result = prepare_stage(paths)
+        else:
+            rest = {"export": export_stage, "register": register_stage}
+            result = rest[stage](paths, RunSpec.read(paths), paths.read_tracking())
     except TundishError as error:
         paths.write_error(stage, error.message, cause_of(error))
         return 1
@@ -74,50 +71,30 @@ def _close(paths: RunFolder, status: str) -> None:
     tell_files(paths)
 
 
-def prepare_stage(paths: RunFolder, spec: RunSpec, tracking: Tracking) -> dict[str, Any]:
-    """Training and evaluation data, and the YAML that now knows the number of rows."""
-    card = find_card(spec.model)
-    check_pretrained(spec.model)  # once more: the folder may have changed since
-    found: dict[str, Prepared] = {}
-    for split, given in (("train", spec.train_data_path), ("eval", spec.eval_data_path)):
-        if given is not None:
-            tell = _teller(paths, f"Preparing the {split} data: {{share:.0%}}.")
-            cluster, system_message = spec.data_prep_cluster_id, card.system_message
-            found[split] = prepare_guarded(given, job_of(spec), cluster, tell, system_message=system_message)
-            link = paths.data(split)
-            link.parent.mkdir(exist_ok=True)
-            link.unlink(missing_ok=True)
-            link.symlink_to(found[split].folder)
-    train = found["train"]
-    weights = None if spec.custom_weights_path is None else fetch_weights(spec.custom_weights_path)
-    if weights is not None:
-        check_weights(weights, spec.model)
-    destination = Destination(
-        save_folder=tracking.save_folder,
-        tracking_uri=tracking.tracking_uri,
-        experiment_name=tracking.experiment_name,
-        load_path=None if weights is None else str(weights),
-    )
-    write_atomic(paths.foundry_yaml, render(spec, card, paths, destination, train.rows))
-    text = " ".join(f"{split.capitalize()} data: {facts(data)}" for split, data in found.items())
-    for split, data in found.items():
-        if count := sum(len(warning["where"]) for warning in data.warnings):
-            text += f" {count:,} samples of the {split} data have warnings; `tundish validate` tells them."
-    if train.chatml_added:
-        text += " The tokenizer has no chat template; ChatML is used, and saved with the export."
-    batch_size, steps = planned_steps(spec, train.rows, train.tokens)
-    about = "about " if spec.training_duration.unit == "tok" else ""
-    text += f" A step takes {batch_size:,} row(s), the run {about}{steps:,} step(s)."
-    if weights is not None and spec.custom_weights_path is not None:
-        base = trained_from(weights, spec.custom_weights_path)
-        if base is not None and base != spec.model:
-            text += (
-                f" WARNING: the checkpoint of custom_weights_path was trained from {base}, not from {spec.model}. The "
-                "shapes of its weights match; if these are two models, vocabulary and template may not."
+def prepare_stage(run: RunFolder) -> dict[str, Any]:
+    """What the run's plan leaves to be prepared: data, custom weights on this machine, and so the plan itself.
+
+    Raises:
+        DataError: the data that the run trains on has changed, and what was prepared from it no longer exists.
+    """
+    plan = planned(run)
+    state = state_of(plan.spec.model)
+    check_pretrained(plan.spec.model)  # once more: the folder may have changed since
+    complete = prepare(plan, lambda split: _teller(run, f"Preparing the {split} data: {{share:.0%}}."))
+    if any(event.type == "TRAIN_STARTED" for event in run.read_events()):
+        _check_same_data(plan, complete)
+    return finish(run, complete.completed(model_state=state), weights_warning(complete))
+
+
+def _check_same_data(before: RunPlan, after: RunPlan) -> None:
+    """Make sure that training that has begun continues with the data that it began with."""
+    for split, part in before.data.items():
+        now = after.data[split].prepared
+        if part.prepared is not None and now is not None and part.prepared.digest != now.digest:
+            raise DataError(
+                f"{split}_data_path: {part.address}: has changed since the run began to train, and what was prepared "
+                "from it then no longer exists. Restore the data, or create a new run."
             )
-    planned = {"batch_size": batch_size, "steps": steps}
-    events.append(paths.events, "DATA_VALIDATED", text, rows=train.rows, tokens=train.tokens, **planned)
-    return {split: data.folder for split, data in found.items()} | planned
 
 
 def _teller(paths: RunFolder, text: str) -> Callable[[int, int | None], None]:

@@ -23,6 +23,7 @@ from tundish.errors import FailureCause, LockHeldError, StageError, TundishError
 from tundish.launch import launcher_of, release_devices
 from tundish.plan.spec import RunSpec
 from tundish.supervise.causes import cause_of
+from tundish.supervise.preparing import adopt, planned
 from tundish.supervise.stage_process import (
     Canceled,
     Devices,
@@ -84,9 +85,11 @@ def _run(run: RunFolder, command: Sequence[str]) -> None:
     # Waited for before the data is prepared: a run in the queue takes no CPU from the ones that train.
     devices = () if run.is_done("train") else launcher.wait_for_devices(run)
     run.add_event("STARTED", f"Run started on {os.uname().nodename}.")
+    if not run.is_done("train"):
+        planned(run)  # a run that was created before there were plans gets one
     was_registered = run.is_done("register")
     for stage in STAGES:
-        if not run.is_done(stage):
+        if not run.is_done(stage) and not (stage == "prepare" and adopt(run)):
             _run_with_retry(run, stage, Devices(command=command, visible=devices))
         if stage == "train":
             launcher.release_devices(run)  # the next run may train while this one is exported

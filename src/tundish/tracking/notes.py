@@ -17,11 +17,11 @@ from tundish.base.journal import Journal
 from tundish.base.mlflow_client import impatient, quiet, told
 from tundish.base.run_folder import RunFolder, Tracking
 from tundish.base.text import redacted
-from tundish.data.manifest import Prepared
 from tundish.errors import StoreError
 from tundish.plan.address import Address
-from tundish.plan.foundry import decided, planned_steps
+from tundish.plan.foundry import decided
 from tundish.plan.overrides import flat
+from tundish.plan.run_plan import DataPlan, RunPlan
 from tundish.plan.spec import RunSpec
 from tundish.tracking.publishing import log_params
 
@@ -31,6 +31,8 @@ MOST_CHARACTERS = 500
 """Of a param: what every MLflow server takes. `spec.json` has the whole value."""
 LOG_BYTES = 8 << 20
 """Of a log, its end."""
+COUNTS = ("samples", "tokens", "target_tokens", "rows")
+"""Of a data set, in MLflow."""
 
 
 @contextlib.contextmanager
@@ -70,19 +72,17 @@ def tell_plan(paths: RunFolder) -> None:
 
     All is written to the run's disk, and sent on with what training logs.
     """
-    spec = RunSpec.read(paths)
-    data = {split: Prepared.read(paths.data(split)) for split in ("train", "eval") if paths.data(split).exists()}
-    params = arguments_of(spec)
+    plan = RunPlan.read(paths)
+    params = arguments_of(plan.spec) | {"steps": text(plan.steps)}
     params |= {name: text(value) for name, value in decided(paths.foundry_yaml.read_text()).items()}
-    params["steps"] = text(planned_steps(spec, data["train"].rows, data["train"].tokens)[1])
-    for split, prepared in data.items():
-        counts = {name: getattr(prepared, name) for name in ("samples", "tokens", "target_tokens", "rows", "truncated")}
-        params |= {f"{split}_{name}": text(count) for name, count in counts.items()}
+    for split, part in plan.data.items():
+        if part.prepared is not None:
+            params |= {f"{split}_{name}": text(getattr(part.prepared, name)) for name in (*COUNTS, "truncated")}
     journal = Journal(paths.artifacts_journal)
     with _unimportant("the run's plan"):
         make_folder(paths.artifacts)
-        files = [_copy(file, paths.artifacts / file.name) for file in (paths.spec, paths.foundry_yaml)]
-        for record in ({"params": params}, {"inputs": _inputs(spec, data)}, *({"file": file.name} for file in files)):
+        files = [_copy(file, paths.artifacts / file.name) for file in (paths.spec, paths.plan, paths.foundry_yaml)]
+        for record in ({"params": params}, {"inputs": _inputs(plan.data)}, *({"file": file.name} for file in files)):
             journal.append(record)
 
 
@@ -119,24 +119,24 @@ def client(tracking: Tracking) -> Any:
     return MlflowClient(tracking.tracking_uri)
 
 
-def _inputs(spec: RunSpec, data: Mapping[str, Prepared]) -> list[dict[str, str]]:
+def _inputs(data: Mapping[str, DataPlan]) -> list[dict[str, str]]:
     """The data sets in MLflow's words."""
-    given = {"train": spec.train_data_path, "eval": spec.eval_data_path}
-    found: list[dict[str, str]] = []
-    for split, prepared in data.items():
-        counts = {name: getattr(prepared, name) for name in ("samples", "tokens", "target_tokens", "rows")}
-        kind, source = _source(str(given[split]))
-        found.append(
+    inputs: list[dict[str, str]] = []
+    for split, part in data.items():
+        if part.prepared is None:
+            continue
+        kind, source = _source(part.address)
+        inputs.append(
             {
                 "context": split,
-                "name": redacted(str(given[split])).rstrip("/").rpartition("/")[2][:MOST_CHARACTERS],
-                "digest": prepared.source_hash[:36],
+                "name": redacted(part.address).rstrip("/").rpartition("/")[2][:MOST_CHARACTERS],
+                "digest": part.prepared.digest[:36],
                 "source_type": kind,
                 "source": redacted(json.dumps(source)),
-                "profile": json.dumps(counts),
+                "profile": json.dumps({name: getattr(part.prepared, name) for name in COUNTS}),
             }
         )
-    return found
+    return inputs
 
 
 def _source(given: str) -> tuple[str, Mapping[str, str]]:

@@ -1,6 +1,7 @@
-"""runs/extending.py: what a longer training needs, and what is said and refused. `test_resuming.py` trains one."""
+"""runs/changing.py: what a longer training needs, and what is refused. `test_resuming.py` trains one."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from tundish import foundation_model as fm
 from tundish.base import events
 from tundish.base.files import write_atomic
 from tundish.base.run_folder import RunFolder
-from tundish.errors import RequestError, SpecError
+from tundish.errors import DataError, RequestError, SpecError
+from tundish.plan.foundry import render
+from tundish.plan.run_plan import RunPlan
 from tundish.plan.spec import RunSpec
-from tundish.runs import control, extending
+from tundish.runs import changing, control
+from tundish.supervise.preparing import adopt
 from tundish.supervise.stages import prepare_stage
 
 MakeRun = Callable[..., RunFolder]
@@ -23,7 +27,7 @@ MakeRun = Callable[..., RunFolder]
 def _finished(paths: RunFolder, batches: int) -> RunSpec:
     """Prepare the run's data, and leave what its other stages would leave, a checkpoint among it."""
     spec, tracking = RunSpec.read(paths), paths.read_tracking()
-    write_atomic(paths.result("prepare"), json.dumps(prepare_stage(paths, spec, tracking)))
+    write_atomic(paths.result("prepare"), json.dumps(prepare_stage(paths)))
     for stage in ("train", "export", "register"):
         write_atomic(paths.result(stage), "{}")
     folder = Path(tracking.save_folder) / f"ep1-ba{batches}"
@@ -42,6 +46,15 @@ def paths(make_run: MakeRun, tiny_model: Path) -> RunFolder:
     return made
 
 
+@pytest.fixture
+def submitted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What would have been started; nothing is."""
+    calls: list[Any] = []
+    monkeypatch.setattr(control, "reopen_tracking", lambda tracking: None)
+    monkeypatch.setattr(control.launch, "submit", lambda *given: calls.append(given))
+    return calls
+
+
 @pytest.mark.parametrize(
     ("given", "length", "begins"), [("4ep", "4ep", "about 75% of its peak"), ("2ba", "2ba", "about 50% of its peak")]
 )
@@ -49,14 +62,14 @@ def test_a_longer_duration_keeps_the_batches_and_says_what_the_learning_rate_doe
     paths: RunFolder, given: str, length: str, begins: str
 ) -> None:
     """The rate had fallen to 0, and would go up again without a word; or another batch size be chosen."""
-    spec = RunSpec.read(paths)
+    plan = RunPlan.read(paths)
     before = yaml.safe_load(paths.foundry_yaml.read_text())
-    found = extending.extension(spec, given, paths)
-    after = yaml.safe_load(str(found.foundry_yaml))
-    assert str(found.spec.training_duration) == after["max_duration"] == length
+    changed, note = changing.longer(plan, given, paths)
+    after = yaml.safe_load(render(changed, paths))
+    assert str(changed.spec.training_duration) == after["max_duration"] == length
     changed = {key for key in after if after[key] != before.get(key)}
     assert changed <= {"max_duration", "eval_interval", "save_interval"} and after.keys() == before.keys()
-    assert f"training_duration is {length} instead of 1ep" in found.said and begins in found.said
+    assert f"training_duration is {length} instead of 1ep" in note and begins in note
 
 
 @pytest.mark.parametrize(
@@ -81,27 +94,37 @@ def test_what_is_not_longer_is_refused_with_what_to_do(paths: RunFolder, given: 
         fm.resume("chat-1")
 
 
-@pytest.mark.parametrize("gone", ["checkpoints", "data"])
-def test_what_training_would_go_on_from_must_be_there(paths: RunFolder, gone: str) -> None:
-    """Training would begin anew under the name of the old run, or on other data."""
-    import shutil
-
-    if gone == "data":
-        paths.data("train").unlink()
-    else:
-        shutil.rmtree(paths.read_tracking().save_folder)
+def test_a_longer_training_needs_the_checkpoints(paths: RunFolder) -> None:
+    """Training would begin anew under the name of the old run."""
+    shutil.rmtree(paths.read_tracking().save_folder)
     with pytest.raises(SpecError) as error:
         fm.resume("chat-1", training_duration="2ep")
-    wanted = "custom_weights_path='" if gone == "data" else f"model='{paths.export}'"
-    assert f"Create a run with {wanted}" in error.value.message
+    assert f"Create a run with model='{paths.export}'" in error.value.message
 
 
-def test_stages_behind_the_data_are_done_again(paths: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepared_data_that_was_removed_is_prepared_again_unless_its_source_has_changed(
+    paths: RunFolder, submitted: list[Any]
+) -> None:
+    """Training would fail for want of data that can be made again, or continue on other data without a word."""
+    plan = RunPlan.read(paths)
+    events.append(paths.events, "TRAIN_STARTED", "")
+    events.append(paths.events, "COMPLETED", "")
+    facts = plan.data["train"].prepared
+    assert facts is not None
+    shutil.rmtree(facts.folder)
+    fm.resume("chat-1", training_duration="2ep")
+    assert len(submitted) == 1 and not paths.is_done("prepare") and not adopt(paths)
+    prepare_stage(paths)
+    assert RunPlan.read(paths).data == plan.data and Path(facts.folder).is_dir() and adopt(paths)
+    shutil.rmtree(facts.folder)
+    with open(plan.spec.train_data_path, "a") as file:
+        file.write(json.dumps({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}))
+    with pytest.raises(DataError, match=r"train_data_path: .* has changed since the run began to train"):
+        prepare_stage(paths)
+
+
+def test_stages_behind_the_data_are_done_again(paths: RunFolder, submitted: list[Any]) -> None:
     """The old export would be registered as the result of the longer training, or the old version be changed."""
-
-    submitted: list[Any] = []
-    monkeypatch.setattr(control, "reopen_tracking", lambda tracking: None)
-    monkeypatch.setattr(control.launch, "submit", lambda *given: submitted.append(given))
     fm.resume("chat-1", training_duration="3ep")
     assert len(submitted) == 1
     assert [paths.is_done(stage) for stage in ("prepare", "train", "export", "register")] == [True] + [False] * 3
