@@ -1,6 +1,6 @@
-"""`make bench-checkpoint`: the export against plain reading and against PyTorch's own way, and what a save costs a run.
+"""`make bench-checkpoint`: exporting against plain reading and PyTorch's own tools, and what a save costs a run.
 
-Models, checkpoints and data are made on the spot, in a scratch folder that is removed at the end (12 GB).
+Models, checkpoints and data are generated in a scratch folder (12 GB) that is removed at the end.
 """
 
 import os
@@ -23,7 +23,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "0.25B": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16},
     "1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
 }
-"""Of Llamas with four heads for keys and values and 32,768 tokens."""
+"""Llamas with four key-value heads and a vocabulary of 32,768."""
 MOST_EXTRA = 2.0e9 + 300e6
 """Bytes: one output shard and a constant."""
 STEPS_SHAPE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
@@ -49,7 +49,7 @@ class Bench:
         return {"checkpoint": str(checkpoint), "model": str(model)}
 
     def by_turns(self, size: str, *sides: str) -> list[list[Facts]]:
-        """What each side found in all its runs."""
+        """The results of all runs of each side."""
         found: list[list[Facts]] = [[] for _ in sides]
         for turn in range(self.runs):
             for number in range(len(sides))[:: -1 if turn % 2 else 1]:
@@ -102,7 +102,7 @@ def whole(bench: Bench) -> Iterator[Row]:
 
 
 def stall(bench: Bench) -> Iterator[Row]:
-    """What a save costs a run of one rank on this machine's processor."""
+    """What a save costs a run of one rank on this machine's CPU."""
     file = make_run(bench.lab.scratch, 120, STEPS_SHAPE, rows=2, save_interval=f"{INTERVAL}ba")
     found: dict[str, list[Facts]] = {"ours": [], "composer": []}
     for turn in range(bench.runs):
@@ -113,14 +113,14 @@ def stall(bench: Bench) -> Iterator[Row]:
     size = found["ours"][0]["bytes"] / (STEPS // INTERVAL) / 1e6
     times = stops["composer"] / stops["ours"]
     theirs = f"Composer's saver {stops['composer']:.2f} s"
-    yield Row(f"training stops for a save of {size:.0f} MB", f"{stops['ours']:.2f} s", theirs, f"{times:.1f}×")
+    yield Row(f"training paused for a save of {size:.0f} MB", f"{stops['ours']:.2f} s", theirs, f"{times:.1f}×")
 
 
 MEASURES: dict[int, Callable[[Bench], Iterator[Row]]] = dict(enumerate((reading, whole, stall), 1))
 
 
 def main() -> None:
-    """Run the measures that the command line names."""
+    """Run the measurements that the command line names."""
     parser = options("Benchmarks of checkpoints.", MEASURES)
     given = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="tundish-bench-"))

@@ -1,4 +1,4 @@
-"""The sides of `make bench-checkpoint`, one a process, as those of `benchmarks.sides`."""
+"""The sides of `make bench-checkpoint`, one per process, like those of `benchmarks.sides`."""
 
 import os
 import shutil
@@ -47,7 +47,7 @@ def make(folder: str, model: str) -> Facts:
 
 
 class _Drawn:
-    """The part of PyTorch's planner that a writer asks for data."""
+    """The part of PyTorch's planner that a writer gets its data from."""
 
     def resolve_data(self, item: Any) -> Any:
         import torch
@@ -71,7 +71,7 @@ def _rows(name: str, shape: tuple[int, ...], properties: Any) -> Iterator[Any]:
 
 
 def ours(checkpoint: str, model: str, out: str) -> Facts:
-    """Our export, what was written flushed to the disk and compared with the checkpoint."""
+    """Our export: written, flushed to disk and compared with the checkpoint."""
     from tundish.export.safetensors import export
 
     _import_all(model)
@@ -86,7 +86,7 @@ def ours(checkpoint: str, model: str, out: str) -> Facts:
 
 
 def plain(checkpoint: str) -> Facts:
-    """The bytes that our export reads, by plain Python: each file from its beginning, each range once."""
+    """Plain Python reading the same bytes as our export: each file from its start, each range once."""
     from tundish.model.weights import read_weights
 
     ranges = [part for tensor in read_weights(Path(checkpoint)).values() for part in tensor.parts]
@@ -129,7 +129,7 @@ def stock(checkpoint: str, model: str, out: str) -> Facts:
 
 
 def _import_all(model: str) -> None:
-    """What either side imports when it is first needed, and a tokenizer's own memory."""
+    """Import what each side imports on first use, and load a tokenizer once for its memory."""
     import safetensors.torch
     import transformers.modeling_utils
     import transformers.models.llama.modeling_llama
@@ -140,14 +140,14 @@ def _import_all(model: str) -> None:
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    """Names joined by dots again, which `make` has cut apart."""
+    """Nested keys joined by dots, as they were before `make` split them."""
     if not isinstance(content, dict):
         return {prefix[:-1]: content}
     return {name: tensor for key, below in content.items() for name, tensor in _flat(below, f"{prefix}{key}.").items()}
 
 
 def steps(file: str, saver: str, batches: int) -> Facts:
-    """For how long each save stops a run, by the saver of `ours` or `composer`; the last, awaited by all, is out."""
+    """How long each save pauses a run, for the saver `ours` or `composer`; without the last, which everything awaits."""
     from composer import Callback
     from composer.callbacks import CheckpointSaver
     from omegaconf import OmegaConf
@@ -175,7 +175,7 @@ def steps(file: str, saver: str, batches: int) -> Facts:
     trainer.close()
     written = _size(Path(cfg.save_folder))
     shutil.rmtree(cfg.save_folder)
-    # Batches without a save take next to nothing there.
+    # Batches without a save take almost no time there.
     return {"stalls": sorted(stalls[:-1])[-(batches // int(cfg.save_interval[:-2]) - 1) :], "bytes": written}
 
 
@@ -184,7 +184,7 @@ def _size(folder: Path) -> int:
 
 
 def _cool(folder: str) -> None:
-    """Let files be read from the disk, not from memory."""
+    """Drop files from the page cache, so that they are read from disk."""
     for file in Path(folder).iterdir():
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
@@ -192,7 +192,7 @@ def _cool(folder: str) -> None:
 
 
 def _reset_peak() -> int:
-    """Bytes that this process has now; its peak begins here."""
+    """Bytes that this process has now; resets its peak."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 

@@ -1,4 +1,4 @@
-"""Text to measure with: what the installed packages say of themselves, shuffled into chats and .txt files.
+"""Text to measure with: the documentation and code of installed packages, shuffled into chats and .txt files.
 
 It is real text: English prose from docstrings and READMEs, with lists, numbers, code and some other scripts, about as
 many bytes a token as chats that people write. The lock file and a seed decide it to the byte.
@@ -18,17 +18,17 @@ import orjson
 
 SEED = 2026
 PACKAGE_CHARS = 1_500_000
-"""No more than this of one package: some are written by machines, and repeat themselves."""
+"""Most that is taken from one package: generated code repeats itself."""
 PROSE_SHARE = 0.75
-"""Of the text; the rest is code, lists and tables."""
+"""Share of the text; the rest is code, lists and tables."""
 PAGE = 4_000
 """Paragraphs that are shuffled and joined at a time."""
 SIGN = re.compile(r"[^A-Za-z ]")
 SMART = str.maketrans({"'": "’", '"': "”", "*": "•"})
 LEFT_OUT = ("Copyright", "<|", "[INST]", "<s>", "</s>", "<unk>")
-"""No licences, which repeat themselves; no control tokens, which tundish and LLM Foundry take for different things."""
+"""No licenses, which repeat themselves; no control tokens, which tundish and LLM Foundry treat differently."""
 TURNS = (1,) * 11 + (2,) * 5 + (3,) * 2 + (4,) * 2
-"""Questions and answers of a chat, as often as they stand here."""
+"""Questions and answers of a chat, with the frequency that each has here."""
 
 
 def _packages() -> list[Path]:
@@ -36,7 +36,7 @@ def _packages() -> list[Path]:
 
 
 def _texts(package: Path) -> Iterator[str]:
-    """Docstrings and a piece of code of every module, and what describes the package."""
+    """Docstrings and some code of every module, and the description of the package."""
     for path in sorted(path for path in package.rglob("*") if path.name == "METADATA" or path.suffix in (".md", ".py")):
         content = path.read_text(errors="ignore")
         if path.suffix == ".py":
@@ -69,7 +69,7 @@ def _is_prose(paragraph: str) -> bool:
 
 @cache
 def paragraphs() -> list[str]:
-    """Every paragraph once, in a fixed order; of what is not prose, so much that the shares are right."""
+    """Every paragraph once, in a fixed order, with as much code, lists and tables as their share allows."""
     found = (
         part for package in _packages() for text in _some(_texts(package), PACKAGE_CHARS) for part in _paragraphs(text)
     )
@@ -82,14 +82,14 @@ def paragraphs() -> list[str]:
 
 
 class Writer:
-    """Writes messages and documents of any length, out of paragraphs in an order that never comes twice."""
+    """Writes messages and documents of any length from paragraphs, in an order that never repeats."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self._page, self._place = "", 0
 
     def text(self, median: float, sigma: float) -> str:
-        """The next text of a log-normal length; one in seven is typeset as word processors do."""
+        """The next text of a log-normal length; one in seven has the typography of word processors."""
         length = max(12, int(median * exp(self.random.gauss(0, sigma))))
         text = self._take(length).strip() or "Why?"
         return text.translate(SMART) if self.random.random() < 1 / 7 else text
@@ -117,7 +117,7 @@ class Writer:
 
 
 def write_chats(path: Path, *, chats: int | None = None, size: int | None = None) -> Path:
-    """A JSONL file of so many chats, or of at least so many bytes."""
+    """A JSONL file with the given number of chats, or at least the given number of bytes."""
     writer, written, count = Writer(SEED), 0, 0
     with open(path, "wb") as file:
         while (chats is None or count < chats) and (size is None or written < size):
@@ -127,7 +127,7 @@ def write_chats(path: Path, *, chats: int | None = None, size: int | None = None
 
 
 def write_texts(folder: Path, size: int) -> Path:
-    """A folder with folders of .txt files, so many bytes in all."""
+    """Nested folders of .txt files with the given number of bytes in all."""
     writer, number = Writer(SEED + 1), 0
     while size > 0:
         path = folder / f"{number // 256:03}" / f"{number:05}.txt"

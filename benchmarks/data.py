@@ -1,7 +1,7 @@
-"""`make bench-data`: how fast data is prepared, against LLM Foundry and against the limits of the libraries below.
+"""`make bench-data`: how fast data is prepared, against LLM Foundry and the limits of the underlying libraries.
 
-Every measure prints one row. Data is made on the spot, in a scratch folder that is removed at the end; nothing is
-downloaded. All of it takes about a quarter of an hour on two cores.
+Every measurement prints one row. Data is generated in a scratch folder that is removed at the end; nothing is
+downloaded. The whole takes about 15 minutes on two cores.
 """
 
 import argparse
@@ -24,13 +24,13 @@ PACKAGES = (
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Benchmarks of data preparation.")
     names = ", ".join(f"{number} {measure.__name__}" for number, measure in MEASURES.items())
-    parser.add_argument("--only", default="", metavar="1,3", help=f"measures to run: {names}")
+    parser.add_argument("--only", default="", metavar="1,3", help=f"measurements to run: {names}")
     parser.add_argument("--runs", type=int, default=3, help="runs of each side; medians are compared (default: 3)")
-    parser.add_argument("--cores", type=int, help="processors to use (default: all)")
-    parser.add_argument("--markdown", action="store_true", help="print the table as the README has it")
-    parser.add_argument("--no-spark", action="store_true", help="leave the Spark cluster out")
-    parser.add_argument("--memory-gb", type=float, default=2, help="size of the file for 9; 0: leave it out")
-    parser.add_argument("--scale", type=float, default=1, help="of the sizes of all other data, for trying")
+    parser.add_argument("--cores", type=int, help="CPU cores to use (default: all)")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown, for the README")
+    parser.add_argument("--no-spark", action="store_true", help="skip the Spark cluster")
+    parser.add_argument("--memory-gb", type=float, default=2, help="size of the file for 9; 0 skips it")
+    parser.add_argument("--scale", type=float, default=1, help="scale of all other data, for a quick try")
     return parser.parse_args()
 
 

@@ -21,18 +21,18 @@ from benchmarks.table import Row, promised
 
 CHATS, TEXTS_MB, SPARK_MB = 20_000, 40, 256
 LOADER_NEED = 12_000
-"""Tokens a second that one H100 trains a model of 8 billion parameters on."""
+"""Tokens per second that one H100 trains on with a model of 8 billion parameters."""
 Side = Callable[[], Facts]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The data, made when first needed, and how to measure with it."""
+    """The data, generated when first needed, and how to measure with it."""
 
     lab: Lab
     runs: int
     scale: float
-    """Of the sizes of all data; 1, but for trying."""
+    """Scales the size of all data; less than 1 for a quick try."""
     memory_gb: float
 
     @cached_property
@@ -76,11 +76,11 @@ class Bench:
         return self.lab.run("prepare", **given | more)
 
     def by_turns(self, path: str, *sides: Side) -> list[list[Facts]]:
-        """What each side found in all its runs on the same data."""
+        """The results of all runs of each side on the same data."""
         found: list[list[Facts]] = [[] for _ in sides]
         for turn in range(self.runs):
             _warm(Path(path))
-            # Who begins changes, so that what slows the machine down for a while hits both.
+            # The sides take turns in going first, so that a slow phase of the machine hits both.
             for number in range(len(sides))[:: -1 if turn % 2 else 1]:
                 found[number].append(sides[number]())
                 self.lab.clear()
@@ -105,18 +105,18 @@ def _middle(runs: Sequence[Facts], name: str = "seconds") -> float:
 
 
 def _speed(runs: Sequence[Facts]) -> float:
-    """Tokens a second."""
+    """Tokens per second."""
     return median(facts["tokens"] / facts["seconds"] for facts in runs)
 
 
 def _same(what: str, ours: int, theirs: int, *, tails: int = 0) -> None:
-    """Stop where the two sides did not do the same work; LLM Foundry drops tails that fill no row."""
+    """Stop unless both sides did the same work; LLM Foundry drops remainders that do not fill a row."""
     if abs(ours - theirs) > 0.01 * theirs + tails * CONTEXT_LENGTH:
         raise SystemExit(f"the sides are not comparable: {what}, ours {ours:,.0f} and theirs {theirs:,.0f}")
 
 
 def _times(measure: str, ours: Sequence[Facts], theirs: Sequence[Facts], least: float) -> Iterator[Row]:
-    """Two rows: seconds without imports, which the target is for, and those of the whole process."""
+    """Two rows: seconds without imports, to which the target applies, and of the whole process."""
     for name, text in (("seconds", measure), ("wall", "the same, with imports")):
         mine, other = _middle(ours, name), _middle(theirs, name)
         target = promised(other / mine >= least, f"≥ {least:g}×") if name == "seconds" else ""
@@ -131,7 +131,7 @@ def _speeds(measure: str, ours: Sequence[Facts], limit: Sequence[Facts], name: s
 
 
 def chats(bench: Bench) -> Iterator[Row]:
-    """A chat file, against LLM Foundry; the tokenizer is loaded within the time, on both sides."""
+    """A chat file, against LLM Foundry; loading the tokenizer counts on both sides."""
     theirs = partial(bench.lab.run, "foundry_chats", path=bench.chats, model=bench.llama)
     mine, other = bench.by_turns(bench.chats, bench.prepare_chats, theirs)
     _same("samples", mine[0]["samples"], other[0]["samples"])
@@ -151,7 +151,7 @@ def texts(bench: Bench) -> Iterator[Row]:
 
 
 def byte_level(bench: Bench) -> Iterator[Row]:
-    """The whole preparation of .txt files, against nothing but tiktoken."""
+    """The whole preparation of .txt files, against tiktoken alone."""
     limit = partial(bench.lab.run, "bare_tiktoken", path=bench.texts, threads=len(os.sched_getaffinity(0)))
     mine, other = bench.by_turns(bench.texts, partial(bench.prepare_texts, loaded=True), limit)
     _same("tokens", mine[0]["tokens"], other[0]["tokens"])
@@ -159,7 +159,7 @@ def byte_level(bench: Bench) -> Iterator[Row]:
 
 
 def sentencepiece(bench: Bench) -> Iterator[Row]:
-    """The whole preparation of .txt files, against nothing but tokenizers."""
+    """The whole preparation of .txt files, against tokenizers alone."""
     limit = partial(bench.lab.run, "bare_tokenizers", path=bench.texts, model=bench.mistral)
     ours = partial(bench.prepare_texts, model=bench.mistral, loaded=True)
     mine, other = bench.by_turns(bench.texts, ours, limit)
@@ -168,7 +168,7 @@ def sentencepiece(bench: Bench) -> Iterator[Row]:
 
 
 def spark(bench: Bench) -> Iterator[Row]:
-    """A larger chat file on Spark clusters with one worker and with two; one run each, session and imports counted."""
+    """A larger chat file on Spark clusters with one worker and with two; one run each; session and imports count."""
     if shutil.which("java") is None:
         yield Row("Spark, 2 workers", "left out: there is no java")
         return
@@ -184,7 +184,7 @@ def spark(bench: Bench) -> Iterator[Row]:
 
 
 def loader(bench: Bench) -> Iterator[Row]:
-    """The loader in one process, against what a GPU takes."""
+    """The loader in one process, against what a GPU consumes."""
     rows = bench.prepare_texts()["folder"]
     mine = [bench.lab.run("loader", prepared=rows, model=bench.llama) for _ in range(bench.runs)]
     bench.lab.clear()
@@ -213,7 +213,7 @@ def packing(bench: Bench) -> Iterator[Row]:
 
 
 def memory(bench: Bench) -> Iterator[Row]:
-    """Peak PSS of all processes of a preparation, above what imports and tokenizer take; one run."""
+    """Peak PSS of all processes of a preparation, above that of imports and tokenizer; one run."""
     path = bench.lab.scratch / "huge.jsonl"
     with open(path, "wb") as file:
         while file.tell() < bench.memory_gb * 1e9:

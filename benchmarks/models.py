@@ -33,7 +33,7 @@ LLAMA_TEMPLATE = r"""
 
 
 def llama_ranks_file() -> Path:
-    """The ranks of Llama 3's tokens, as tiktoken reads them."""
+    """The ranks of Llama 3's tokens, in tiktoken's form."""
     return Path(str(files("llama_models") / "llama3" / "tokenizer.model"))
 
 
@@ -61,7 +61,7 @@ def save_llama(folder: Path) -> Path:
 
 
 def save_mistral(folder: Path) -> Path:
-    """A folder with Mistral v3's tokenizer, which is one of sentencepiece."""
+    """A folder with Mistral v3's tokenizer, a SentencePiece one."""
     from transformers import LlamaTokenizerFast
 
     folder.mkdir()

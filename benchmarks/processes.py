@@ -1,4 +1,4 @@
-"""Fresh processes to measure in, their peak memory, and a Spark cluster of this machine's own."""
+"""Fresh processes to measure in, their peak memory, and a Spark cluster on this machine."""
 
 import os
 import shutil
@@ -22,14 +22,14 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True, slots=True)
 class Lab:
-    """A scratch folder in which sides run, and what they see of this machine."""
+    """A scratch folder in which sides run, and the part of this machine that they may use."""
 
     scratch: Path
     sides: str = "benchmarks.sides"
     """The module that serves them."""
 
     def run(self, side: str, *, watch: bool = False, **arguments: Any) -> Facts:
-        """What a side finds in a process of its own; `wall` seconds from start to end; if watched, `peak` bytes."""
+        """The result of a side in a process of its own, with `wall` seconds and, if watched, `peak` bytes."""
         home = Path(self.fresh("run-"))
         result = home / "result.json"
         command = [sys.executable, "-m", self.sides, side, orjson.dumps(arguments).decode(), str(result)]
@@ -55,7 +55,7 @@ class Lab:
         return str(folder)
 
     def clear(self) -> None:
-        """Remove what runs have left."""
+        """Remove the files of earlier runs."""
         for folder in self.scratch.glob("run-*"):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -67,7 +67,7 @@ class Lab:
 
 @contextmanager
 def _peak(process: int, *, wanted: bool) -> Iterator[list[int]]:
-    """Fills a list with the PSS of a process and all that it has started, summed up, ten times a second."""
+    """Samples the total PSS of a process and its descendants ten times per second."""
     found, over = list[int](), threading.Event()
 
     def watch() -> None:
@@ -122,7 +122,7 @@ def spark_cluster(folder: Path, workers: int) -> Iterator[str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
+    """A free port."""
     import socket
 
     with socket.socket() as probe:

@@ -1,6 +1,6 @@
-"""`make bench-runs`: what run control costs: starting, listing, accepting a run, and supervising it.
+"""`make bench-runs`: what run control costs: starting, listing, accepting and supervising runs.
 
-Each figure is one of a fresh process, so nothing is warm but the disk.
+Each figure comes from a fresh process, so that nothing but the disk cache is warm.
 """
 
 import json
@@ -23,7 +23,7 @@ FOLDERS = 10_000
 DAMAGED = 100
 BYTES = 100_000_000
 CLOCK = "import os, sys, time; start = time.perf_counter(); {}; print(time.perf_counter() - start)"
-# What create() does after MLflow and its database were imported: by a run before it, in the same process.
+# The second create() is measured: the first one has imported MLflow and created its database.
 CREATE = """
 import json, os, sys, time
 from mlflow import MlflowClient
@@ -68,7 +68,7 @@ class Bench:
     runs: int
 
     def ask(self, script: str, home: str, *arguments: str) -> Any:
-        """What a script in a process of its own prints last."""
+        """The last line that a script prints in a process of its own."""
         environment = {**os.environ, "TUNDISH_HOME": str(self.scratch / home), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-W", "ignore", "-c", script, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, cwd=self.scratch)
@@ -80,7 +80,7 @@ class Bench:
 
 
 def start(bench: Bench) -> Iterator[Row]:
-    """Interpreter included: that is what people wait for."""
+    """Includes the interpreter's start: that is what people wait for."""
     for what, command in (
         ("import tundish", [sys.executable, "-c", "import tundish"]),
         ("tundish --help", [sys.executable, "-m", "tundish", "--help"]),
@@ -94,7 +94,7 @@ def start(bench: Bench) -> Iterator[Row]:
 
 
 def listing(bench: Bench) -> Iterator[Row]:
-    """Run folders as runs leave them, copies of one; the newest are damaged, each in one of four ways."""
+    """Copies of one run's folder; the newest are damaged, each in one of four ways."""
     _folders(bench.scratch / "many")
     ready = "from tundish import foundation_model as fm; fm.get_models(); start = time.perf_counter(); "
     for what, call, limit in (
@@ -104,7 +104,7 @@ def listing(bench: Bench) -> Iterator[Row]:
             1.0,
         ),
         ("list(limit=200) of them: 100 damaged, 100 others", "fm.list(limit=200)", 1.0),
-        ("list(statuses=['QUEUED']), which looks at all of them", "fm.list(statuses=['QUEUED'])", None),
+        ("list(statuses=['QUEUED']), which reads all of them", "fm.list(statuses=['QUEUED'])", None),
         ("get() of one of them", "fm.get('ift-tiny-000017')", None),
     ):
         taken = bench.seconds(ready + call, "many")
@@ -121,12 +121,12 @@ def accepting(bench: Bench) -> Iterator[Row]:
     arguments: dict[str, Any] = {"small": given.pop("train_data_path"), "large": str(large), **given}
     taken = median(bench.ask(CREATE, "create", json.dumps(arguments)) for _ in range(bench.runs))
     size = f"{large.stat().st_size / 1e6:.0f} MB of JSONL"
-    measure = f"create() with {size}, imports of MLflow left out"
+    measure = f"create() with {size}, importing MLflow left out"
     yield Row(measure, f"{taken:.2f} s", target=promised(taken <= 3, "≤ 3 s"))
 
 
 def supervising(bench: Bench) -> Iterator[Row]:
-    """A whole run; its supervisor's own processor time while it trains, and its memory at most."""
+    """A whole run: its supervisor's own CPU time while it trains, and its peak memory."""
     given = {**_arguments(bench.scratch, chats=600), "training_duration": "150ba"}
     found = bench.ask(SUPERVISE, "supervise", json.dumps(given))
     share, peak = found["used"] / found["seconds"], found["peak"] / 1e6
@@ -153,7 +153,7 @@ def _folders(home: Path) -> None:
     model = RunFolder(home / "model")
     model.folder.mkdir(parents=True)
     for type in types:
-        events.append(model.events, type, "What happened, in about as many words as runs have for it.")
+        events.append(model.events, type, "A message of about the usual length of events.")
     for number in range(FOLDERS):
         name = f"ift-tiny-{number:06d}"
         paths = RunFolder(home / "runs" / name)
@@ -170,8 +170,8 @@ def _folders(home: Path) -> None:
         if number >= FOLDERS - DAMAGED:
             file = (paths.spec, paths.events, paths.result("tracking"), paths.supervisor)[number % 4]
             file.write_text('{"launcher": "lo')
-            if file == paths.supervisor:  # which is read of runs that have not ended
-                events.append(paths.events, "REQUEUED", "It goes on.")
+            if file == paths.supervisor:  # read only if the run has not ended
+                events.append(paths.events, "REQUEUED", "It continues.")
 
 
 def _arguments(scratch: Path, chats: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _import_all() -> None:
-    """What preparation imports when it is first needed."""
+    """Import what preparation imports on first use."""
     import jinja2
     import joblib
     import streaming
@@ -38,7 +38,7 @@ def _import_all() -> None:
 
 
 def prepare(path: str, model: str, task: str, *, loaded: bool = False, cluster: str | None = None) -> Facts:
-    """Our preparation; `loaded`: with the tokenizer in memory, and its proof done."""
+    """Our preparation; `loaded`: with the tokenizer in memory and its ids already checked."""
     from tundish.data.encoding import Job
     from tundish.data.opening import open_source
     from tundish.data.prepare import prepare as prepare_data
@@ -60,7 +60,7 @@ def prepare(path: str, model: str, task: str, *, loaded: bool = False, cluster: 
 
 
 def memory_of(process: int) -> int:
-    """PSS of a process in bytes: its own memory, and its part of what it shares; 0 once it is gone."""
+    """PSS of a process in bytes: its own memory and its part of shared memory; 0 if it no longer exists."""
     import psutil
 
     try:
@@ -102,7 +102,7 @@ def foundry_texts(path: str, model: str, processes: int) -> Facts:
 
 
 def _written(folder: Path) -> int:
-    """Rows of an MDS folder; those that merge others point to them."""
+    """Rows of an MDS folder, and of the folders that its index merges."""
     return sum(shard["samples"] for shard in orjson.loads((folder / "index.json").read_bytes())["shards"])
 
 
@@ -111,7 +111,7 @@ def _read(path: str) -> list[str]:
 
 
 def bare_tiktoken(path: str, threads: int) -> Facts:
-    """The limit for byte-level tokenizers: tiktoken on texts that are in memory."""
+    """The limit for byte-level tokenizers: tiktoken on texts in memory."""
     from benchmarks.models import llama_encoding
 
     texts, encoding = _read(path), llama_encoding()
@@ -120,7 +120,7 @@ def bare_tiktoken(path: str, threads: int) -> Facts:
 
 
 def bare_tokenizers(path: str, model: str) -> Facts:
-    """The limit for all others: tokenizers on texts that are in memory."""
+    """The limit for all others: tokenizers on texts in memory."""
     from tokenizers import Tokenizer
 
     texts, tokenizer = _read(path), Tokenizer.from_file(str(Path(model) / "tokenizer.json"))

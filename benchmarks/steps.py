@@ -25,7 +25,7 @@ TENSORS = ("input_ids", "labels", "position_ids", "segment_ids")
 
 
 def _clock_type() -> Any:
-    """The type of a callback that notes when each step ended, and the tokens of its batch."""
+    """A callback class that records when each step ended, and the tokens of its batch."""
     from composer import Callback, Logger, State
 
     class Clock(Callback):
@@ -43,7 +43,7 @@ def _clock_type() -> Any:
 
 
 def _speeds(clock: Any, skip: int) -> Facts:
-    """Tokens and targets a second of all steps but the first `skip`, waits for the loader included."""
+    """Tokens and targets per second of all steps after the first `skip`, including waits for the loader."""
     seconds = clock.times[-1] - clock.times[skip - 1]
     return {"seconds": seconds, "tokens": sum(clock.tokens[skip:]), "targets": sum(clock.targets[skip:])}
 
@@ -71,7 +71,7 @@ def foundry(file: str) -> Facts:
     from llmfoundry.registry import callbacks
     from omegaconf import OmegaConf
 
-    os.chdir(tempfile.mkdtemp())  # it leaves files where it runs
+    os.chdir(tempfile.mkdtemp())  # it writes files to the working directory
     kind = _clock_type()
     callbacks.register("clock", func=kind)
     trainer = train(OmegaConf.load(file))  # pyright: ignore[reportArgumentType]
@@ -92,14 +92,14 @@ def by_turns(file: str, epochs: int) -> Facts:
         return _speeds(clock, 1)
 
     sides = {"ours": epoch, "bare": bare.epoch}
-    # Who begins changes, so that what slows the machine down for a while hits both.
+    # The sides take turns in going first, so that a slow phase of the machine hits both.
     found = [{name: sides[name]() for name in sorted(sides, reverse=bool(turn % 2))} for turn in range(epochs + 1)]
     trainer.close()
     return {"epochs": found[1:]}
 
 
 class Bare:
-    """A loop of nothing but PyTorch: the same model, batches, microbatches, masks, loss and optimizer."""
+    """A plain PyTorch loop: the same model, batches, microbatches, masks, loss and optimizer."""
 
     def __init__(self, cfg: Mapping[str, Any]) -> None:
         from llmfoundry.optim import DecoupledLionW
@@ -116,7 +116,7 @@ class Bare:
         self.loader = build_packed_dataloader(tokenizer, size, cfg["train_loader"]["dataset"]).dataloader
 
     def epoch(self) -> Facts:
-        """Train an epoch; tokens a second of all steps but the first."""
+        """Train an epoch; tokens per second of all steps but the first."""
         times, tokens, targets = list[float](), list[int](), list[int]()
         for batch in self.loader:
             tokens.append(sum(batch["total_tokens"]))

@@ -1,4 +1,4 @@
-"""How results are printed: one row a measure, on a terminal or as the README has it."""
+"""How results are printed: one row per measurement, for a terminal or as the README's Markdown."""
 
 import argparse
 import importlib.metadata
@@ -26,7 +26,7 @@ class Row:
 
 
 def machine(cores: int, packages: Sequence[str]) -> str:
-    """What is measured on: processor, and the versions of what takes part."""
+    """The CPU, and the versions of the packages that take part."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
@@ -34,7 +34,7 @@ def machine(cores: int, packages: Sequence[str]) -> str:
 
 
 def show(measures: Mapping[int, Callable[[], Iterator[Row]]], names: Mapping[int, str], *, markdown: bool) -> None:
-    """Run the measures and print their rows as they come."""
+    """Run the measurements and print each row when it is ready."""
     print(_line(HEAD, markdown=markdown))
     if markdown:
         print(_line(["---"] * len(HEAD), markdown=True))
@@ -46,17 +46,17 @@ def show(measures: Mapping[int, Callable[[], Iterator[Row]]], names: Mapping[int
 
 
 def options(description: str, measures: Mapping[int, Callable[..., Any]]) -> argparse.ArgumentParser:
-    """The command line that benchmarks have in common."""
+    """The command line that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description)
     names = ", ".join(f"{number} {measure.__name__}" for number, measure in measures.items())
-    parser.add_argument("--only", default="", metavar="1,3", help=f"measures to run: {names}")
+    parser.add_argument("--only", default="", metavar="1,3", help=f"measurements to run: {names}")
     parser.add_argument("--runs", type=int, default=3, help="runs of each side; medians are compared (default: 3)")
-    parser.add_argument("--markdown", action="store_true", help="print the table as the README has it")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown, for the README")
     return parser
 
 
 def show_chosen(measures: Mapping[int, Callable[..., Iterator[Row]]], bench: Any, given: argparse.Namespace) -> None:
-    """Run and print the measures that the command line names."""
+    """Run and print the measurements that the command line names."""
     wanted = [int(number) for number in given.only.split(",") if number] or list(measures)
     names = {number: measure.__name__ for number, measure in measures.items()}
     show({number: partial(measures[number], bench) for number in wanted}, names, markdown=given.markdown)

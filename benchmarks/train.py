@@ -1,6 +1,6 @@
-"""`make bench-train`: how fast a step is, against a bare PyTorch loop and against stock LLM Foundry.
+"""`make bench-train`: how fast a training step is, against a bare PyTorch loop and stock LLM Foundry.
 
-Model, tokenizer and data are made on the spot, in a scratch folder that is removed at the end.
+Model, tokenizer and data are generated in a scratch folder that is removed at the end.
 """
 
 import json
@@ -23,7 +23,7 @@ from benchmarks.table import Row, machine, options, promised, show_chosen
 
 PACKAGES = ("tundish", "llm-foundry", "mosaicml", "transformers", "torch", "numpy")
 LEAST_SHARE = 0.95
-"""Of a bare loop's tokens a second."""
+"""Of a bare loop's tokens per second."""
 SHAPE: Mapping[str, int] = {
     "hidden_size": 192,
     "intermediate_size": 512,
@@ -121,7 +121,7 @@ def bare(bench: Bench) -> Iterator[Row]:
     bench.lab.clear()
     ours, theirs = (median(_speed(each[side], "tokens") for each in epochs) for side in ("ours", "bare"))
     share = median(_speed(each["ours"], "tokens") / _speed(each["bare"], "tokens") for each in epochs)
-    measure, other = f"tokens a second, rows of {CONTEXT_LENGTH}", f"bare PyTorch loop {theirs:,.0f}"
+    measure, other = f"tokens per second, rows of {CONTEXT_LENGTH}", f"bare PyTorch loop {theirs:,.0f}"
     met = promised(share >= LEAST_SHARE, f"≥ {LEAST_SHARE}")
     yield Row(measure, f"{ours:,.0f}", other, f"{share:.2f}", met)
 
