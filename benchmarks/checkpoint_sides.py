@@ -147,7 +147,7 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def steps(file: str, saver: str, batches: int) -> Facts:
-    """How long each save pauses a run, for the saver `ours` or `composer`; without the last, which everything awaits."""
+    """How long each save pauses a run, for the saver `ours` or `composer`; without the last."""
     from composer import Callback
     from composer.callbacks import CheckpointSaver
     from omegaconf import OmegaConf
