@@ -1,4 +1,4 @@
-"""What all tests share: a clean environment, tiny models made on the spot, and run folders written by hand."""
+"""What all tests share: a clean environment, tiny models made during the test, and run folders without processes."""
 
 import json
 import os
@@ -18,16 +18,16 @@ import pytest
 import requests
 from hypothesis import configuration, settings
 
-# The same examples in every run, and nothing kept in the checkout; the machine may be busy with other things.
+# The same examples in every run, nothing written to the checkout, and no deadline: the machine may be busy.
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis-of-tundish")
 settings.register_profile("tundish", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("tundish")
 
-# Read by huggingface_hub and torch when they are imported, which may be before the first test.
+# huggingface_hub and torch read these when they are imported, which may be before the first test.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-# A shell that starts the tests in the background lets them ignore Ctrl-C, and so all that they start.
+# Started in the background by a shell, the tests and all their processes would ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY_CONFIG: dict[str, Any] = {
@@ -73,7 +73,7 @@ CHAT_TEMPLATES = {
         "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] | trim }}\n\n{% endfor %}"
         "{% if add_generation_prompt %}### assistant:\n{% endif %}"
     ),
-    # As reasoning models have it: what was thought is left out of all turns but the last.
+    # As in reasoning models: thoughts are left out of all turns but the last.
     "think": (
         "{% for m in messages %}{% set text = m['content'] %}"
         "{% if m['role'] == 'assistant' and not loop.last and '</think>' in text %}"
@@ -93,8 +93,8 @@ SaveTokenizer = Callable[..., Path]
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`$TUNDISH_HOME` of this test, not created; no other setting of the machine reaches the test."""
-    # What a test sets itself, by create(), does not reach the next one either.
+    """`$TUNDISH_HOME` of this test, not created. No settings of the machine reach the test."""
+    # Variables that create() sets during a test do not reach the next test.
     for name in {"MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "TUNDISH_SET_MLFLOW_TRACKING_URI", *os.environ}:
         if "MLFLOW_" in name:
             monkeypatch.setenv(name, "")
@@ -111,7 +111,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """Address of an MLflow server on this machine, and the folder in which it keeps artifacts."""
+    """Address of a local MLflow server, and the folder of its artifacts."""
     folder = tmp_path_factory.mktemp("mlflow-server")
     artifacts = folder / "artifacts"
     artifacts.mkdir()
@@ -125,7 +125,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[st
 
 
 class MLflowServer:
-    """An MLflow server that is stopped and started again at the same address."""
+    """An MLflow server that can be stopped and started again at the same address."""
 
     def __init__(self, folder: Path, serving: Callable[..., AbstractContextManager[None]]) -> None:
         with socket.socket() as free:
@@ -139,7 +139,7 @@ class MLflowServer:
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         self._running.enter_context(self._serving(command, self.port, self.folder / "log"))
-        end = time.monotonic() + 120  # it listens before it answers
+        end = time.monotonic() + 120  # its port is open before it answers
         while not self._answers():
             assert time.monotonic() < end, (self.folder / "log").read_text()
             time.sleep(0.2)
@@ -158,20 +158,20 @@ class MLflowServer:
 def mlflow_that_goes(
     tmp_path: Path, serving: Callable[..., AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[MLflowServer]:
-    """A server that the test stops and starts; MLflow's settings name it."""
+    """A server that the test can stop and start; it is MLflow's tracking URI."""
     folder = tmp_path / "server"
     folder.mkdir()
-    found = MLflowServer(folder, serving)
-    found.start()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", found.uri)
+    server = MLflowServer(folder, serving)
+    server.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    yield found
-    found.stop()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """Endpoint and log of an S3 server: a process of its own, as delta-rs holds the interpreter while it waits."""
+    """Endpoint and log of an S3 server, in a process of its own: delta-rs holds the GIL while it waits."""
     from tests.s3 import ENVIRONMENT, PAGE
 
     with socket.socket() as free:
@@ -186,7 +186,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, P
 
 @pytest.fixture
 def bucket(s3_server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An empty bucket; the environment names its server."""
+    """An empty bucket, with its server and credentials in the environment."""
     import boto3
     from tests.s3 import ENVIRONMENT, Bucket
 
@@ -202,16 +202,16 @@ def bucket(s3_server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(scope="session")
 def serving() -> Callable[..., AbstractContextManager[None]]:
-    """Runs a server while a block lasts: `with serving(command, port, log): …`."""
+    """Runs a server during a block: `with serving(command, port, log): …`."""
     return _serving
 
 
 @contextmanager
 def _serving(command: Sequence[str], port: int, log: Path, settings: Mapping[str, str] = {}) -> Iterator[None]:
-    """A server process and its children, there until the block ends; entered when its port answers."""
+    """Run a server and its children until the block ends; the block begins when its port answers."""
     import psutil
 
-    # MLflow starts gunicorn and uvicorn by their names.
+    # MLflow finds gunicorn and uvicorn on PATH.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with open(log, "w") as out:
         process = subprocess.Popen(
@@ -239,7 +239,7 @@ def _serving(command: Sequence[str], port: int, log: Path, settings: Mapping[str
 
 @pytest.fixture
 def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that is accepted by mistake fails the test instead of training."""
+    """Fails the test if a run is accepted, instead of training it."""
     from tundish.runs import creating
 
     def refuse(*_: object) -> None:
@@ -251,7 +251,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def config_folder(tmp_path: Path) -> Path:
-    """A Hugging Face folder with nothing but a config.json: enough for planning."""
+    """A Hugging Face folder with only a config.json, which is enough for planning."""
     folder = tmp_path / "tiny"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(TINY_CONFIG))
@@ -260,7 +260,7 @@ def config_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def write_lines() -> WriteLines:
-    """Writes a JSONL file; a record that is text already is written as it stands."""
+    """Writes a JSONL file; records that are strings are written unchanged."""
 
     def write(path: Path, records: Iterable[object]) -> Path:
         lines = [record if isinstance(record, str) else json.dumps(record, ensure_ascii=False) for record in records]
@@ -272,7 +272,7 @@ def write_lines() -> WriteLines:
 
 @pytest.fixture
 def arguments(tiny_model: Path, tmp_path: Path, write_lines: WriteLines) -> dict[str, Any]:
-    """Arguments of `create()` in which nothing is wrong."""
+    """Valid arguments of `create()`."""
     chat = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
     data = write_lines(tmp_path / "train.jsonl", [chat] * 3)
     return {"model": str(tiny_model), "train_data_path": str(data), "register_to": "main.lab"}
@@ -280,7 +280,7 @@ def arguments(tiny_model: Path, tmp_path: Path, write_lines: WriteLines) -> dict
 
 @pytest.fixture
 def make_run(arguments: dict[str, Any]) -> MakeRun:
-    """Writes the folder of a run that nothing supervises: `make_run(name, ("STARTED", "…"), …, created_at=…)`."""
+    """Writes the folder of a run without processes: `make_run(name, ("STARTED", "…"), …, created_at=…)`."""
     from tundish.base import events
     from tundish.base.files import write_atomic
     from tundish.base.run_folder import RunFolder
@@ -314,12 +314,12 @@ def make_run(arguments: dict[str, Any]) -> MakeRun:
 
 @pytest.fixture(scope="session")
 def save_tokenizer() -> SaveTokenizer:
-    """Saves a byte-level BPE tokenizer of 384 tokens into a folder; `bos` makes it begin texts as Llama's does."""
+    """Saves a byte-level BPE tokenizer of 384 tokens; with `bos` it starts texts with <s>, as Llama's does."""
     import importlib
 
     from transformers import PreTrainedTokenizerFast
 
-    # Its type stubs know few of its arguments.
+    # Its type stubs lack most arguments.
     parts: Any = importlib.import_module("tokenizers")
 
     def save(folder: Path, *, chat_template: str | None = None, bos: bool = False) -> Path:
@@ -369,7 +369,7 @@ def bare_model(tmp_path_factory: pytest.TempPathFactory, save_tokenizer: SaveTok
 
 @pytest.fixture(scope="session")
 def chat_templates() -> dict[str, str]:
-    """Chat templates by name: those of the model families, and some that are odd."""
+    """Chat templates by name: those of the model families, and some unusual ones."""
     return CHAT_TEMPLATES
 
 
@@ -384,7 +384,7 @@ def _shipped(package: str, file: str) -> Path:
 
 @pytest.fixture(scope="session")
 def llama3_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tokenizer of Llama 3, and a template that differs from Llama 3.1's own in tools alone."""
+    """A folder with the tokenizer of Llama 3 and the template of Llama 3.1 without its parts for tools."""
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -415,7 +415,7 @@ def llama3_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mistral_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tokenizer of Mistral v3, made of SentencePiece's file, and an [INST] template."""
+    """A folder with the tokenizer of Mistral v3, from its SentencePiece file, and an [INST] template."""
     import shutil
     import warnings
 
@@ -426,7 +426,7 @@ def mistral_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary = folder / "tokenizer.model"
     shutil.copy(_shipped("mistral_common", "data/mistral_instruct_tokenizer_240323.model.v3"), vocabulary)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SentencePiece's types, made by SWIG
+        warnings.simplefilter("ignore")  # SWIG's types in SentencePiece
         tokenizer = LlamaTokenizerFast(vocab_file=str(vocabulary), legacy=False)
     tokenizer.chat_template = CHAT_TEMPLATES["mistral"]
     tokenizer.save_pretrained(folder)

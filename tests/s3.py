@@ -1,4 +1,4 @@
-"""A bucket of the S3 server that tests run (its fixtures are in conftest.py)."""
+"""A bucket of the tests' S3 server (fixtures in conftest.py)."""
 
 import re
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Bucket:
     name: str
     client: Any
     log: Path
-    """Where the server writes a line for each request."""
+    """The server's log, with one line per request."""
 
     def uri(self, key: str) -> str:
         return f"s3://{self.name}/{key}"

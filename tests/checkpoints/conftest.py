@@ -1,4 +1,4 @@
-"""Checkpoints as PyTorch writes them, and what an attacker would put into them."""
+"""Checkpoints as PyTorch writes them, and payloads that an attacker would put into them."""
 
 import io
 import os
@@ -16,7 +16,7 @@ PutEntry = Callable[[Path, str, bytes], None]
 
 
 class RunsCode:
-    """Makes a file when it is unpickled, as an attacker's payload would."""
+    """Creates a file when it is unpickled, like an attacker's payload."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -27,13 +27,13 @@ class RunsCode:
 
 @pytest.fixture
 def runs_code(tmp_path: Path) -> RunsCode:
-    """A payload, and the file that it makes as `.marker`."""
+    """A payload; `.marker` is the file that it creates."""
     return RunsCode(tmp_path / "ran")
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A checkpoint as PyTorch writes it, in `ep1-ba10`, with three tensors and two entries that are none."""
+    """A checkpoint as PyTorch writes it, in `ep1-ba10`, with three tensors and two other entries."""
     import torch
     import torch.distributed.checkpoint as dcp
 
@@ -68,7 +68,7 @@ def change() -> Change:
 
 @pytest.fixture
 def put_entry(change: Change) -> PutEntry:
-    """`put_entry(folder, name, content)`: what an entry's bytes are; the metadata agrees with them."""
+    """`put_entry(folder, name, content)`: replaces the bytes of an entry and adapts the metadata."""
 
     def put(folder: Path, name: str, content: bytes) -> None:
         shard = folder / f"__9_{len(list(folder.iterdir()))}.distcp"
@@ -85,7 +85,7 @@ def put_entry(change: Change) -> PutEntry:
 
 
 def _trim(folder: Path, metadata: Any) -> None:
-    """Let every file end where its last entry does."""
+    """Cut every file after its last entry."""
     ends: dict[str, int] = {}
     for info in metadata.storage_data.values():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
@@ -95,7 +95,7 @@ def _trim(folder: Path, metadata: Any) -> None:
 
 @pytest.fixture
 def state() -> Callable[[], dict[str, Any]]:
-    """Makes the state dict that `checkpoint` is loaded into."""
+    """Creates the state dict that `checkpoint` is loaded into."""
     import torch
 
     def make() -> dict[str, Any]:
@@ -122,7 +122,7 @@ def archived() -> Callable[[Any], bytes]:
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    """What allocates before it has checked fails here, instead of taking the machine's memory."""
+    """Limits memory, so that code that allocates before it checks fails here."""
     import torch.distributed.checkpoint  # noqa: F401  its libraries are mapped before the limit
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

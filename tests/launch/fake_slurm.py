@@ -1,4 +1,4 @@
-"""Slurm's commands for tests, where there is no Slurm: jobs are processes of this machine, of one node.
+"""Slurm's commands for tests without Slurm: jobs are processes of this machine, on one node.
 
 `install` puts them into a folder; the folder `$FAKE_SLURM` holds the jobs. What a test writes there changes what they
 say: `pending` keeps jobs from starting, `down` makes the controller away, `states/<job>` is what squeue says of a job,
@@ -16,7 +16,7 @@ NAMES = ("sbatch", "squeue", "scancel", "scontrol", "sacct")
 
 
 def install(folder: Path) -> None:
-    """Make the commands in a folder, for PATH."""
+    """Write the commands to a folder, for PATH."""
     folder.mkdir()
     for name in NAMES:
         (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {name} "$@"\n')
@@ -54,7 +54,7 @@ def sbatch(home: Path, arguments: list[str]) -> int:
     pid = 0
     if not (home / "pending").exists():
         with open(home / f"{job}.log", "wb") as log:
-            # Nobody's child: it is gone when it has ended.
+            # No child of ours: it disappears when it exits.
             shell = f"setsid bash {str(script)!r} & echo $! > {home}/{job}.pid"
             subprocess.run(["bash", "-c", shell], env=environment, stdout=log, stderr=log, check=True)
         pid = int((home / f"{job}.pid").read_text())
@@ -80,7 +80,7 @@ def squeue(home: Path, arguments: list[str]) -> int:
 
 
 def scancel(home: Path, arguments: list[str]) -> int:
-    """Send the signal, SIGTERM without one; a job that waits is gone."""
+    """Send the signal, by default SIGTERM; a waiting job is removed."""
     job = arguments[-1]
     names = [argument.partition("=")[2] for argument in arguments if argument.startswith("--signal=")]
     pid = _jobs(home)[job]["pid"]
@@ -96,13 +96,13 @@ def scancel(home: Path, arguments: list[str]) -> int:
 
 
 def sacct(home: Path, arguments: list[str]) -> int:
-    """There is no accounting."""
+    """Fail as without accounting."""
     print("Slurm accounting storage is disabled", file=sys.stderr)
     return 1
 
 
 def scontrol(home: Path, arguments: list[str]) -> int:
-    """Note that a job was put back."""
+    """Record that a job was requeued."""
     (home / "requeued").write_text(arguments[-1])
     return 0
 

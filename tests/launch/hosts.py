@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with addresses of their own, on one bridge."""
+"""Two hosts on one machine: network namespaces with their own addresses on one bridge."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
 def can() -> bool:
-    """Whether this machine lets us make hosts."""
+    """Whether this machine allows network namespaces."""
     return os.geteuid() == 0 and shutil.which("ip") is not None and _ip("link", "show", check=False) == 0
 
 
@@ -23,7 +23,7 @@ def _ip(*arguments: str, check: bool = True) -> int:
 
 @contextmanager
 def two_hosts() -> Iterator[None]:
-    """They are there while the block lasts: `host0` and `host1`, which reach each other, and nothing else."""
+    """Create `host0` and `host1`, which reach only each other, for the length of the block."""
     _remove()
     try:
         _ip("link", "add", BRIDGE, "type", "bridge")
@@ -49,13 +49,13 @@ def _remove() -> None:
 
 
 def cut(number: int) -> None:
-    """Pull a host's cable."""
+    """Disconnect a host."""
     _ip("link", "set", f"cable{number}", "down")
 
 
 @contextmanager
 def on_hosts(commands: Sequence[Sequence[str]], folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Run a command on each host, with shared memory of its own; what is left when the block ends is killed."""
+    """Run a command on each host, with its own shared memory; kill what is left when the block ends."""
     running: list[subprocess.Popen[bytes]] = []
     try:
         for number, command in enumerate(commands):

@@ -1,4 +1,4 @@
-"""A real Slurm on this machine: its controller and two nodes on loopback, with state, keys and ports of its own."""
+"""A real Slurm on this machine: controller and two nodes on loopback, with their own state, keys and ports."""
 
 import os
 import platform
@@ -49,18 +49,18 @@ PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> list[str]:
-    """Programs that the cluster needs and this machine does not have."""
+    """Programs that the cluster needs and this machine lacks."""
     return [name for name in COMMANDS if shutil.which(name, path=_path()) is None]
 
 
 def _path() -> str:
-    """Debian has the daemons where only root looks."""
+    """PATH with the folders of Debian's daemons, which only root has on it."""
     return os.environ["PATH"] + ":/usr/sbin:/sbin"
 
 
 @contextmanager
 def slurm_cluster(state: Path) -> Iterator[Path]:
-    """A cluster of two nodes while the block lasts; gives the path for SLURM_CONF."""
+    """Run a cluster of two nodes for the length of the block; yields the path for SLURM_CONF."""
     for name in ("controller", "spool", "log", "munge"):
         (state / name).mkdir(parents=True)
         (state / name).chmod(0o755)

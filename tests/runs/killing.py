@@ -1,4 +1,4 @@
-"""Kills that are spread over a whole run, and what must hold after each of them."""
+"""Kills spread over a whole run, and what must hold after each of them."""
 
 import random
 import time
@@ -17,9 +17,9 @@ from tundish.supervise.supervisor import STAGES
 
 MOMENTS = ("created", "prepare", "load", "train", "save", "export", "register", "end")
 TARGETS = ("supervisor", "stage", "one", "all")
-"""Who is killed; `one` is a rank while ranks live, else a process that has started no other."""
+"""What is killed; `one` is a rank while ranks live, else a process that has started no other."""
 SLACK_SECONDS = 5.0
-"""For the kernel to end what has lost its parent."""
+"""For the kernel to end processes that lost their parent."""
 WAIT_SECONDS = 240.0
 
 
@@ -50,13 +50,13 @@ class Victim:
     seconds: dict[str, float]
     rng: random.Random
     check: Callable[[RunFolder], None]
-    """Called after each kill: what can be seen is whole."""
+    """Called after each kill: everything visible must be complete."""
     rows: list[Row] = field(default_factory=list[Row])
     _since: int = 0
     _seen: float = 0.0
 
     def kill(self, moment: str, target: str) -> None:
-        """Kill at the moment, look, and go on."""
+        """Kill at the chosen moment, check, and continue."""
         self._await(moment)
         where, before = self._where(), events.read(self.paths.events)
         family = self._family()
@@ -75,7 +75,7 @@ class Victim:
         self.rows.append(Row(self.devices, where, name, status, then))
 
     def _await(self, moment: str) -> None:
-        """Until the run is there; its progress decides, then a random part of the usual duration."""
+        """Wait until the run gets there, then for a random part of the usual duration."""
         number = self.rng.randint(1, 2)
         wait_until(lambda: self._reached(moment, number), WAIT_SECONDS, pause=0.002)
         self._seen = time.monotonic()
@@ -101,7 +101,7 @@ class Victim:
                 return done[{"export": "train", "register": "export", "end": "register"}[moment]]
 
     def _is_over(self, moment: str) -> bool:
-        """The machine is quicker now than when the durations were measured."""
+        """The machine is faster now than when the durations were measured."""
         if moment == "load":
             return "TRAIN_STARTED" in [event.type for event in events.read(self.paths.events)[self._since :]]
         return moment in STAGES and moment != "train" and self.paths.is_done(moment)
@@ -137,7 +137,7 @@ class Victim:
         return [boss], "supervisor"
 
     def _has_reacted(self, before: int, family: Sequence[psutil.Process]) -> bool:
-        """The supervisor has noticed, or goes on with the next stage as if nothing had happened."""
+        """Whether the supervisor has noticed, or continues with the next stage."""
         new = [event.type for event in events.read(self.paths.events)[before:]]
         said = bool(set(new) - {"TRAIN_UPDATED", "CHECKPOINT_SAVED"})
         return said or supervisor(self.paths) is None or self._is_at_next_stage(family)
@@ -147,7 +147,7 @@ class Victim:
         return any("tundish.supervise.stages" in (args := _arguments(p)) and args[3] in STAGES for p in started)
 
     def _status(self, family: Sequence[psutil.Process]) -> str:
-        """What the run says of itself, which must be true."""
+        """What the run reports of itself, after checking that it is true."""
         run, last = fm.get(self.paths.folder.name), events.read(self.paths.events)[-1]
         alive = supervisor(self.paths) is not None
         said = last.type in events.TERMINAL_TYPES
@@ -161,7 +161,7 @@ class Victim:
         return f"{run.status.display_name}: {details}".replace(self.paths.folder.name, "RUN")
 
     def _go_on(self) -> str:
-        """Resume the run, if it has ended before its time; what was said then, or what it did by itself."""
+        """Resume the run if it has ended early; returns its details, or what it did by itself."""
         run = fm.get(self.paths.folder.name)
         if not run.status.is_terminal():
             return "went on by itself"
@@ -190,7 +190,7 @@ def _kill(process: psutil.Process) -> None:
     try:
         process.kill()
     except psutil.NoSuchProcess:
-        return  # it has ended in this moment
+        return  # it has just ended
 
 
 def _alive(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
@@ -205,7 +205,7 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def tensors(folder: Path) -> dict[str, Any]:
-    """Every tensor of an export, all of whose files must be there and complete."""
+    """Every tensor of an export; all of its files must exist and be complete."""
     import json
 
     from safetensors.torch import load_file

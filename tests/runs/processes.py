@@ -1,4 +1,4 @@
-"""The processes of a run, for tests that look at them or end them."""
+"""The processes of a run, for tests that inspect or kill them."""
 
 import json
 import time
@@ -12,7 +12,7 @@ from tundish.base.run_folder import RunFolder
 
 
 def supervisor(paths: RunFolder) -> psutil.Process | None:
-    """The run's supervisor; None where it does not live."""
+    """The run's supervisor; None if it is not alive."""
     if not paths.supervisor.exists():
         return None
     record = json.loads(paths.supervisor.read_text())
@@ -25,12 +25,12 @@ def ranks(paths: RunFolder) -> list[psutil.Process]:
 
 
 def stages(paths: RunFolder) -> list[psutil.Process]:
-    """The processes of the run's stage, launcher and ranks among them."""
+    """The processes of the run's stage, including launcher and ranks."""
     return processes_with(RUN_VARIABLE, str(paths.events))
 
 
 def wait_until(condition: Callable[[], object], seconds: float, pause: float = 0.1) -> None:
-    """Return when it holds; fail when it does not in time."""
+    """Return when the condition holds; fail after the time limit."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds:g} s in vain"

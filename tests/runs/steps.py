@@ -1,4 +1,4 @@
-"""`create()` that ends at a chosen step: what it does to files below `$TUNDISH_HOME`, to MLflow and to its launcher."""
+"""Interrupts `create()` at a chosen step: a change of files in `$TUNDISH_HOME`, a call of MLflow, or a launch."""
 
 import errno
 import os
@@ -18,17 +18,17 @@ MLFLOW = ("create_run", "log_batch")
 
 @dataclass
 class Steps:
-    """Counts, and does something at the step of a number."""
+    """Counts steps, and calls `then` at a chosen one."""
 
     at: int = 0
-    """From 1; 0: by its name."""
+    """The number of the chosen step, from 1; 0: chosen by its name."""
     named: str | None = None
-    """A part of it."""
+    """Part of the name of the chosen step."""
     then: Callable[[str], None] = lambda step: None
     seen: int = 0
 
     def step(self, name: str) -> None:
-        """One more."""
+        """Count one step."""
         self.seen += 1
         if self.seen == self.at or (self.named is not None and self.named in name):
             self.then(name)
@@ -39,7 +39,7 @@ _hooked = False
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    """A step is what changes files of the home; SQLite's own are MLflow's."""
+    """Count changes of files in the home as steps, except SQLite's own."""
     if _now is None:
         return
     writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
@@ -51,7 +51,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextmanager
 def counted(steps: Steps) -> Iterator[Steps]:
-    """The steps that are taken in a block."""
+    """Count the steps of a block."""
     from mlflow import MlflowClient
 
     global _now, _hooked
@@ -85,12 +85,12 @@ def counted(steps: Steps) -> Iterator[Steps]:
 
 
 def full(step: str) -> None:
-    """The disk is full."""
+    """Fail as if the disk were full."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), step)
 
 
 def kill(_: str) -> None:
-    """`kill -9` of this process."""
+    """Kill this process with SIGKILL."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 

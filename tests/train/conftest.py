@@ -1,4 +1,4 @@
-"""Training runs of a tiny model in the shortest time: their ranks are forked from one process (see ranks.py)."""
+"""Fast training runs of a tiny model: their ranks are forked from one process (see ranks.py)."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ WriteLines = Callable[..., Path]
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What ranks have left behind."""
+    """What ranks left behind."""
 
     codes: list[int]
     """Exit codes; negative: killed by that signal."""
@@ -33,14 +33,14 @@ class Trained:
 
     @property
     def rates(self) -> list[float]:
-        """Learning rate of each step that the optimizer took; what was logged is the same."""
+        """Learning rate of each optimizer step; the logged ones must be equal."""
         found = json.loads((self.folder / "rates.json").read_text())
         assert found["logged"] == found["used"]
         return found["used"]
 
     @property
     def tokens(self) -> list[int]:
-        """Trained before each step, and in the end."""
+        """Tokens trained before each step, and at the end."""
         return json.loads((self.folder / "rates.json").read_text())["tokens"]
 
     @property
@@ -81,7 +81,7 @@ class Ranks:
         return self._read()
 
     def wait(self, folder: Path) -> Trained:
-        """What the ranks leave behind when they have ended."""
+        """Wait for the ranks; returns what they left behind."""
         return Trained(self._read(), folder)
 
     def train(self, file: Path, world: int, folder: Path, **environment: object) -> Trained:
@@ -106,7 +106,7 @@ class Ranks:
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
+    """A free port."""
     import socket
 
     with socket.socket() as listener:
@@ -116,7 +116,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """Starts ranks; their process is started for the first of them."""
+    """Starts ranks; their parent process is started on first use."""
     found = Ranks()
     yield found
     found.stop()
@@ -169,7 +169,7 @@ def plan(tmp_path: Path, tiny_model: Path, write_lines: WriteLines) -> Callable[
 
 
 def counted(file: Path) -> dict[str, int]:
-    """Batches and tokens that a run's file has trained, as its stage notes them."""
+    """Batches and tokens that a run's file has trained, as its stage records them."""
     return json.loads((file.parent / "results" / "train.json").read_text())
 
 
@@ -181,7 +181,7 @@ def prepared(file: Path) -> Any:
 
 
 def weights(file: Path) -> dict[str, Any]:
-    """The newest checkpoint's tensors of a run's file, optimizer state included."""
+    """The tensors of the newest checkpoint of a run's file, including optimizer state."""
     from tundish.checkpoints.folder import list_checkpoints, read_tensors
 
     newest = list_checkpoints(file.parent / "checkpoints")[-1]

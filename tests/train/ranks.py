@@ -32,7 +32,7 @@ def _kill() -> None:
 
 
 def _killer() -> Any:
-    """The callback that KILL_RANK, KILL_AT and KILL_WHEN ask for."""
+    """The callback for KILL_RANK, KILL_AT and KILL_WHEN."""
     from composer import Callback, Logger, State
 
     from tundish.checkpoints import saving
@@ -56,7 +56,7 @@ def _killer() -> Any:
 
 
 def _asker() -> Any:
-    """The callback that ASK_RANK, ASK_AT and ASK_BY ask for."""
+    """The callback for ASK_RANK, ASK_AT and ASK_BY."""
     from composer import Callback, Logger, State
 
     from tundish.base.home import RUN_VARIABLE
@@ -80,7 +80,7 @@ def _asker() -> Any:
 
 
 def _filler() -> Any:
-    """The callback that FULL_RANK and FULL_AT ask for: the system refuses to let files grow."""
+    """The callback for FULL_RANK and FULL_AT: the system no longer lets files grow."""
     import resource
 
     from composer import Callback, Logger, State
@@ -100,7 +100,7 @@ def _rank(run: dict[str, Any], rank: int, port: int) -> None:
     where = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     os.environ.update({name: str(value) for name, value in (where | run["environment"]).items()})
-    # LLM Foundry's ranks wait for files that others leave there.
+    # LLM Foundry's ranks wait there for files of other ranks.
     work = Path(run["folder"]) / "work"
     work.mkdir(exist_ok=True)
     os.chdir(work)
@@ -165,7 +165,7 @@ def _fork(run: dict[str, Any], rank: int, port: int) -> int:
 
 
 def _end(others: set[int]) -> None:
-    """As the launcher does: what waits for a rank that is gone is asked to end, then ended."""
+    """As the launcher does: ranks that wait for one that no longer exists get SIGTERM, then SIGKILL."""
     for pid in others:
         os.kill(pid, signal.SIGTERM)
     end = time.monotonic() + 10
