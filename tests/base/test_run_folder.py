@@ -84,18 +84,18 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "spec cut": (_cut("spec.json"), "spec.json", "is not JSON, or was cut off"),
     "spec empty": (_text("spec.json", ""), "spec.json", "is empty"),
     "spec of no fields": (_text("spec.json", "{}"), "spec.json", "lacks 'run_name'; lacks 'created_by'"),
-    "spec a list": (_text("spec.json", "[1]"), "spec.json", "holds [1] instead of a JSON object"),
+    "spec a list": (_text("spec.json", "[1]"), "spec.json", "must contain a JSON object, not [1]"),
     "spec binary": (_text("spec.json", b"\xff\xfe\x00spec" * 9), "spec.json", "is not "),
     "spec nested without end": (_text("spec.json", "[" * 200_000), "spec.json", "is not JSON"),
     "spec of a newer version": (_changed("spec.json", version=2, more=1), "spec.json", "newer version of tundish (for"),
     "spec with an unknown field": (_changed("spec.json", lora_rank=8), "spec.json", "has 'lora_rank', which this vers"),
-    "spec with a wrong type": (_changed("spec.json", learning_rate="x"), "spec.json", "found \"x\" instead of a num"),
-    "spec with a wrong part": (_changed("spec.json", compute=[]), "spec.json", "'compute': found [] instead of an obj"),
+    "spec with a wrong type": (_changed("spec.json", learning_rate="x"), "spec.json", "must be a number, not \"x\""),
+    "spec with a wrong part": (_changed("spec.json", compute=[]), "spec.json", "'compute': must be an object, not []"),
     "spec with a wrong unit": (
         _changed("spec.json", training_duration={"value": 1, "unit": "h"}), "spec.json", "'ep' or 'ba' or 'tok'",
     ),
     "spec with a wrong time": (_changed("spec.json", created_at="now"), "spec.json", "Invalid isoformat string: 'now'"),
-    "spec with a local time": (_changed("spec.json", created_at="2026-11-21"), "spec.json", "a time with its zone"),
+    "spec with a local time": (_changed("spec.json", created_at="2026-11-21"), "spec.json", "a time with a time zone"),
     "spec of a time before all": (
         _changed("spec.json", created_at="0001-01-01T00:00:00+14:00"), "spec.json", "from 1970 to 9998",
     ),
@@ -109,38 +109,38 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "spec a link to itself": (_loop, "spec.json", "cannot be read (Too many levels of symbolic links)"),
     "tracking missing": (lambda run: run.result("tracking").unlink(), TRACKING, "is missing"),
     "tracking without keys": (_changed(TRACKING, run_id=..., save_folder=...), TRACKING, "lacks 'run_id'; lacks 'save"),
-    "tracking of numbers": (_changed(TRACKING, experiment_id=7), TRACKING, "'experiment_id': found 7 instead of text"),
+    "tracking of numbers": (_changed(TRACKING, experiment_id=7), TRACKING, "'experiment_id': must be text, not 7"),
     "results a file": (
         lambda run: (shutil.rmtree(run.folder / "results"), _write(run.folder / "results", ""))[1],
         TRACKING, "cannot be read (Not a directory)",
     ),
     "event of a number as time": (_line('{"type": "STARTED", "time": 5, "message": ""}'), "events.jsonl", "line 2 is"),
-    "event without message": (_line(f'{{"type": "STARTED", {NOW}}}'), "events.jsonl", "line 2 is no event: "),
+    "event without message": (_line(f'{{"type": "STARTED", {NOW}}}'), "events.jsonl", "line 2 is not an event: "),
     "event without zone": (
-        _line('{"type": "STARTED", "time": "2026-11-21", "message": ""}'), "events.jsonl", "line 2 is no",
+        _line('{"type": "STARTED", "time": "2026-11-21", "message": ""}'), "events.jsonl", "line 2 is not",
     ),
     "event of a time before all": (
         _line('{"type": "STARTED", "time": "0001-01-01T00:00:00+14:00", "message": ""}'), "events.jsonl", "line 2 is",
     ),
-    "event of a list": (_line('["STARTED"]'), "events.jsonl", "line 2 is no"),
-    "event whose type is a list": (_line(f'{{"type": [], {NOW}, "message": ""}}'), "events.jsonl", "line 2 is no"),
+    "event of a list": (_line('["STARTED"]'), "events.jsonl", "line 2 is not"),
+    "event whose type is a list": (_line(f'{{"type": [], {NOW}, "message": ""}}'), "events.jsonl", "line 2 is not"),
     "event with a wrong fact": (
-        _line(f'{{"type": "TRAIN_UPDATED", {NOW}, "message": "", "eta_s": "soon"}}'), "events.jsonl", "line 2 is no",
+        _line(f'{{"type": "TRAIN_UPDATED", {NOW}, "message": "", "eta_s": "soon"}}'), "events.jsonl", "line 2 is not",
     ),
-    "events of zeros": (_text("events.jsonl", b"\0" * 5000 + b"\n"), "events.jsonl", "holds no event"),
+    "events of zeros": (_text("events.jsonl", b"\0" * 5000 + b"\n"), "events.jsonl", "contains no event"),
     "events a folder": (_folder("events.jsonl"), "events.jsonl", "is a folder"),
     "events missing": (lambda run: run.events.unlink(), "events.jsonl", "is missing"),
     "supervisor empty": (_text("supervisor.json", ""), "supervisor.json", "is empty"),
     "supervisor of an unknown launcher": (
-        _text("supervisor.json", '{"launcher": "ray"}'), "supervisor.json", "names the launcher 'ray'; this version of",
+        _text("supervisor.json", '{"launcher": "ray"}'), "supervisor.json", "must be local or slurm, not 'ray'",
     ),
     "supervisor of an odd launcher": (
-        _text("supervisor.json", '{"launcher": []}'), "supervisor.json", "names the launcher []; this version",
+        _text("supervisor.json", '{"launcher": []}'), "supervisor.json", "launcher must be local or slurm, not []",
     ),
     "supervisor without fields": (
         _text("supervisor.json", '{"launcher": "local", "pid": "7"}'), "supervisor.json", "lacks 'ticks'",
     ),
-    "a file instead of a folder": (_file_for_folder, "", "is not a folder, as a run is. Move it elsewhere"),
+    "a file instead of a folder": (_file_for_folder, "", "must be a folder, as of a run. Move it elsewhere"),
 }  # fmt: skip
 
 
@@ -251,7 +251,7 @@ def test_what_is_no_folder_stays_as_it_is(home: Path, capsys: pytest.CaptureFixt
     (runs / "link").symlink_to("nothing")
     for name in ("notes", "link"):
         code, _, err = _cli(capsys, *command, name)
-        assert code == 1 and err == f"tundish: {runs / name}: is not a folder, as a run is. Move it elsewhere.\n"
+        assert code == 1 and err == f"tundish: {runs / name}: must be a folder, as of a run. Move it elsewhere.\n"
     assert (runs / "notes").read_text() == "notes" and sorted(os.listdir(runs)) == ["link", "notes"]
 
 
@@ -269,7 +269,7 @@ def test_a_folder_that_may_not_be_read_is_named(make_run: MakeRun, home: Path) -
     )
     (home / "runs" / "private").chmod(0o700)
     assert done.returncode == 0 and "good     COMPLETED" in done.stdout and "private  DAMAGED" in done.stdout
-    assert f"{home}/runs/private/spec.json: may not be read by you. Ask its owner, or" in done.stdout + done.stderr
+    assert f"{home}/runs/private/spec.json: permission denied. Ask its owner, or" in done.stdout + done.stderr
 
 
 def test_a_run_that_is_gone_is_not_a_damaged_one(make_run: MakeRun) -> None:
@@ -286,7 +286,7 @@ def test_a_damaged_result_is_named_with_what_to_do(make_run: MakeRun) -> None:
     run = make_run("ift-1", ("FAILED", "over"))
     run.result("train").write_text('{"che')
     with pytest.raises(
-        RunDamagedError, match=r"train\.json: is not JSON.* Remove it, then `tundish resume ift-1` does"
+        RunDamagedError, match=r"train\.json: is not JSON.* Remove it, then `tundish resume ift-1` repeats"
     ):
         fm.resume("ift-1")
     assert [event.type for event in run.read_events()] == ["FAILED"]

@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import psutil
 
-from tundish.base.home import RUN_VARIABLE
 from tundish.base.processes import ProcessId, processes_with
-from tundish.base.run_folder import RunFolder
+from tundish.base.run_folder import RUN_VARIABLE, RunFolder
 
 
 def supervisor(paths: RunFolder) -> psutil.Process | None:

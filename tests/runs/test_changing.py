@@ -131,4 +131,4 @@ def test_stages_behind_the_data_are_done_again(paths: RunFolder, submitted: list
     assert paths.read_tracking().model_path == "model-3ep"
     assert yaml.safe_load(paths.foundry_yaml.read_text())["max_duration"] == "3ep"
     message = events.read(paths.events)[-1].message
-    assert message.endswith("Training goes on from checkpoint ep1-ba1.") and "3ep instead of 1ep" in message
+    assert message.endswith("Training continues from checkpoint ep1-ba1.") and "3ep instead of 1ep" in message

@@ -14,9 +14,8 @@ from tests.runs.processes import wait_until
 from tundish import foundation_model as fm
 from tundish.base import events
 from tundish.base.files import locked
-from tundish.base.home import RUN_VARIABLE
 from tundish.base.processes import ProcessId, start
-from tundish.base.run_folder import RunFolder
+from tundish.base.run_folder import RUN_VARIABLE, RunFolder
 from tundish.errors import RequestError, RunDamagedError, SpecError
 from tundish.runs import control
 from tundish.runs.control import cancel_message
@@ -57,7 +56,7 @@ def test_a_slow_mlflow_leaves_no_process_behind(
     make_run("ift-1", ("CREATED", "waits to be scheduled"))
     slow = start(["sleep", "1"], tmp_path / "log", {}, tmp_path, detached=True)
     monkeypatch.setattr(control, "CLOSE_SECONDS", 0.1)
-    monkeypatch.setattr(control, "_close", lambda _: slow)
+    monkeypatch.setattr(control, "_close_mlflow_run", lambda _: slow)
     assert fm.cancel("ift-1") == 1
     wait_until(lambda: slow.returncode == 0, 20)
 
@@ -121,7 +120,9 @@ def test_one_damaged_run_does_not_keep_the_others_from_being_canceled(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Ten runs would train on because of a file of the eleventh; and what runs of that one could not be stopped."""
-    monkeypatch.setattr(control, "_close", lambda _: start(["true"], tmp_path / "log", {}, tmp_path, detached=True))
+    monkeypatch.setattr(
+        control, "_close_mlflow_run", lambda _: start(["true"], tmp_path / "log", {}, tmp_path, detached=True)
+    )
     bad, good = make_run("bad", ("TRAIN_STARTED", "go")), make_run("good", ("CREATED", "waits"))
     bad.spec.write_text("{")
     environment = {**os.environ, RUN_VARIABLE: str(bad.events)}

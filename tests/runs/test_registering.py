@@ -15,9 +15,8 @@ import pytest
 from tundish import foundation_model as fm
 from tundish.base import events
 from tundish.base.files import write_atomic
-from tundish.base.home import RUN_VARIABLE
 from tundish.base.processes import processes_with
-from tundish.base.run_folder import RunFolder
+from tundish.base.run_folder import RUN_VARIABLE, RunFolder
 from tundish.checkpoints.save_folder import SaveFolder
 from tundish.errors import RequestError, SpecError, StageError
 from tundish.supervise import stage_process
@@ -77,7 +76,7 @@ def test_a_registration_that_fails_keeps_the_export_and_resume_makes_up_for_it(
     assert (version.status, version.run_id) == ("READY", run_id)
     assert client.get_run(run_id).info.status == "FINISHED"
     messages = [event.message for event in events.read(paths.events) if event.type == "REQUEUED"]
-    assert messages == ["Run resumed by user. Training is done; what comes after it goes on."] * 2
+    assert messages == ["Run resumed by user. Training is done; the stages after it continue."] * 2
 
 
 @contextmanager

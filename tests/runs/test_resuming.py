@@ -11,8 +11,7 @@ import pytest
 from tests.runs.processes import supervisor
 
 from tundish import foundation_model as fm
-from tundish.base.home import RUN_VARIABLE
-from tundish.base.run_folder import RunFolder
+from tundish.base.run_folder import RUN_VARIABLE, RunFolder
 from tundish.errors import RequestError
 from tundish.foundation_model import TrainingRun
 from tundish.model.weights import fetch_weights, find_weights

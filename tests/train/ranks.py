@@ -59,8 +59,7 @@ def _asker() -> Any:
     """The callback for ASK_RANK, ASK_AT and ASK_BY."""
     from composer import Callback, Logger, State
 
-    from tundish.base.home import RUN_VARIABLE
-    from tundish.base.run_folder import RunFolder
+    from tundish.base.run_folder import RUN_VARIABLE, RunFolder
 
     class Asker(Callback):
         def batch_start(self, state: State, logger: Logger) -> None:

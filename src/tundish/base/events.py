@@ -1,6 +1,6 @@
-"""events.jsonl: appended to by the stage that did the thing, after it did it; read by everybody.
+"""events.jsonl: what happened to a run. The process that did something appends an event after it was done.
 
-One JSON object a line with `type`, `time` (ISO 8601, UTC), `message`, and facts for machines where there are any.
+One JSON object a line with `type`, `time` (ISO 8601, UTC), `message`, and more fields that are facts for programs.
 """
 
 import errno
@@ -20,8 +20,9 @@ from tundish.errors import FailureCause
 
 PROGRESS = b'{"type": "TRAIN_UPDATED"'
 NUMBERS = ("eta_s", "share", "loss", "eval_loss", "tokens_per_s")
-"""Facts that readers count with."""
+"""Facts that readers calculate with."""
 LOCK_SECONDS = 2.0
+"""To wait for another writer, which needs much less for its line."""
 TERMINAL_TYPES = frozenset({"COMPLETED", "FAILED", "STOPPED", "CANCELED"})
 
 
@@ -42,25 +43,29 @@ class Event:
 
 
 def append(path: Path, type: str, message: str, **facts: Any) -> None:
-    """Append one event, its message without secrets; whole lines only, whoever else writes."""
+    """Append one event, its message without secrets, as one whole line even when several processes write.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     record = {"type": type, "time": time, "message": redacted(message), **facts}
     line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        # Held for longer than a line takes only by a process that was stopped. Then the line goes without it: on a
-        # disk of this machine it is whole all the same.
+        # Only a process that was stopped (SIGSTOP) holds the lock for longer. The line is then appended without it,
+        # and is whole anyway on a local disk.
         try_lock(descriptor, LOCK_SECONDS)
         size = os.fstat(descriptor).st_size
         if not size:
             flush_folder(path.parent)
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            # A writer was killed in the middle of its line: that one is lost, not this one.
+            # Another writer was killed in the middle of its line: that line is lost, this one must not be.
             line = b"\n" + line
         if os.write(descriptor, line) < len(line):
             os.ftruncate(descriptor, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        # Progress may be lost in a power cut; what a run reached may not.
+        # In a power failure, progress may be lost, but not what a run has reached.
         if type != "TRAIN_UPDATED":
             os.fsync(descriptor)
     finally:
@@ -68,24 +73,24 @@ def append(path: Path, type: str, message: str, **facts: Any) -> None:
 
 
 def read(path: Path) -> list[Event]:
-    """All events in order, of TRAIN_UPDATED only the latest; a line that was cut off is left out.
+    """All events in order, but of TRAIN_UPDATED only the latest; lines that were cut off are skipped.
 
     Raises:
-        OSError: the file is there, but cannot be read.
-        ValueError: it is no regular file, or a whole line of it is no event.
+        OSError: the file exists, but cannot be read.
+        ValueError: it is not a regular file, or one of its complete lines is not an event.
     """
     try:
         lines = read_regular(path).split(b"\n")[:-1]
     except FileNotFoundError:
         return []
     latest = max((i for i, line in enumerate(lines) if line.startswith(PROGRESS)), default=-1)
-    # The others are thousands in a long run, and not even looked at.
+    # A long run has thousands of the others: parsing them would slow down every `tundish list`.
     kept = ((i + 1, line) for i, line in enumerate(lines) if i == latest or not line.startswith(PROGRESS))
     return [event for number, line in kept if (event := _event(number, line)) is not None]
 
 
 def _event(number: int, line: bytes) -> Event | None:
-    """One line; None: a writer was killed, or the power failed, in the middle of it."""
+    """The event of a line; None for half a line, whose writer was killed or lost power."""
     try:
         record = orjson.loads(line)
     except ValueError:
@@ -97,7 +102,7 @@ def _event(number: int, line: bytes) -> Event | None:
         if not texts or not numbers:
             raise ValueError
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise ValueError(f"line {number} is no event: {line[:100].decode(errors='replace')}") from None
+        raise ValueError(f"line {number} is not an event: {line[:100].decode(errors='replace')}") from None
     return Event(type, time, message, record)
 
 

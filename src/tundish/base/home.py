@@ -1,10 +1,8 @@
-"""Where things are on this machine: the folders in `$TUNDISH_HOME`, and the layers of YAML."""
+"""Where tundish keeps things on this machine: the folders in `$TUNDISH_HOME`, and the layers of YAML."""
 
 import os
 from pathlib import Path
 
-RUN_VARIABLE = "TUNDISH_EVENTS"
-"""Environment variable with which a run's supervisor lets the ranks write its events: the path of events.jsonl."""
 FOLDER_VARIABLES = (
     "TUNDISH_HOME HF_HOME HF_HUB_CACHE HF_DATASETS_CACHE HUGGINGFACE_HUB_CACHE TRANSFORMERS_CACHE XDG_CACHE_HOME "
     "TMPDIR AWS_CONFIG_FILE AWS_SHARED_CREDENTIALS_FILE GOOGLE_APPLICATION_CREDENTIALS SSL_CERT_FILE REQUESTS_CA_BUNDLE"
@@ -18,9 +16,9 @@ def home() -> Path:
 
 
 def absolute_environment() -> dict[str, str]:
-    """This process's environment for one that works in another folder: relative paths in it are made absolute."""
-    given = {name: os.environ[name] for name in FOLDER_VARIABLES if os.environ.get(name)}
-    return {**os.environ, **{name: str(Path(path).expanduser().absolute()) for name, path in given.items()}}
+    """This process's environment with absolute paths, for a process that works in another folder."""
+    paths = {name: os.environ[name] for name in FOLDER_VARIABLES if os.environ.get(name)}
+    return {**os.environ, **{name: str(Path(path).expanduser().absolute()) for name, path in paths.items()}}
 
 
 def yamls_dir() -> Path:
@@ -35,7 +33,7 @@ def runs_dir() -> Path:
 
 
 def prepared_dir() -> Path:
-    """Prepared data, shared by all runs; one folder for each distinct input."""
+    """Prepared data, shared by all runs; one folder for each input."""
     return home() / "prepared"
 
 
@@ -45,17 +43,17 @@ def downloads_dir() -> Path:
 
 
 def copies_dir() -> Path:
-    """This machine's copies of checkpoints that are kept elsewhere; one folder for each place."""
+    """Local copies of checkpoints that are stored elsewhere; one folder for each place."""
     return home() / "checkpoints"
 
 
 def architectures_dir() -> Path:
-    """What models' configs ask of their weights; one file for each config."""
+    """Names and shapes of the weights that models' configs ask for; one file for each config."""
     return home() / "architectures"
 
 
 def mlflow_artifacts_dir() -> Path:
-    """Artifact root of the default MLflow store: `<experiment>/<run id>/artifacts` below it."""
+    """Artifact root of the default MLflow store; contains `<experiment>/<run id>/artifacts`."""
     return home() / "mlflow" / "artifacts"
 
 

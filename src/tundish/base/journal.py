@@ -1,4 +1,4 @@
-"""What a run tells MLflow, on its own disk first: lines that are appended, and how far they have been sent on."""
+"""What a run sends to MLflow, on its own disk first: appended lines, and up to where they were sent."""
 
 import contextlib
 import json
@@ -12,10 +12,10 @@ from tundish.base.files import write_atomic
 
 
 class Journal:
-    """A file of JSON lines with one writer, and a file beside it that says where the unsent ones begin.
+    """A file of JSON lines with one writer, and a file beside it with the position where the unsent ones begin.
 
     Args:
-        path: of the file, made by its first line.
+        path: of the file; created with the first line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -24,11 +24,11 @@ class Journal:
         self._alone = threading.Lock()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a line; whatever was cut off before it by a kill is lost, not this one."""
+        """Add a line; one before it that was cut off by a kill stays lost."""
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         with self._alone, open(self.path, "ab+") as file:
             end = file.tell()
-            if end < self.sent:  # a machine that has lost its power forgets the last lines, though they were sent
+            if end < self.sent:  # after a power failure, lines that were sent may be missing
                 self.note_sent(end)
             if end:
                 file.seek(end - 1)
@@ -40,32 +40,32 @@ class Journal:
         return (record for record, _ in self._records(0))
 
     def unsent(self) -> Iterator[tuple[dict[str, Any], int]]:
-        """The records that have not been sent, in order, each with the place behind it."""
+        """The records that were not sent, in order, each with the position after it."""
         return self._records(self.sent)
 
-    def _records(self, place: int) -> Iterator[tuple[dict[str, Any], int]]:
+    def _records(self, position: int) -> Iterator[tuple[dict[str, Any], int]]:
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
-            file.seek(place)
+            file.seek(position)
             for line in file:
                 if not line.endswith(b"\n"):
-                    return  # it is just being written
-                place += len(line)
+                    return  # it is being written
+                position += len(line)
                 with contextlib.suppress(ValueError):
-                    yield json.loads(line), place
+                    yield json.loads(line), position
 
     @property
     def sent(self) -> int:
-        """Where the unsent lines begin."""
+        """Position at which the unsent lines begin."""
         try:
             return int(self._sent.read_text())
         except (FileNotFoundError, ValueError):
             return 0
 
-    def note_sent(self, place: int) -> None:
-        """All lines before a place have been sent."""
-        write_atomic(self._sent, f"{place}\n")
+    def note_sent(self, position: int) -> None:
+        """Record that all lines before a position were sent."""
+        write_atomic(self._sent, f"{position}\n")
 
     @property
     def is_sent(self) -> bool:
-        """Whether nothing waits."""
+        """Whether everything was sent."""
         return not self.path.exists() or self.sent >= os.path.getsize(self.path)

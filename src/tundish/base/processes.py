@@ -1,4 +1,4 @@
-"""Processes of this machine: start with a log, tell apart, stop with everything that they have started."""
+"""Processes of this machine: started with a log, identified for sure, stopped with everything that they started."""
 
 import contextlib
 import ctypes
@@ -25,13 +25,13 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True)
 class ProcessId:
-    """A process that cannot be mistaken for a later one of the same number, nor for one of another machine."""
+    """Identifies a process: a later one with the same number, or one of another machine, has another ProcessId."""
 
     pid: int
     ticks: int
-    """Start, in the kernel's ticks since it booted: unlike the time of day, nobody sets it."""
+    """When it started, in the kernel's ticks since boot, which do not jump as the time of day does."""
     boot: str
-    """The kernel's name for the time since it booted."""
+    """The kernel's id of this boot."""
     host: str
 
     @classmethod
@@ -39,17 +39,17 @@ class ProcessId:
         """The process that has this number now.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: no process has it.
         """
         return cls(pid, _ticks(pid), _boot(), platform.node())
 
     @property
     def is_here(self) -> bool:
-        """Whether it is, or was, of this machine: of others nothing can be told."""
+        """Whether it runs, or ran, on this machine; only then can its state be determined."""
         return self.host == platform.node()
 
     def process(self) -> psutil.Process | None:
-        """The running process, or None when it has ended or is of another machine."""
+        """The running process; None if it has exited or is of another machine."""
         try:
             if not self.is_here or self.boot != _boot() or _ticks(self.pid) != self.ticks:
                 return None
@@ -65,7 +65,7 @@ def _boot() -> str:
 
 
 def _ticks(pid: int) -> int:
-    """Field 22 of proc(5)'s stat; the name before it may hold spaces and brackets."""
+    """Field 22 of stat in proc(5); the process's name before it may contain spaces and parentheses."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
 
 
@@ -80,8 +80,8 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a process whose output is appended to `log`.
 
-    A `detached` one outlives its starter; another one is killed by the kernel when its starter dies, however that dies.
-    A `deaf` one does not end by SIGTERM or SIGUSR1, which a system sends to all processes of a run at once.
+    A `detached` process outlives this one; any other is killed by the kernel when this one dies, in whatever way.
+    A `deaf` one ignores SIGTERM and SIGUSR1, which a system sends to all processes of a run at once.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     parent = os.getpid()
@@ -97,13 +97,13 @@ def start(
             preexec_fn=None if detached else lambda: _prepare(parent, deaf),
         )
     if detached:
-        # Reaped when it ends, should its starter still live by then.
+        # Reaped when it exits, if this process is still alive then.
         threading.Thread(target=process.wait, daemon=True).start()
     return process
 
 
 def _prepare(parent: int, deaf: bool) -> None:
-    """In the new process, before its program is loaded."""
+    """Runs in the new process before its program is loaded."""
     die_with(parent)
     if deaf:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -111,50 +111,50 @@ def _prepare(parent: int, deaf: bool) -> None:
 
 
 def die_with(parent: int) -> None:
-    """From now on this process is killed when `parent`, which has started it, dies; at once if it has died already."""
+    """Have this process killed when `parent`, which started it, dies; at once if that has died already."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def die_with_starter(variable: str) -> None:
-    """From now on this process is killed when the one dies that has started it, even if it did before this was called.
+    """Have this process killed when the process that started it dies, or at once if that has died already.
 
     Args:
-        variable: of the environment, where it is set at all: whoever has started this process has the same value. A
-            process that has lost its starter has been given another parent, and that one has not.
+        variable: of the environment. If it is set here, the starter has the same value; a process whose starter has
+            died has another parent by now, and that one does not have it.
     """
     parent, value = os.getppid(), os.environ.get(variable)
     die_with(parent)
     try:
         lost = value is not None and psutil.Process(parent).environ().get(variable) != value
-    except psutil.Error:  # gone, or somebody else's
+    except psutil.Error:  # the parent exited just now, or is another user's
         lost = True
     if lost:
         os._exit(1)
 
 
 def processes_with(variable: str, value: str) -> list[psutil.Process]:
-    """The user's processes in whose environment a variable has a value; not this one."""
-    found: list[psutil.Process] = []
+    """The user's processes, except this one, whose environment has this value of a variable."""
+    processes: list[psutil.Process] = []
     for process in cast(Iterator[psutil.Process], cast(Any, psutil).process_iter()):
         try:
             if process.pid != os.getpid() and process.environ().get(variable) == value:
-                found.append(process)
+                processes.append(process)
         except (psutil.Error, OSError):
-            continue  # ended meanwhile, or somebody else's
-    return found
+            continue  # it exited meanwhile, or is another user's
+    return processes
 
 
 def command_lines() -> Iterator[list[str]]:
-    """Of all processes that this user may look at."""
+    """The argv of every process that this user may inspect."""
     for process in cast(Iterator[psutil.Process], cast(Any, psutil).process_iter()):
-        with contextlib.suppress(psutil.Error, OSError):  # ended meanwhile, or somebody else's
+        with contextlib.suppress(psutil.Error, OSError):  # it exited meanwhile, or is another user's
             yield process.cmdline()
 
 
 def stop_tree(root: psutil.Process, *, grace_s: float = GRACE_SECONDS) -> None:
-    """End a process and all its descendants: first asked, then killed after `grace_s` seconds."""
+    """End a process and all its descendants: SIGTERM, and after `grace_s` seconds SIGKILL."""
     try:
         processes = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -163,7 +163,7 @@ def stop_tree(root: psutil.Process, *, grace_s: float = GRACE_SECONDS) -> None:
 
 
 def stop_all(processes: Sequence[psutil.Process], *, grace_s: float = GRACE_SECONDS) -> None:
-    """End processes: first asked, where `grace_s` seconds are given for it, then killed."""
+    """End processes: SIGTERM, and after `grace_s` seconds SIGKILL; with 0, SIGKILL at once."""
     alive = list(processes)
     if grace_s > 0:
         for process in processes:
@@ -183,15 +183,15 @@ def _signal(process: psutil.Process, *, kill: bool) -> None:
 
 @contextmanager
 def interrupt_waits(error: KeyboardInterrupt) -> Iterator[None]:
-    """Ctrl-C does not end what is done in this block, which belongs together; `error` is raised behind it."""
+    """Delay Ctrl-C: the block runs to its end, then `error` is raised."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # it is the main thread that Ctrl-C ends
+        yield  # Ctrl-C interrupts only the main thread
         return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    interrupts: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before or signal.default_int_handler)
-    if came:
+    if interrupts:
         raise error

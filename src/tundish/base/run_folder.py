@@ -1,7 +1,7 @@
-"""What the files in a run's folder say: the one place where they are read back.
+"""The folder of a run: the name of every file in it, and how those that tundish itself reads are read and written.
 
-A file that cannot be read, was cut off, or is of another program or a newer version, is a RunDamagedError that names
-it; what a run's own processes have written is never doubted silently.
+A file that cannot be read, was cut off, or was written by another program or a newer version, raises a RunDamagedError
+that names it: no reader treats a damaged file as a missing one.
 """
 
 import json
@@ -11,13 +11,17 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import psutil
 
 from tundish.base import events
 from tundish.base.events import Event
 from tundish.base.files import inside, write_atomic
 from tundish.base.home import runs_dir
+from tundish.base.processes import processes_with
 from tundish.base.typed_json import RECORD_BYTES, NewerError, parse, read_object, read_regular
 from tundish.errors import FailureCause, RunDamagedError, RunNotFoundError
 
@@ -25,13 +29,16 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T")
+RUN_VARIABLE = "TUNDISH_EVENTS"
+"""Environment variable of a run's processes: the path of its events.jsonl."""
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 BEAT_BYTES = 512
+"""Of each beat, so that one replaces the one before completely."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tracking:
-    """What `create()` has made in MLflow."""
+    """What `create()` made in MLflow."""
 
     tracking_uri: str
     experiment_id: str
@@ -40,22 +47,22 @@ class Tracking:
     save_folder: str
     """Where the checkpoints go: `<artifacts>/<run_name>/checkpoints`."""
     registry_uri: str | None = None
-    """The model registry; None: the tracking store is it."""
+    """The model registry; None: it is part of the tracking store."""
     model_path: str = "model"
-    """Among the run's artifacts, of the model that is registered; another one after each change of the duration."""
+    """Of the registered model among the run's artifacts; each change of the duration gives a new one."""
 
     @property
     def environment(self) -> dict[str, str]:
-        """With this, Composer's logger goes on with the run that `create()` has made."""
+        """Variables with which Composer's logger continues the MLflow run that `create()` made."""
         return {
             "MLFLOW_TRACKING_URI": self.tracking_uri,
             "MLFLOW_EXPERIMENT_ID": self.experiment_id,
             "MLFLOW_RUN_ID": self.run_id,
         }
 
-    def write(self, paths: "RunFolder") -> None:
-        """Keep it in the run folder."""
-        write_atomic(paths.result("tracking"), json.dumps(asdict(self), indent=2) + "\n")
+    def write(self, run: "RunFolder") -> None:
+        """Record it in the run's folder."""
+        run.write_result("tracking", asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,32 +71,33 @@ class Beat:
 
     host: str
     count: int
-    """Of beats: another one each time."""
+    """Of beats so far; changes with each one."""
     moves: int
-    """Another one each time the rank comes forward."""
+    """Changes each time the rank makes progress."""
     batch: int
-    """The one that it is at, from 0."""
+    """That it works on, from 0."""
     doing: str
     """With the batch: starting, reading, training, or finishing."""
     usual_s: float
-    """Of a step, the median of the last ones."""
+    """Median duration of the latest steps."""
 
     @staticmethod
     def file(folder: Path, rank: int) -> Path:
-        """Where the rank writes it."""
+        """The file of a rank."""
         return folder / f"rank{rank}"
 
     @classmethod
     def read_all(cls, folder: Path) -> "dict[int, Beat]":
-        """The latest of each rank that is at work."""
-        found: dict[int, Beat] = {}
+        """The latest beat of each rank that is at work."""
+        beats: dict[int, Beat] = {}
         for path in folder.glob("rank*"):
-            with suppress(OSError, ValueError, TypeError):  # its rank has just ended, or writes the first one
-                found[int(path.name.removeprefix("rank"))] = parse(cls, read_object(path))
-        return found
+            with suppress(OSError, ValueError, TypeError):  # its rank has just exited, or writes its first beat
+                beats[int(path.name.removeprefix("rank"))] = parse(cls, read_object(path))
+        return beats
 
     def write(self, path: Path) -> None:
-        """Over the one before, of the same length, at once: disks that are shared by many ranks have little to do."""
+        """Overwrite the beat before with one of the same length."""
+        # In place and not atomically: a disk that many ranks share would have three operations more for each beat.
         text = json.dumps(asdict(self)).ljust(BEAT_BYTES - 1) + "\n"
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
         try:
@@ -100,10 +108,10 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The folder of a run, `$TUNDISH_HOME/runs/<run_name>/`: every name in it, and what the files say.
+    """The folder of a run, `$TUNDISH_HOME/runs/<run_name>/`.
 
-    No other module spells a file name of it. All readers raise RunDamagedError, or RunNotFoundError where the folder is
-    gone.
+    No other module spells the name of a file in it. All methods that read raise RunDamagedError, or RunNotFoundError if
+    the folder no longer exists.
     """
 
     folder: Path
@@ -113,6 +121,21 @@ class RunFolder:
         """The folder of the run of that name, whether it exists or not."""
         return cls(inside(runs_dir(), run_name))
 
+    @classmethod
+    def of_this_process(cls) -> Self | None:
+        """The folder of the run that this process works for, started by its supervisor or by a script of the folder."""
+        events_file = os.environ.get(RUN_VARIABLE)
+        return cls(Path(events_file).parent) if events_file else None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables by which a process knows its run, and by which it is found if it outlives its supervisor."""
+        return {RUN_VARIABLE: str(self.events)}
+
+    def processes(self) -> list[psutil.Process]:
+        """The processes of this machine that work for the run: stages, launchers, ranks; not its supervisor."""
+        return processes_with(RUN_VARIABLE, str(self.events))
+
     @property
     def name(self) -> str:
         """The run's name."""
@@ -120,7 +143,7 @@ class RunFolder:
 
     @property
     def spec(self) -> Path:
-        """The checked arguments, as JSON; written last, so a folder without it is not a run."""
+        """The checked arguments, as JSON."""
         return self.folder / "spec.json"
 
     @property
@@ -135,7 +158,7 @@ class RunFolder:
 
     @property
     def events(self) -> Path:
-        """Append-only, one JSON object a line."""
+        """What happened, append-only, one JSON object a line."""
         return self.folder / "events.jsonl"
 
     @property
@@ -145,7 +168,7 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """Held by the run's supervisor while it lives: there is never a second one."""
+        """Held by the run's supervisor as long as it lives: there is never a second one."""
         return self.folder / "supervisor.lock"
 
     @property
@@ -155,16 +178,16 @@ class RunFolder:
 
     @property
     def logs(self) -> Path:
-        """One log a stage, and one a rank while training."""
+        """The folder of all logs: one for each stage, and one for each rank."""
         return self.folder / "logs"
 
-    def log(self, stage: str) -> Path:
-        """The log of one stage."""
-        return self.logs / f"{stage}.log"
+    def log(self, stage: str, rank: int | str | None = None) -> Path:
+        """The log of a stage, or of one rank of it."""
+        return self.logs / (f"{stage}.log" if rank is None else f"{stage}-rank{rank}.log")
 
     def stage_logs(self, stage: str) -> list[Path]:
-        """All logs that a stage has, the main one first; of training, one a rank besides."""
-        return [log for log in [self.log(stage), *sorted(self.logs.glob(f"{stage}-rank*.log"))] if log.is_file()]
+        """The logs that a stage has: its own first, then those of its ranks."""
+        return [log for log in [self.log(stage), *sorted(self.logs.glob(self.log(stage, "*").name))] if log.is_file()]
 
     def result(self, stage: str) -> Path:
         """What a stage found, as JSON: its result, or an `error` and its `cause`."""
@@ -172,7 +195,7 @@ class RunFolder:
 
     @property
     def learned(self) -> Path:
-        """Left by the ranks when training has changed a weight."""
+        """Left by the ranks once training has changed a weight."""
         return self.folder / "results" / "learned"
 
     def data(self, split: str) -> Path:
@@ -181,12 +204,12 @@ class RunFolder:
 
     @property
     def work(self) -> Path:
-        """Working directory of the ranks."""
+        """Working directory of the stages."""
         return self.folder / "work"
 
     @property
     def stop_request(self) -> Path:
-        """While it is there, the ranks save a checkpoint after their batch and end."""
+        """If it exists, the ranks save a checkpoint after their current batch and exit."""
         return self.work / "stop"
 
     @property
@@ -196,41 +219,41 @@ class RunFolder:
 
     @property
     def beats(self) -> Path:
-        """Signs of life of the ranks, a file each."""
+        """The ranks' signs of life, one file each (Beat)."""
         return self.work / "beats"
 
     @property
     def scratch(self) -> Path:
-        """Temporary files of a stage, there while it runs."""
+        """Temporary files of a stage; exists while the stage runs."""
         return self.work / "scratch"
 
     @property
     def doing(self) -> Path:
-        """How far a stage is, as text; gone with the stage."""
+        """How far the running stage is, as text."""
         return self.scratch / "doing"
 
     @property
     def metrics(self) -> Path:
-        """Every point of every metric, one JSON object a line; MLflow has them from here."""
+        """Every point of every metric, one JSON object a line; MLflow gets them from here."""
         return self.folder / "metrics.jsonl"
 
     @property
     def artifacts_journal(self) -> Path:
-        """What else MLflow is told while training, one JSON object a line: params, data sets, rows, names of files."""
+        """What else MLflow gets while training, one JSON object a line: params, data sets, rows, names of files."""
         return self.folder / "artifacts.jsonl"
 
     @property
     def artifacts(self) -> Path:
-        """The files that are named there."""
+        """The files that artifacts.jsonl names."""
         return self.folder / "artifacts"
 
     @property
     def export(self) -> Path:
-        """The Hugging Face folder."""
+        """The exported model, a Hugging Face folder."""
         return self.folder / "export"
 
     def begin_stage(self, stage: str) -> None:
-        """Remove what an earlier try of a stage has left, so that what is found later is of this one."""
+        """Remove what an earlier try of a stage has left: what is there later comes from this try."""
         self.work.mkdir(exist_ok=True)
         for file in (self.result(stage), self.stop_request, self.stopped):
             file.unlink(missing_ok=True)
@@ -258,21 +281,21 @@ class RunFolder:
         return result is not None and "error" not in result
 
     def check(self) -> None:
-        """Make sure that it is a folder: what is done to a run must not be done to a file, or to what a link names.
+        """Check that it is a folder.
 
         Raises:
             RunDamagedError: it is something else.
         """
         if not os.path.isdir(self.folder):
-            raise RunDamagedError(f"{self.folder}: is not a folder, as a run is. Move it elsewhere.", self.folder)
+            raise RunDamagedError(f"{self.folder}: must be a folder, as of a run. Move it elsewhere.", self.folder)
 
     def read(self, path: Path, parsed: Callable[[bytes], T]) -> T:
-        """What a file of the folder holds, as `parsed` makes it of its bytes."""
+        """What `parsed` makes of the bytes of a file in the folder."""
         with self._reading(path, "Restore it"):
             return parsed(read_regular(path, RECORD_BYTES))
 
     def read_tracking(self) -> Tracking:
-        """What `create()` has made in MLflow."""
+        """What `create()` made in MLflow."""
         path = self.result("tracking")
         with self._reading(path, "Restore it"):
             return parse(Tracking, read_object(path))
@@ -291,7 +314,7 @@ class RunFolder:
             launcher = record.pop("launcher", None)
             if not isinstance(launcher, str) or launcher not in records:
                 known = " and ".join(records)
-                raise ValueError(f"names the launcher {launcher!r}; this version of tundish has {known}")
+                raise ValueError(f"launcher must be {known.replace(' and ', ' or ')}, not {launcher!r}")
             return launcher, parse(records[launcher], record)
 
     def write_supervisor(self, launcher: str, record: "DataclassInstance") -> None:
@@ -299,24 +322,37 @@ class RunFolder:
         write_atomic(self.supervisor, json.dumps({"launcher": launcher, **asdict(record)}) + "\n")
 
     def read_result(self, stage: str) -> dict[str, Any] | None:
-        """What a stage found, or its `error`; None before it has ended."""
+        """What a stage found, or its `error` and `cause`; None before it has ended."""
         path = self.result(stage)
-        with self._reading(path, f"Remove it, then `tundish resume {self.name}` does the stage again"):
+        with self._reading(path, f"Remove it, then `tundish resume {self.name}` repeats the stage"):
             try:
                 return read_object(path)
             except FileNotFoundError:
                 return None
 
     def read_events(self) -> list[Event]:
-        """All events in order, of TRAIN_UPDATED only the latest; there is one at least."""
-        with self._reading(self.events, "Remove what is no event from it"):
-            if not (found := events.read(self.events)):
-                self.events.stat()
-                raise ValueError("holds no event")
-        return found
+        """All events in order, but of TRAIN_UPDATED only the latest; at least one."""
+        with self._reading(self.events, "Remove the lines that are not events"):
+            if not (happened := events.read(self.events)):
+                self.events.stat()  # raises if the file is missing
+                raise ValueError("contains no event")
+        return happened
+
+    def last_beat(self) -> datetime | None:
+        """When the rank was last alive that has been silent longest; None if no rank is at work."""
+        beats: list[float] = []
+        for path in self.beats.glob("rank*"):
+            with suppress(FileNotFoundError):  # its rank has just exited
+                beats.append(path.stat().st_mtime)
+        return datetime.fromtimestamp(min(beats), UTC) if beats else None
+
+    def write_doing(self, text: str) -> None:
+        """Show how far the running stage is; nothing where no supervisor runs it."""
+        if self.scratch.is_dir():
+            write_atomic(self.doing, text)
 
     def read_doing(self) -> str:
-        """How far the stage that runs is; empty where none says so."""
+        """How far the running stage is; empty if it does not show that."""
         try:
             return read_regular(self.doing, RECORD_BYTES).decode()
         except (OSError, ValueError):
@@ -324,18 +360,18 @@ class RunFolder:
 
     @contextmanager
     def _reading(self, path: Path, advice: str) -> Iterator[None]:
-        """Make one error of all that can be wrong with a file.
+        """Turn every error of reading a file into one that names the file and what to do.
 
         Raises:
-            RunNotFoundError: the folder is gone.
-            RunDamagedError: what is wrong, and the advice or another way out.
+            RunNotFoundError: the run's folder no longer exists.
+            RunDamagedError: the file is missing, unreadable or damaged.
         """
         try:
             yield
         except NewerError as error:
             raise RunDamagedError(f"{path}: {error}. Upgrade tundish to use this run.", path) from error
         except PermissionError as error:
-            text = f"{path}: may not be read by you. Ask its owner, or correct the permissions of {self.folder}."
+            text = f"{path}: permission denied. Ask its owner, or correct the permissions of {self.folder}."
             raise RunDamagedError(text, path) from error
         except (OSError, ValueError) as error:
             if not os.path.lexists(self.folder):

@@ -1,4 +1,4 @@
-"""JSON objects that tundish has written: read back and checked field by field, as a disk or a hand may damage them."""
+"""JSON objects that tundish wrote: read back and checked field by field, since disks and people may damage them."""
 
 import contextlib
 import dataclasses
@@ -14,11 +14,11 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 T = TypeVar("T")
 RECORD_BYTES = 64 << 20
-"""No record is as large; a file that is has been written by something else."""
+"""No record is as large: a larger file was written by another program."""
 
 
 class NewerError(ValueError):
-    """A record in a format that only a newer tundish reads."""
+    """A record in a format that only a newer version of tundish can read."""
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -26,16 +26,16 @@ def read_object(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds something else.
+        ValueError: it contains something else.
     """
     return object_of(read_regular(path, RECORD_BYTES))
 
 
 def object_of(data: str | bytes) -> dict[str, Any]:
-    """The JSON object that a text is.
+    """The JSON object in a text.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it contains something else.
     """
     if not data.strip():
         raise ValueError("is empty")
@@ -46,26 +46,27 @@ def object_of(data: str | bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON, or was cut off ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"holds {json.dumps(content)[:60]} instead of a JSON object")
+        raise ValueError(f"must contain a JSON object, not {_shown(content)}")
     return cast(dict[str, Any], content)
 
 
 def read_regular(path: Path, limit: int | None = None) -> bytes:
-    """The bytes of a regular file; a pipe or a device would be read for ever.
+    """The bytes of a regular file.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no regular file, or larger than `limit`.
+        ValueError: it is not a regular file, or is larger than `limit`.
     """
+    # Not open(): that would wait for ever for the writer of a pipe.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        found = os.fstat(descriptor)
-        if stat.S_ISDIR(found.st_mode):
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
             raise ValueError("is a folder")
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError("is not a regular file")
-        if limit is not None and found.st_size > limit:
-            raise ValueError(f"has {found.st_size:,} bytes, more than tundish writes")
+        if limit is not None and status.st_size > limit:
+            raise ValueError(f"has {status.st_size:,} bytes, more than tundish writes")
         with open(descriptor, "rb", closefd=False) as file:
             return file.read()
     finally:
@@ -73,22 +74,22 @@ def read_regular(path: Path, limit: int | None = None) -> bytes:
 
 
 def moment(text: str) -> datetime:
-    """A time that tundish has written.
+    """A time that tundish wrote.
 
     Raises:
-        ValueError: it is none, has no zone, or is so far away that it has no local time.
+        ValueError: it is not a time, has no time zone, or is too far away to be shown in local time.
     """
     time = datetime.fromisoformat(text)
     if time.tzinfo is None or not 1970 <= time.year <= 9998:
-        raise ValueError(f"found {text!r} instead of a time with its zone, from 1970 to 9998")
+        raise ValueError(f"must be a time with a time zone, from 1970 to 9998, not {text!r}")
     return time
 
 
 def parse(cls: type[T], content: Mapping[str, Any]) -> T:
-    """A dataclass from the fields that `dataclasses.asdict` has made of one.
+    """The dataclass of which `dataclasses.asdict` made these fields.
 
     Raises:
-        ValueError: fields are missing, unknown or of another type; all of them are named.
+        ValueError: fields are missing, unknown or of another type; it names all of them.
     """
     fields = _fields(cls)
     problems = [f"lacks {name!r}" for name, (_, required) in fields.items() if required and name not in content]
@@ -108,7 +109,7 @@ def parse(cls: type[T], content: Mapping[str, Any]) -> T:
 
 @cache
 def _fields(cls: type[Any]) -> dict[str, tuple[Any, bool]]:
-    """Each field's type, and whether it must be given."""
+    """Each field's type, and whether it is required."""
     hints, missing = get_type_hints(cls), dataclasses.MISSING
     return {
         field.name: (hints[field.name], field.default is missing and field.default_factory is missing)
@@ -117,7 +118,7 @@ def _fields(cls: type[Any]) -> dict[str, tuple[Any, bool]]:
 
 
 def _value(hint: Any, value: Any) -> Any:
-    """`value` as a field of this type holds it.
+    """`value` as a field of this type has it.
 
     Raises:
         ValueError: it is of another type.
@@ -148,10 +149,14 @@ def _value(hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return parse(cast(type[Any], hint), value) if isinstance(value, dict) else _refuse(value, "an object")
     if isinstance(value, bool) is not (hint is bool) or not isinstance(value, (int, float) if hint is float else hint):
-        return _refuse(value, {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[hint])
+        return _refuse(value, {str: "text", int: "an integer", float: "a number", bool: "true or false"}[hint])
     return value
 
 
 def _refuse(value: Any, expected: str) -> Any:
-    shown = json.dumps(value)
-    raise ValueError(f"found {shown if len(shown) <= 60 else shown[:60] + '…'} instead of {expected}")
+    raise ValueError(f"must be {expected}, not {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "…"

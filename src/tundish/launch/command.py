@@ -4,7 +4,6 @@ import re
 import shlex
 import sys
 
-from tundish.base.home import RUN_VARIABLE
 from tundish.base.run_folder import RunFolder
 from tundish.plan.compute import Compute
 
@@ -58,7 +57,7 @@ def _word(value: str) -> str:
 
 
 def _launcher(compute: Compute, run: RunFolder) -> list[str]:
-    rank_log = str(run.logs / "train-rank{rank}.log")
+    rank_log = str(run.log("train", "{rank}"))  # the launcher puts the number there
     launcher = [sys.executable, "-m", "tundish.launch.composer_launcher", "-n", str(compute.devices_per_node)]
     return [*launcher, "--stdout", rank_log, "--stderr", rank_log]
 
@@ -69,7 +68,7 @@ def _ranks(run: RunFolder) -> list[str]:
 
 def train_environment(compute: Compute, run: RunFolder, cores: int) -> dict[str, str]:
     """What every rank needs beside the caller's environment and MLflow's."""
-    environment = {"FSDP_VERSION": "2", "TOKENIZERS_PARALLELISM": "false", RUN_VARIABLE: str(run.events)}
+    environment = {"FSDP_VERSION": "2", "TOKENIZERS_PARALLELISM": "false"} | run.environment
     if compute.device == "cpu":
         environment["OMP_NUM_THREADS"] = str(max(1, cores // compute.devices_per_node))
         environment["CUDA_VISIBLE_DEVICES"] = ""

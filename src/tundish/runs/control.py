@@ -1,4 +1,4 @@
-"""Stopping runs, and going on with them."""
+"""Stopping runs, and resuming them."""
 
 import contextlib
 import subprocess
@@ -7,13 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
-
 from tundish import launch
-from tundish.base import events
 from tundish.base.files import locked
-from tundish.base.home import RUN_VARIABLE
-from tundish.base.processes import interrupt_waits, processes_with, start
+from tundish.base.processes import interrupt_waits, start
 from tundish.base.run_folder import RunFolder
 from tundish.errors import (
     Interrupted,
@@ -33,11 +29,11 @@ from tundish.supervise.preparing import planned
 from tundish.tracking.experiment import reopen_tracking
 
 CANCEL_SECONDS = 5.0
-"""For the supervisor to end its stage and itself; then it is killed."""
+"""For the supervisor to end its stage and itself; after that it is killed."""
 LOCK_SECONDS = 2.0
-"""How long `cancel()` waits for somebody else who changes the run: it answers within ten seconds in any case."""
+"""How long `cancel()` waits for another process that changes the run: it answers within ten seconds in any case."""
 CLOSE_SECONDS = 6.0
-"""How long `cancel()` waits for MLflow to note the end; a store that is away notes it when it can, or not."""
+"""How long `cancel()` waits for MLflow to record the end; a store that is down records it later, or never."""
 
 
 def cancel(
@@ -61,8 +57,8 @@ def cancel(
     if experiment_id:
         names = [run.name for run in selecting.select(selecting.Filter(experiment_id=experiment_id))]
     else:
-        given = [runs] if isinstance(runs, str | RunRecord) else list(runs or ())
-        names = [selecting.name_of(run) for run in given]
+        several = [runs] if isinstance(runs, str | RunRecord) else list(runs or ())
+        names = [selecting.name_of(run) for run in several]
     canceled, problems, damaged = list[str](), list[str](), list[Path]()
     for name in names:
         try:
@@ -72,7 +68,7 @@ def cancel(
         except RunDamagedError as error:
             problems.append(error.message)
             damaged.append(error.path)
-    closing = [_close(find_run(name)) for name in canceled]
+    closing = [_close_mlflow_run(find_run(name)) for name in canceled]
     end = time.monotonic() + CLOSE_SECONDS
     for process in closing:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -81,51 +77,6 @@ def cancel(
         text = " ".join([*problems, *([cancel_message(canceled, len(canceled))] if canceled else [])])
         raise RunDamagedError(text, damaged[0]) if damaged else RequestError(text)
     return canceled, len(names)
-
-
-def resume(name: str, compute: object = None, training_duration: object = None) -> RunRecord:
-    """Go on with a run that has failed, was canceled, or whose supervisor was killed; or train one longer.
-
-    Raises:
-        RunNotFoundError: there is none of that name.
-        RequestError: it is still going on, or has nothing left to do.
-        SpecError: `compute` is wrong, the run's batches cannot be shared by so many devices, or this machine does not
-            have the devices that the run has left to train on; `training_duration` is wrong, or not longer.
-    """
-    paths = find_run(name)
-    with locked(paths.folder):  # two who resume a run at once do it once; nobody cancels it meanwhile
-        return _resume(name, paths, compute, training_duration)
-
-
-def _resume(name: str, paths: RunFolder, compute: object, training_duration: object) -> RunRecord:
-    status = read_run(name).status
-    if not status.is_terminal():
-        raise RequestError(f"{name} is {status.display_name.lower()}. Cancel it first, or wait for its end.")
-    if status is RunStatus.COMPLETED and training_duration is None:
-        raise RequestError(
-            f"{name} is completed; nothing is left to do. Give a longer training_duration, or create another run."
-        )
-    plan = planned(paths)
-    changed, note = plan, ""
-    if compute is not None:
-        changed = on_other_devices(changed, compute, paths)
-    elif training_duration is not None or not paths.is_done("train"):
-        if problems := launch.problems(plan.spec.compute):
-            raise SpecError(problems)  # it would wait forever, and all that come after it too
-    if training_duration is not None:
-        changed, note = longer(changed, training_duration, paths)
-    supervisor.end_processes_of(paths)
-    reopen_tracking(paths.read_tracking())
-    apply(plan, changed, paths, train_again=training_duration is not None)
-    checkpoints = selecting.checkpoints(name)
-    where = f"from checkpoint {checkpoints[-1].rpartition('/')[2]}" if checkpoints else "from the beginning"
-    trained = paths.is_done("train")
-    how = "Training is done; what comes after it goes on." if trained else f"Training goes on {where}."
-    with interrupt_waits(Interrupted(name)):
-        paths.supervisor.unlink(missing_ok=True)  # the next one is about to start
-        events.append(paths.events, "REQUEUED", f"Run resumed by user. {note}{how}")
-        launch.submit(paths, changed.spec.compute)
-    return read_run(name)
 
 
 def cancel_message(canceled: Sequence[str], asked: int) -> str:
@@ -140,45 +91,82 @@ def cancel_message(canceled: Sequence[str], asked: int) -> str:
 def _cancel_one(name: str) -> bool:
     """Whether the run was stopped; one that has ended, or does not exist, is not."""
     try:
-        paths = find_run(name)
+        run = find_run(name)
     except RunNotFoundError:
         return False
     try:
-        if _is_over(name, paths):
-            return False
-        with locked(paths.folder, LOCK_SECONDS):
-            return _cancel(name, paths)
+        if _is_over(run):
+            return False  # without the lock: whatever holds it, nothing has to be stopped
+        with locked(run.folder, LOCK_SECONDS):
+            if _is_over(run):
+                return False
+            launch.cancel(run, CANCEL_SECONDS)
+            supervisor.end_processes_of(run)
+            if not run.has_ended():
+                run.add_event("CANCELED", "Canceled by user.")
+            return run.read_events()[-1].type == "CANCELED"
     except LockHeldError as error:
-        raise RequestError(f"{name} was not canceled: it is just being changed. {error.message}") from error
+        raise RequestError(f"{name} was not canceled: another process is changing it. {error.message}") from error
     except RunDamagedError as error:
         with contextlib.suppress(TundishError):
-            launch.cancel(paths, CANCEL_SECONDS)
-        supervisor.end_processes_of(paths)
+            launch.cancel(run, CANCEL_SECONDS)
+        supervisor.end_processes_of(run)
         raise RunDamagedError(f"{error.message} Its processes have been ended.", error.path) from error
 
 
-def _cancel(name: str, paths: RunFolder) -> bool:
-    if _is_over(name, paths):
-        return False
-    launch.cancel(paths, CANCEL_SECONDS)
-    supervisor.end_processes_of(paths)
-    if paths.read_events()[-1].type not in events.TERMINAL_TYPES:
-        events.append(paths.events, "CANCELED", "Canceled by user.")
-    return paths.read_events()[-1].type == "CANCELED"
+def _is_over(run: RunFolder) -> bool:
+    """Whether nothing of the run is alive: its supervisor may have been killed, and its ranks not."""
+    return read_run(run.name).status.is_terminal() and (run.has_ended() or not run.processes())
 
 
-def _is_over(name: str, paths: RunFolder) -> bool:
-    return read_run(name).status.is_terminal() and not _orphans(paths)
+def _close_mlflow_run(run: RunFolder) -> subprocess.Popen[bytes]:
+    """Let MLflow know of the end, from a process that goes on alone if the store does not answer for a while."""
+    command = [sys.executable, "-m", "tundish.supervise.stages", "canceled", str(run.folder)]
+    return start(command, run.log("close"), {}, run.folder, detached=True)
 
 
-def _close(paths: RunFolder) -> subprocess.Popen[bytes]:
-    """Let MLflow know, from a process that goes on should its store not answer for a while."""
-    command = [sys.executable, "-m", "tundish.supervise.stages", "canceled", str(paths.folder)]
-    return start(command, paths.log("close"), {}, paths.folder, detached=True)
+def resume(name: str, compute: object = None, training_duration: object = None) -> RunRecord:
+    """Resume a run that has failed, was canceled, or whose supervisor was killed; or train one longer.
+
+    Raises:
+        RunNotFoundError: there is no run of that name.
+        RequestError: it has not ended, or has nothing left to do.
+        SpecError: `compute` is wrong, the run's batches cannot be shared by so many devices, or this machine does not
+            have the devices that the run needs; `training_duration` is wrong, or not longer.
+    """
+    run = find_run(name)
+    with locked(run.folder):  # two callers who resume a run at once start it once; no one cancels it meanwhile
+        return _resume(run, compute, training_duration)
 
 
-def _orphans(paths: RunFolder) -> list[psutil.Process]:
-    """What goes on although its supervisor was killed; a run that has said its end has none."""
-    found = paths.read_events()
-    said = found[-1].type in events.TERMINAL_TYPES
-    return [] if said else processes_with(RUN_VARIABLE, str(paths.events))
+def _resume(run: RunFolder, compute: object, training_duration: object) -> RunRecord:
+    status = read_run(run.name).status
+    if not status.is_terminal():
+        raise RequestError(f"{run.name} is {status.display_name.lower()}. Cancel it first, or wait for its end.")
+    if status is RunStatus.COMPLETED and training_duration is None:
+        raise RequestError(
+            f"{run.name} is completed; nothing is left to do. Give a longer training_duration, or create another run."
+        )
+    plan = planned(run)
+    changed, note = plan, ""
+    if compute is not None:
+        changed = on_other_devices(changed, compute, run)
+    elif training_duration is not None or not run.is_done("train"):
+        if problems := launch.problems(plan.spec.compute):
+            raise SpecError(problems)  # it would wait in the queue forever, and all runs behind it too
+    if training_duration is not None:
+        changed, note = longer(changed, training_duration, run)
+    supervisor.end_processes_of(run)
+    reopen_tracking(run.read_tracking())
+    apply(plan, changed, run, train_again=training_duration is not None)
+    if run.is_done("train"):
+        how = "Training is done; the stages after it continue."
+    elif checkpoints := selecting.checkpoints(run.name):
+        how = f"Training continues from checkpoint {checkpoints[-1].rpartition('/')[2]}."
+    else:
+        how = "Training starts from the beginning."
+    with interrupt_waits(Interrupted(run.name)):
+        run.supervisor.unlink(missing_ok=True)  # of the one before
+        run.add_event("REQUEUED", f"Run resumed by user. {note}{how}")
+        launch.submit(run, changed.spec.compute)
+    return read_run(run.name)

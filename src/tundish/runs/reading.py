@@ -4,7 +4,6 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 from tundish import launch
@@ -120,17 +119,8 @@ def read_run(name: str) -> RunRecord:
         registered_name=facts.get("name"),
         registered_version=facts.get("version"),
         cause=(found[-1].cause or life.cause) if status is RunStatus.FAILED else None,
-        last_seen=_last_seen(paths, found, status),
+        last_seen=(None if status.is_terminal() else paths.last_beat()) or found[-1].time,
     )
-
-
-def _last_seen(paths: RunFolder, found: list[events.Event], status: RunStatus) -> datetime:
-    """The last sign of life of the rank that has been silent longest; where none is at work, the latest event."""
-    beats: list[float] = []
-    for path in () if status.is_terminal() else paths.beats.glob("rank*"):
-        with suppress(FileNotFoundError):  # its rank has just ended
-            beats.append(path.stat().st_mtime)
-    return datetime.fromtimestamp(min(beats), UTC) if beats else found[-1].time
 
 
 def _lived(paths: RunFolder) -> tuple[list[events.Event], Life]:

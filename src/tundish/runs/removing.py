@@ -12,9 +12,8 @@ from typing import Any
 
 from tundish.base.events import TERMINAL_TYPES
 from tundish.base.files import is_held, locked
-from tundish.base.home import RUN_VARIABLE, mlflow_artifacts_dir
+from tundish.base.home import mlflow_artifacts_dir
 from tundish.base.mlflow_client import impatient, open_client, quiet, told
-from tundish.base.processes import processes_with
 from tundish.base.run_folder import RunFolder, Tracking
 from tundish.checkpoints.save_folder import SaveFolder, hidden
 from tundish.checkpoints.save_folder import remove as remove_at_once
@@ -193,7 +192,7 @@ def _refuse_going_on(paths: RunFolder) -> None:
 
 
 def _has_no_process(paths: RunFolder) -> bool:
-    return not processes_with(RUN_VARIABLE, str(paths.events))
+    return not paths.processes()
 
 
 def _refuse_needed(name: str, save_folder: str) -> None:

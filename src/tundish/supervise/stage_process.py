@@ -13,7 +13,6 @@ from types import FrameType
 
 import psutil
 
-from tundish.base.home import RUN_VARIABLE
 from tundish.base.processes import start, stop_tree
 from tundish.base.run_folder import RunFolder
 from tundish.checkpoints.save_folder import SaveFolder
@@ -163,8 +162,7 @@ def _scratch(run: RunFolder) -> Iterator[None]:
 def _command(run: RunFolder, stage: str, devices: Devices) -> tuple[Sequence[str], Mapping[str, str]]:
     """What starts the stage, and the variables that it needs beside this process's own."""
     if stage != "train":
-        # By RUN_VARIABLE, a stage that outlives its supervisor is found.
-        environment = {"TOKENIZERS_PARALLELISM": "true", RUN_VARIABLE: str(run.events)}
+        environment = {"TOKENIZERS_PARALLELISM": "true"} | run.environment
         if stage == "register":
             # MLflow copies the whole export before it uploads it: /tmp may be small, or memory.
             environment |= {"TMPDIR": str(run.scratch), "HF_HUB_OFFLINE": "1"}

@@ -16,8 +16,7 @@ from pathlib import Path
 import psutil
 
 from tundish.base.files import locked
-from tundish.base.home import RUN_VARIABLE
-from tundish.base.processes import processes_with, stop_all
+from tundish.base.processes import stop_all
 from tundish.base.run_folder import RunFolder
 from tundish.errors import FailureCause, LockHeldError, StageError, TundishError
 from tundish.launch import launcher_of, release_devices
@@ -154,7 +153,7 @@ def _end(run: RunFolder, type: str, message: str, *, mlflow: str | None = None, 
 
 def end_processes_of(run: RunFolder) -> None:
     """End what a supervisor or a launcher that was killed has left behind on this machine."""
-    stop_all(processes_with(RUN_VARIABLE, str(run.events)), grace_s=0)
+    stop_all(run.processes(), grace_s=0)
 
 
 def end_mlflow_run(run: RunFolder, status: str) -> None:

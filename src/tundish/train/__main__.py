@@ -13,9 +13,8 @@ from typing import Any, cast
 
 os.environ.setdefault("FSDP_VERSION", "2")
 
-from tundish.base.home import RUN_VARIABLE
 from tundish.base.processes import die_with_starter
-from tundish.base.run_folder import RunFolder
+from tundish.base.run_folder import RUN_VARIABLE, RunFolder
 
 if __name__ == "__main__":
     # Before the imports, which take a while. The launcher may be deaf to SIGTERM; its ranks are not.
@@ -96,7 +95,10 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     callbacks = [build_callback(str(name), kwargs, logged) for name, kwargs in (config.callbacks or {}).items()]
     savers = [_saver(config, place)] if place else []
     publisher = _publisher(config, place)
-    ends = [StopWhenAsked(_run(), publisher), *([PublishWhileTraining(publisher)] if publisher else [])]
+    ends = [
+        StopWhenAsked(RunFolder.of_this_process(), publisher),
+        *([PublishWhileTraining(publisher)] if publisher else []),
+    ]
     train_loader = build_dataloader(config.train_loader, tokenizer, config.device_train_batch_size)
     model_name = config.model.pop("name")
     model = build_composer_model(model_name, config.model, tokenizer, init_context)
@@ -127,21 +129,15 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     return trainer
 
 
-def _run() -> RunFolder | None:
-    """The run, where a supervisor or a script of its folder has started this process."""
-    path = os.environ.get(RUN_VARIABLE)
-    return RunFolder(Path(path).parent) if path else None
-
-
 def _beats() -> list[Beats]:
     """Where a supervisor has started this process, and looks at them."""
-    run = _run()
+    run = RunFolder.of_this_process()
     return [Beats(run.beats)] if run else []
 
 
 def _logger(name: str, kwargs: dict[str, Any]) -> LoggerDestination:
     """LLM Foundry's of that name; in a run that MLflow knows, its own for MLflow."""
-    run = _run()
+    run = RunFolder.of_this_process()
     if name == "mlflow" and run is not None and run.result("tracking").exists():
         return RunLogger(run, bool(kwargs.get("log_system_metrics")))
     return build_logger(name, kwargs)
@@ -151,7 +147,7 @@ def _publisher(config: TrainConfig, place: SaveFolder | None) -> Publisher | Non
     """Of the first rank: sends on what waits on the disk."""
     if dist.get_global_rank():
         return None
-    run = _run()
+    run = RunFolder.of_this_process()
     if run is not None and run.result("tracking").exists():
         return Publisher(channels(run), run.events)
     elsewhere = place is not None and place.is_remote
@@ -217,7 +213,7 @@ def main() -> None:
 
 def _tell_mlflow(status: str) -> None:
     """What a run is; its status where it has no supervisor, as a folder for hosts that are started by hand."""
-    run = _run()
+    run = RunFolder.of_this_process()
     if run is None or dist.get_global_rank():
         return
     if run.spec.is_file() and status == "RUNNING":
@@ -228,7 +224,7 @@ def _tell_mlflow(status: str) -> None:
 
 def _note(result: dict[str, Any] | TundishError) -> None:
     """Leave the result of the stage, or why it failed, in the run folder."""
-    run = _run()
+    run = RunFolder.of_this_process()
     if run is None:
         return
     if isinstance(result, TundishError):  # on any rank: a refusal may reach another one before the first

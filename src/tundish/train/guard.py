@@ -1,7 +1,6 @@
 """What the loss says: logged under the names that people know; a run that learns nothing is stopped, or has failed."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +9,6 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 from torch.distributed.tensor import DTensor
 
-from tundish.base.home import RUN_VARIABLE
 from tundish.base.run_folder import RunFolder
 from tundish.errors import FailureCause, StageError
 
@@ -98,8 +96,8 @@ def nothing_learned(state: State) -> StageError:
 
 
 def _mark() -> Path | None:
-    run = os.environ.get(RUN_VARIABLE)
-    return RunFolder(Path(run).parent).learned if run else None
+    run = RunFolder.of_this_process()
+    return run.learned if run else None
 
 
 def check_loss(loss: float, batch: int, learning_rate: float) -> None:

@@ -1,6 +1,5 @@
 """Loading: the newest complete checkpoint of a run that was killed, or the weights that a run starts from."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from composer.utils import dist, reproducibility
 from composer.utils.checkpoint import glob_filter
 
 from tundish.base import events
-from tundish.base.home import RUN_VARIABLE
+from tundish.base.run_folder import RunFolder
 from tundish.checkpoints.folder import read_checkpoint
 from tundish.checkpoints.format.metadata import Layout
 from tundish.checkpoints.format.objects import read_object
@@ -57,8 +56,8 @@ def newest_checkpoint(place: SaveFolder) -> Path | None:
 
 def _may_have_saved() -> bool:
     """Whether there may be a checkpoint, though its store does not answer."""
-    run = os.environ.get(RUN_VARIABLE)
-    return run is None or any(event.type == "CHECKPOINT_SAVED" for event in events.read(Path(run)))
+    run = RunFolder.of_this_process()
+    return run is None or any(event.type == "CHECKPOINT_SAVED" for event in events.read(run.events))
 
 
 def load_all(state: State, logger: Any, checkpoint: Path, ignore_keys: list[str]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from composer import Callback, Logger, State, TimeUnit
 from composer.utils import dist
 
 from tundish.base import events
-from tundish.base.home import RUN_VARIABLE
+from tundish.base.run_folder import RUN_VARIABLE
 from tundish.train.saver import Saver
 
 PROGRESS_SECONDS = 2.0, 60.0

@@ -36,10 +36,12 @@ class StepRates(Callback):
         # Composer's schedules are functions of the state, wrapped for PyTorch.
         self._warm_up = getattr(inspect.getclosurevars(factor).nonlocals["scheduler"], "t_warmup", None)
         self._factor = factor
-        scheduler.lr_lambdas = [self._rate_used]
 
-    def _rate_used(self, _step: int) -> float:
-        return self._used
+        # A function, and no bound method: torch saves the attributes of any other callable in checkpoints.
+        def rate_used(_step: int) -> float:
+            return self._used
+
+        scheduler.lr_lambdas = [rate_used]
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """The batch is there, and its step not taken."""
