@@ -83,7 +83,7 @@ TRACKING = "results/tracking.json"
 DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "spec cut": (_cut("spec.json"), "spec.json", "is not JSON, or was cut off"),
     "spec empty": (_text("spec.json", ""), "spec.json", "is empty"),
-    "spec of no fields": (_text("spec.json", "{}"), "spec.json", "lacks 'run_name'; lacks 'created_by'"),
+    "spec of no fields": (_text("spec.json", "{}"), "spec.json", "lacks 'created_by'; lacks 'created_at'"),
     "spec a list": (_text("spec.json", "[1]"), "spec.json", "must contain a JSON object, not [1]"),
     "spec binary": (_text("spec.json", b"\xff\xfe\x00spec" * 9), "spec.json", "is not "),
     "spec nested without end": (_text("spec.json", "[" * 200_000), "spec.json", "is not JSON"),
