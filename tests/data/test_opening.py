@@ -421,14 +421,15 @@ def test_a_path_that_holds_no_lines_is_refused(tmp_path: Path, task: Any) -> Non
     (tmp_path / "train").write_text("{}")
     (tmp_path / "folder.jsonl").mkdir()
     takes = (
-        r"takes a \.jsonl file \(\.gz and \.zst too\), a Delta table .*, or a Hugging Face dataset with its split .*"
+        r"takes a \.jsonl file \(\.gz and \.zst too\), a \.parquet file or a folder of them, a Delta table .*, or a "
+        r"Hugging Face dataset with its split .*"
     )
     for name, found in [
         ("none.jsonl", rf"none\.jsonl: there is no such file \(.*none\.jsonl\); {task} {takes}\. Check the path"),
         ("none.jsonl.gz", rf"none\.jsonl\.gz: there is no such file \(.*\); {task} {takes}"),
         ("folder.jsonl", rf"folder\.jsonl: is a folder; {task} {takes}"),
-        ("train.csv", rf"train\.csv: found a \.csv file; {task} {takes}"),
-        ("train", rf"train: found a nameless file; {task} {takes}"),
+        ("train.csv", rf"train\.csv: is a \.csv file; {task} {takes}"),
+        ("train", rf"train: has no suffix; {task} {takes}"),
     ]:
         with pytest.raises(SpecError, match=found):
             open_source(str(tmp_path / name), task, system_message=True)

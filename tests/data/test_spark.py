@@ -418,6 +418,27 @@ def test_texts_become_the_same_samples(
     assert (prepared.samples, prepared.refused, prepared.units) == (19, 1, 20)
 
 
+def test_parquet_files_become_the_same_samples(
+    on_two_cores: str, job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row group would be missing or trained twice; a problem would have the number that its row has in a part."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(spark, "PART_BYTES", 1)
+    (tmp_path / "data").mkdir()
+    for number in range(3):
+        rows = [_pair(10 * number + row) for row in range(10)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / f"{number}.parquet", row_group_size=4)
+    source = _open(tmp_path / "data")
+    assert len(source.parts(1)) == 9
+    assert _check(source, job(), on_two_cores).samples == 30
+    rows[7]["response"] = ""
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "2.parquet", row_group_size=4)
+    with pytest.raises(DataError, match=r"^2\.parquet, row 8: 'response' is empty"):
+        prepare(_open(tmp_path / "data"), job(), on_two_cores)
+
+
 def test_tables_become_the_same_samples(
     on_two_cores: str, job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -666,7 +687,9 @@ def test_datasets_of_hugging_face_are_refused(
     monkeypatch.setitem(sys.modules, "pyspark.sql", None)
     (tmp_path / "lab").mkdir()
     write_lines(tmp_path / "lab" / "train.jsonl", [_pair(1)])
-    with pytest.raises(DataError, match=r"lab/train: a Spark cluster prepares Delta tables, JSONL and \.txt files"):
+    with pytest.raises(
+        DataError, match=r"lab/train: a Spark cluster prepares Delta tables, \.parquet, \.jsonl and \.txt files"
+    ):
         prepare(_open(tmp_path / "lab" / "train"), job(), "local[2]")
 
 

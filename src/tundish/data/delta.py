@@ -115,6 +115,18 @@ class DeltaRows:
         return [replace(self, files=group) for group in groups(self.files, size)] or [self]
 
 
+def has_table(uri: str) -> bool:
+    """Whether there is a Delta table at a path or URI; also True where that cannot be asked, which `open` reports."""
+    from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError
+
+    try:
+        location, options = delta_location(uri)
+        return DeltaTable.is_deltatable(location, options or None)
+    except (DeltaError, StoreError, OSError):
+        return True
+
+
 def _delta_table(uri: str, version: int | None = None) -> Any:
     from deltalake import DeltaTable
 

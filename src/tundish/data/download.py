@@ -29,15 +29,17 @@ def fetch_file(uri: str) -> Path:
     return _copy(store, {key: entry.version}) / key
 
 
-def fetch_texts(uri: str) -> Path:
-    """A folder with copies of all .txt objects below a prefix. It is not downloaded again unless an object changed.
+def fetch_folder(uri: str, suffix: str) -> Path:
+    """A folder with copies of all objects below a prefix whose names end with `suffix`.
+
+    It is not downloaded again unless an object changed.
 
     Raises:
         SpecError: the prefix may not be read. Without any object, the folder is empty.
     """
     with _data_errors():
         store = open_store(uri)
-        versions = {entry.key: entry.version for entry in store.list() if entry.key.endswith(".txt")}
+        versions = {entry.key: entry.version for entry in store.list() if entry.key.endswith(suffix)}
     return _copy(store, versions)
 
 

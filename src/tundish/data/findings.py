@@ -70,8 +70,10 @@ class Findings:
         count = len(kind.numbers)
         if count > 1:
             names = list(_fitting(map(str, place.names(kind.numbers[:SHOWN]))))
-            shown, more = ", ".join(names), ", …" if count > len(names) else ""
-            text += f" {count:,} of {total:,} {place.unit}s are like this ({shown}{more})."
+            # The name of a row in one of several files has a comma itself.
+            comma = "; " if any(", " in name for name in names) else ", "
+            shown = comma.join([*names, *["…"] * (count > len(names))])
+            text += f" {count:,} of {total:,} {place.unit}s are like this ({shown})."
         return printable(text)
 
 

@@ -54,10 +54,10 @@ class DatasetRows:
         return bounded(self.place, (batch.combine_chunks() for batch in batches))
 
     def parts(self, size: int) -> list[Source]:
-        """See Source; Spark reads Delta tables, JSONL and .txt files."""
+        """See Source; Spark reads files and Delta tables."""
         raise DataError(
-            f"{self.name}: a Spark cluster prepares Delta tables, JSONL and .txt files. Leave data_prep_cluster_id "
-            "out: this machine prepares a Hugging Face dataset."
+            f"{self.name}: a Spark cluster prepares Delta tables, .parquet, .jsonl and .txt files. Leave out "
+            "data_prep_cluster_id: this machine prepares a Hugging Face dataset."
         )
 
 

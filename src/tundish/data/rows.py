@@ -43,7 +43,11 @@ class TableRows:
                 found = f"the byte at offset {error.start} of a text is not UTF-8. Write the text anew."
                 yield number + 1, Problem("not UTF-8", found)
             else:
-                yield number + 1, rules.check(_without_nulls(row))
+                messages = row.get("messages")
+                if isinstance(messages, str):
+                    yield number + 1, rules.parse_messages(messages)
+                else:
+                    yield number + 1, rules.check(_without_nulls(row))
 
     @classmethod
     def of(cls, table: Any) -> "TableRows":
@@ -78,7 +82,7 @@ def sample_columns(columns: Sequence[str], rules: Rules, given: str) -> list[str
     """The columns of a table that make a sample.
 
     Raises:
-        SpecError: they are not there.
+        SpecError: they are not there, or there twice.
     """
     if rules.task_type == "CHAT_COMPLETION":
         needed, found = "messages", ["messages"]
@@ -90,7 +94,40 @@ def sample_columns(columns: Sequence[str], rules: Rules, given: str) -> list[str
     if not found or not set(found) <= set(columns):
         text = f"found the columns {', '.join(columns) or 'none'}; {rules.task_type} needs {needed}."
         raise SpecError(f"{given}: {text} Rename the columns, or choose another task_type.")
+    if twice := [name for name in found if columns.count(name) > 1]:
+        raise SpecError(f"{given}: has two columns named {twice[0]}. Rename or drop one of them.")
     return found
+
+
+def check_types(fields: Sequence[Any], rules: Rules, given: str) -> None:
+    """Refuse columns that cannot hold a sample's texts or messages by their Arrow type.
+
+    A column of nulls passes: its rows are refused one by one, and there may be none.
+
+    Raises:
+        SpecError: a column has another type.
+    """
+    import pyarrow.types as pa_types
+
+    def is_text(kind: Any) -> bool:
+        kind = kind.value_type if pa_types.is_dictionary(kind) else kind
+        checks = (pa_types.is_string, pa_types.is_large_string, pa_types.is_string_view, pa_types.is_null)
+        return any(check(kind) for check in checks)
+
+    def is_messages(kind: Any) -> bool:
+        lists = (pa_types.is_list, pa_types.is_large_list, pa_types.is_fixed_size_list, pa_types.is_list_view)
+        if not any(check(kind) for check in lists) or not pa_types.is_struct(kind.value_type):
+            return any(check(kind) for check in lists) and pa_types.is_null(kind.value_type)
+        message = {field.name: field.type for field in kind.value_type}
+        return all(name in message and is_text(message[name]) for name in ("role", "content"))
+
+    chat = rules.task_type == "CHAT_COMPLETION"
+    needed = "a list of structs with role and content, or JSON text" if chat else "text"
+    for field in fields:
+        if not (is_text(field.type) or (chat and is_messages(field.type))):
+            kind = str(field.type)
+            shown = kind if len(kind) <= 200 else f"{kind[:200]}…"
+            raise SpecError(f"{given}: the column {field.name} has the type {shown}; it must be {needed}. Convert it.")
 
 
 def bounded(place: Location, batches: Iterator[Any]) -> Iterator[TableRows]:

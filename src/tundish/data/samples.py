@@ -63,32 +63,42 @@ class Rules:
         """The sample that a record of a table holds, or what is wrong with it."""
         return _parse_chat(record, self.system_message) if self.task_type == "CHAT_COMPLETION" else _parse_pair(record)
 
+    def parse_messages(self, text: str) -> Sample | Problem:
+        """The chat whose messages a column holds as JSON text, or what is wrong with it."""
+        messages = _read_json(text, "The column must hold a JSON list of messages.")
+        return messages if isinstance(messages, Problem) else self.check({"messages": messages})
+
     def _explain(self, line: bytes) -> Sample | Problem:
         if b"\0" in line:
             found = "holds zero bytes, as UTF-16 and binary files do. Save the file as UTF-8."
             return Problem("zero bytes", found)
         try:
             text = line.decode().rstrip()
-            record = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
         except UnicodeDecodeError as error:
             found = f"the byte at offset {error.start} of the line is not UTF-8. Save the file as UTF-8."
             return Problem("not UTF-8", found)
-        except _Refused as error:
-            return error.problem
-        except json.JSONDecodeError as error:
-            found = f"not JSON: {error.msg} at column {error.colno}. Each line must be one JSON object."
-            return Problem("not JSON", found)
-        except ValueError:  # Python reads no longer ones
-            return Problem(
-                "long number", "holds a number of thousands of digits. Each line must be one JSON object of text."
-            )
-        except RecursionError:
-            return Problem("nesting", "nested too deeply to be a sample. Each line must be one flat JSON object.")
+        record = _read_json(text, "Each line must be one JSON object.")
+        if isinstance(record, Problem):
+            return record
         if not isinstance(record, dict):
             hint = CHAT_HINT if self.task_type == "CHAT_COMPLETION" else PAIR_HINT
             found = f"found a JSON {_json_type(cast(object, record))}; each line must be one object. {hint}"
             return Problem("not an object", found)
         return self.check(cast(dict[str, Any], record))
+
+
+def _read_json(text: str, needed: str) -> object:
+    """The value of a JSON text, or the Problem with it, which ends with what is `needed`."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except _Refused as error:
+        return error.problem
+    except json.JSONDecodeError as error:
+        return Problem("not JSON", f"not JSON: {error.msg} at column {error.colno}. {needed}")
+    except ValueError:  # Python converts no number of more than 4,300 digits
+        return Problem("long number", f"holds a number of thousands of digits. {needed}")
+    except RecursionError:
+        return Problem("nesting", f"nested too deeply to be a sample. {needed}")
 
 
 _TURNS = ["user", "assistant"] * 64
@@ -114,7 +124,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise _Refused(Problem("NaN", f"holds {name}, which is no JSON. Write text in its place, or drop the line."))
+    raise _Refused(Problem("NaN", f"holds {name}, which is not JSON. Write text in its place, or drop the sample."))
 
 
 def _quick_chat(line: bytes, record: dict[str, Any], system_message: bool) -> Messages | None:

@@ -7,14 +7,18 @@ several machines read it.
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+from tundish.base.text import printable
 from tundish.data.findings import Location
 from tundish.data.samples import Problem, Rules, Sample
+from tundish.errors import SpecError
 
+Item = TypeVar("Item")
 CHUNK_BYTES = 1 << 20
 NO_SAMPLE = "{}: there is no sample in it; all is empty. Give data with samples."
 EMPTY = ""
@@ -89,12 +93,44 @@ def first_samples(source: Source) -> Iterator[Sample]:
     return (sample for _, sample in samples if sample and not isinstance(sample, Problem))
 
 
-def groups(files: Iterable[tuple[str, int]], size: int) -> Iterator[tuple[tuple[str, int], ...]]:
-    """Files and their sizes in bytes, together in order until they reach `size`."""
-    group, total = list[tuple[str, int]](), 0
-    for name, bytes_of_file in files:
-        group.append((name, bytes_of_file))
-        total += bytes_of_file
+def files_below(folder: Path, suffix: str | tuple[str, ...], *, hidden: bool) -> tuple[str, ...]:
+    """Names of all files with a suffix below a folder, nested ones too, sorted.
+
+    Args:
+        folder: that exists.
+        suffix: of the names, or several.
+        hidden: whether files and folders that begin with `.` or `_` count.
+
+    Raises:
+        SpecError: there is what cannot be read as a file of the folder: a link out of it, a pipe.
+        OSError: a folder cannot be read.
+    """
+    names, refused, root = list[str](), list[str](), folder.resolve()
+    for parent, folders, files in os.walk(folder, onerror=_raise):
+        if not hidden:
+            folders[:], files = ([name for name in some if name[0] not in "._"] for some in (folders, files))
+        links = [name for name in folders if Path(parent, name).is_symlink()]
+        for name in (*(name for name in files if name.endswith(suffix)), *links):
+            file = Path(parent, name)
+            good = file.is_file() and file.resolve().is_relative_to(root)
+            (names if good else refused).append(file.relative_to(folder).as_posix())
+    if refused:
+        shown = printable(", ".join(sorted(refused)[:20]))
+        text = f"{len(refused)} links out of the folder, links to folders, or other things that are no files"
+        raise SpecError(f"{folder}: found {text} ({shown}). Copy the files that are meant, remove the others.")
+    return tuple(sorted(names))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def groups(items: Iterable[tuple[Item, int]], size: int) -> Iterator[tuple[tuple[Item, int], ...]]:
+    """Items and their sizes in bytes, together in order until they reach `size`."""
+    group, total = list[tuple[Item, int]](), 0
+    for item, bytes_of_item in items:
+        group.append((item, bytes_of_item))
+        total += bytes_of_item
         if total >= size:
             yield tuple(group)
             group, total = [], 0

@@ -9,9 +9,9 @@ from pathlib import Path
 from tundish.base.text import printable
 from tundish.data.findings import Location
 from tundish.data.samples import Problem, Rules, Sample
-from tundish.data.source import CHUNK_BYTES, EMPTY, Chunk, Source, file_digest, file_version, groups
-from tundish.errors import SpecError
+from tundish.data.source import CHUNK_BYTES, EMPTY, Chunk, Source, file_digest, file_version, files_below, groups
 
+SUFFIX = ".txt"
 MAX_TEXT_BYTES = 1 << 28
 """A larger .txt file is refused: it is held in memory."""
 
@@ -33,18 +33,7 @@ class TextFolder:
             SpecError: there is what cannot be read as a file of the folder: a link out of it, a pipe.
             OSError: a folder cannot be read.
         """
-        found, refused, root = list[str](), list[str](), path.resolve()
-        for folder, folders, files in os.walk(path, onerror=_raise):
-            texts = [name for name in files if name.endswith(".txt")]
-            for name in (*texts, *(name for name in folders if Path(folder, name).is_symlink())):
-                file = Path(folder, name)
-                good = file.is_file() and file.resolve().is_relative_to(root)
-                (found if good else refused).append(file.relative_to(path).as_posix())
-        if refused:
-            names = printable(", ".join(sorted(refused)[:20]))
-            text = f"{len(refused)} links out of the folder, links to folders, or other things that are no files"
-            raise SpecError(f"{path}: found {text} ({names}). Copy the files that are meant, remove the others.")
-        return cls(path, rules, tuple(sorted(found)))
+        return cls(path, rules, files_below(path, SUFFIX, hidden=True))
 
     @property
     def place(self) -> Location:
@@ -80,10 +69,6 @@ class TextFolder:
     def parts(self, size: int) -> list[Source]:
         """See Source."""
         return [replace(self, names=tuple(name for name, _ in files)) for files in groups(self._sized(), size)]
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 @dataclass(frozen=True, slots=True)

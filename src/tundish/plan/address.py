@@ -33,6 +33,8 @@ ADDRESS_SCHEMES: dict[Takes, tuple[str, ...]] = {
 }
 """URIs that each takes beside `file:` and `dbfs:`."""
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+FILE_SUFFIXES = (*LINE_SUFFIXES, ".parquet")
+"""Of files of samples: a name that ends so is no name of a table."""
 ARTIFACTS = "/databricks/mlflow-tracking/"
 _TABLE = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+")
 _HUB_NAMES: dict[Takes, re.Pattern[str]] = {
@@ -197,7 +199,7 @@ def _path_or_name(text: str, takes: Takes, folder: Path | None) -> Address:
             Address("hub", text, text, (str(path),)) if hub and not path.is_dir() else Address("path", str(path), text)
         )
     name: Kind | None = None
-    if _TABLE.fullmatch(text) and not text.endswith(LINE_SUFFIXES):
+    if _TABLE.fullmatch(text) and not text.endswith(FILE_SUFFIXES):
         name = "table"
     elif hub and not path.parent.is_dir():
         name = "hub"
