@@ -541,4 +541,4 @@ def test_a_table_in_a_store_is_not_read_as_its_files(tmp_path: Path, bucket: Buc
 def test_a_missing_object_is_named(bucket: Bucket) -> None:
     """The caller would read that a Delta table is missing, which was not asked for."""
     bucket.put("train.jsonl", b"{}")
-    assert _refusal(bucket.uri("train.parquet")).startswith(f"{bucket.uri('train.parquet')}: cannot be read (")
+    assert _refusal(bucket.uri("train.parquet")).startswith(f"{bucket.uri('train.parquet')}: it does not exist.")
