@@ -394,10 +394,11 @@ def _count(path: str) -> int:
     return sum(chunk.units for chunk in _open(path).chunks())
 
 
-@pytest.mark.parametrize("content", [[], [{"prompt": "", "response": ""}][:0]])
-def test_files_without_rows_are_an_error(tmp_path: Path, content: list[Row]) -> None:
-    """A run would train on nothing and succeed."""
-    pd.DataFrame(content, columns=["prompt", "response"]).to_parquet(tmp_path / "none.parquet")
+@pytest.mark.parametrize("kind", [pa.string(), pa.null()])
+def test_files_without_rows_are_an_error(tmp_path: Path, kind: pa.DataType) -> None:
+    """A run would train on nothing and succeed; pandas writes empty columns as those of nulls."""
+    nothing = pa.array([], kind)
+    pq.write_table(pa.table({"prompt": nothing, "response": nothing}), tmp_path / "none.parquet")
     source = _open(tmp_path / "none.parquet")
     assert source.size == 0 and len(source.parts(100)) == 1
     with pytest.raises(DataError, match=r"none\.parquet: there is no sample in it"):
@@ -530,10 +531,9 @@ def test_objects_are_read_like_local_files(tmp_path: Path, bucket: Bucket, kind:
 def test_a_table_in_a_store_is_not_read_as_its_files(tmp_path: Path, bucket: Bucket) -> None:
     """Its old rows are in .parquet files, too, which its log does not count any more."""
     options = {"AWS_ENDPOINT_URL": os.environ["S3_ENDPOINT_URL"], "AWS_ALLOW_HTTP": "true"}
-    for rows, mode in ((_pairs([1]), "append"), ([{"question": "a"}], "overwrite")):
-        table = pa.Table.from_pylist(rows)
-        schema_mode = "overwrite" if mode == "overwrite" else None
-        write_deltalake(bucket.uri("t"), table, mode=mode, schema_mode=schema_mode, storage_options=options)
+    write_deltalake(bucket.uri("t"), pa.Table.from_pylist(_pairs([1])), storage_options=options)
+    others = pa.Table.from_pylist([{"question": "a"}])
+    write_deltalake(bucket.uri("t"), others, mode="overwrite", schema_mode="overwrite", storage_options=options)
     assert "found the columns question" in _refusal(bucket.uri("t"))
 
 

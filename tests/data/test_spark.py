@@ -427,14 +427,19 @@ def test_parquet_files_become_the_same_samples(
 
     monkeypatch.setattr(spark, "PART_BYTES", 1)
     (tmp_path / "data").mkdir()
-    for number in range(3):
-        rows = [_pair(10 * number + row) for row in range(10)]
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / f"{number}.parquet", row_group_size=4)
+    rows = [_pair(number) for number in range(30)]
+
+    def write(part: int) -> None:
+        table = pa.Table.from_pylist(rows[10 * part : 10 * part + 10])
+        pq.write_table(table, tmp_path / "data" / f"{part}.parquet", row_group_size=4)
+
+    for part in range(3):
+        write(part)
     source = _open(tmp_path / "data")
     assert len(source.parts(1)) == 9
     assert _check(source, job(), on_two_cores).samples == 30
-    rows[7]["response"] = ""
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data" / "2.parquet", row_group_size=4)
+    rows[27]["response"] = ""
+    write(2)
     with pytest.raises(DataError, match=r"^2\.parquet, row 8: 'response' is empty"):
         prepare(_open(tmp_path / "data"), job(), on_two_cores)
 

@@ -82,7 +82,7 @@ class Rules:
             return record
         if not isinstance(record, dict):
             hint = CHAT_HINT if self.task_type == "CHAT_COMPLETION" else PAIR_HINT
-            found = f"found a JSON {_json_type(cast(object, record))}; each line must be one object. {hint}"
+            found = f"found a JSON {_json_type(record)}; each line must be one object. {hint}"
             return Problem("not an object", found)
         return self.check(cast(dict[str, Any], record))
 
