@@ -52,7 +52,7 @@ def test_a_shard_with_another_tensor_than_promised_is_refused(checkpoint: Path, 
         data[first], data[second] = data[second], data[first]
 
     change(checkpoint, swap)
-    with pytest.raises(CheckpointError, match=r"found bfloat16 \(3,\), its metadata says float32 \(6, 4\)"):
+    with pytest.raises(CheckpointError, match=r"holds bfloat16 \(3,\); the metadata says float32 \(6, 4\)"):
         read_tensors(checkpoint)["state.model.model.embed"].read()
 
 

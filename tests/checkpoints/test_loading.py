@@ -152,7 +152,7 @@ def test_a_pt_file_gives_its_model(tmp_path: Path, state: MakeState) -> None:
 )
 def test_a_pt_file_without_a_model_is_told(tmp_path: Path, content: Any) -> None:
     """A traceback would not say which file is wrong."""
-    with pytest.raises(CheckpointError, match=r"x\.pt: has no 'state' with a 'model'"):
+    with pytest.raises(CheckpointError, match=r"x\.pt: not a Composer checkpoint, as it has no 'state' with a 'model'"):
         read_model_file(_file(tmp_path / "x.pt", content))
 
 
@@ -167,7 +167,7 @@ def test_code_in_a_pt_file_is_refused_and_not_run(tmp_path: Path, runs_code: Any
     assert not runs_code.marker.exists()
     torch.load(path, weights_only=False)
     assert runs_code.marker.exists(), "the payload does nothing, so the test would show nothing"
-    assert "is no file" in _refusal(state(), tmp_path / "none.pt")
+    assert "not a file" in _refusal(state(), tmp_path / "none.pt")
 
 
 def _rank(rank: int, world: int, port: int, folder: Path, how: str) -> None:

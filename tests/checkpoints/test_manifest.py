@@ -78,7 +78,7 @@ def test_each_damage_is_named(known: Path, name: str, damage: str) -> None:
     listed = list_checkpoints(known.parent)
     assert listed == ([known] if damage == "flipped" else []), "a listing looks at sizes"
     if damage != "flipped" or name == ".metadata":
-        with pytest.raises(CheckpointError, match=rf"{name}: .* (use another one|Use another checkpoint)\."):
+        with pytest.raises(CheckpointError, match=rf"{name}: .* (Use another one|Use another checkpoint)\."):
             read_checkpoint(known)
 
 

@@ -135,7 +135,7 @@ def test_a_checkpoint_is_never_written_over(tmp_path: Path) -> None:
     place = SaveFolder(str(tmp_path / "checkpoints"))
     folder = _save(place, 1)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(CheckpointError, match=r"ep1-ba1: is there already; a checkpoint is never written over\. Move"):
+    with pytest.raises(CheckpointError, match=r"ep1-ba1: exists already, and checkpoints are never overwritten\. Move"):
         _save(place, 1, 500)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     staged = Staged(_state(2), place.local / "ep1-ba2", copy=False)
@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, elements: int, size: 
     with _full_disk(size), pytest.raises(CheckpointError) as error:
         _save(place, 2, elements)
     assert error.value.message.startswith(f"{place.local}/ep1-ba2: cannot be written (File too large); ")
-    assert "Earlier checkpoints are untouched. Make room, then `tundish resume` the run." in error.value.message
+    assert "Earlier checkpoints are untouched. Free some disk space, then `tundish resume` the run." in error.value.message
     assert sorted(path.name for path in place.local.iterdir()) == ["ep1-ba1", CHECKPOINT_LINK]
     assert _is_as_saved(place.local / "ep1-ba1") and _latest(place.local) == "ep1-ba1"
     assert _is_as_saved(_save(place, 2)), "and there is room again"

@@ -65,7 +65,7 @@ def test_an_export_of_a_flipped_bit_is_refused(
 ) -> None:
     """A damaged disk would be served to users as a model."""
     _flip(trained / "__0_0.distcp", model["model.lm_head.weight"])
-    with pytest.raises(CheckpointError, match="its bytes are not those that were written"):
+    with pytest.raises(CheckpointError, match="its content is not what was written"):
         export(trained, str(tiny_model), "CONTINUED_PRETRAIN", tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
 
@@ -78,5 +78,5 @@ def test_custom_weights_of_a_flipped_bit_are_refused(tiny_model: Path, tmp_path:
     torch.save({"state": {"model": model}}, path)
     check_weights(fetch_weights(str(path)), str(tiny_model))
     _flip(path, model["model.lm_head.weight"])
-    with pytest.raises(CheckpointError, match="its bytes are not those that were written"):
+    with pytest.raises(CheckpointError, match="its content is not what was written"):
         check_weights(fetch_weights(str(path)), str(tiny_model))

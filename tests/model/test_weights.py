@@ -105,7 +105,7 @@ def test_a_pt_file_that_is_no_checkpoint_is_refused(tmp_path: Path, tiny_model: 
     import torch
 
     torch.save({"model.norm.weight": torch.ones(3)}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match=r"x\.pt: has no 'state' with a 'model', so it is no Composer checkpoint"):
+    with pytest.raises(CheckpointError, match=r"x\.pt: not a Composer checkpoint, as it has no 'state' with a 'model'"):
         check_weights(tmp_path / "x.pt", str(tiny_model))
 
 

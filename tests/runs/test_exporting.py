@@ -131,7 +131,7 @@ def test_verifying_reads_every_byte(run: RunFolder, capsys: Capture) -> None:
     assert main(["checkpoints", str(folder), "--verify"]) == 1
     shown = capsys.readouterr().out
     assert f"ep0-ba5: DAMAGED, {_size(folder / 'ep0-ba5'):,} bytes (SHA-256 of its manifest)" in shown
-    assert f"{shard}: its bytes are not those that were written (SHA-256)." in shown and "ep1-ba10: OK" in shown
+    assert f"{shard}: its content is not what was written (SHA-256 differs)." in shown and "ep1-ba10: OK" in shown
     # Without a manifest, the checksums of the tensors are left.
     (shard.parent / "manifest.json").unlink()
     assert main(["checkpoints", str(shard.parent), "--verify", "--json"]) == 1

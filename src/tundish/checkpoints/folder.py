@@ -11,7 +11,7 @@ from typing import Any
 
 from tundish.checkpoints.format.metadata import METADATA, Layout, read_layout
 from tundish.checkpoints.format.tensors import StoredTensor
-from tundish.checkpoints.manifest import FileFacts, Progress, problems, read_manifest, size_problems
+from tundish.checkpoints.manifest import BytesRead, FileFacts, problems, read_manifest, size_problems
 from tundish.errors import CheckpointError
 
 CHECKPOINT_LINK = "latest-sharded-rank0.symlink"
@@ -30,8 +30,9 @@ def list_checkpoints(save_folder: Path) -> list[Path]:
 
 def in_order(paths: Any) -> list[Any]:
     """Those of `paths` whose last part is a checkpoint's name, oldest first."""
-    found = [(match, path) for path in paths if (match := NAME.fullmatch(str(path).rpartition("/")[2]))]
-    return [path for _, path in sorted(found, key=lambda item: (int(item[0][2]), int(item[0][1])))]
+    named = [(match, path) for path in paths if (match := NAME.fullmatch(str(path).rpartition("/")[2]))]
+    # By batch, then by epoch: a resumed run may count its epochs anew.
+    return [path for _, path in sorted(named, key=lambda item: (int(item[0][2]), int(item[0][1])))]
 
 
 def _is_complete(folder: Path) -> bool:
@@ -43,7 +44,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def check_complete(folder: Path) -> None:
-    """Look at a checkpoint's files, without torch, and without reading more than its manifest or its metadata.
+    """Check that all files of a checkpoint exist and have their size; reads its manifest or metadata, and no torch.
 
     Raises:
         CheckpointError: it is incomplete, or its metadata names what no checkpoint needs.
@@ -52,11 +53,11 @@ def check_complete(folder: Path) -> None:
     if files is None or METADATA not in files:
         read_layout(folder)
     elif differences := size_problems(folder, files):
-        raise CheckpointError(f"{differences[0]} The checkpoint is incomplete; use another one.")
+        raise CheckpointError(f"{differences[0]} The checkpoint is incomplete. Use another one.")
 
 
 def read_checkpoint(folder: Path) -> Layout:
-    """What a checkpoint holds; of the tensors, only the places are read.
+    """What a checkpoint contains; of tensors, only where they lie is read.
 
     Raises:
         CheckpointError: it is incomplete, damaged or unsafe.
@@ -66,13 +67,13 @@ def read_checkpoint(folder: Path) -> Layout:
         check_complete(folder)
         if METADATA in files and FileFacts.of(folder / METADATA) != files[METADATA]:
             raise CheckpointError(
-                f"{folder / METADATA}: its bytes are not those that were written (SHA-256). Use another checkpoint."
+                f"{folder / METADATA}: its content is not what was written (SHA-256 differs). Use another checkpoint."
             )
     return read_layout(folder)
 
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint by its name in the state dict; nothing is loaded but the metadata.
+    """Every tensor of a checkpoint by its name in the state dict; only metadata is loaded.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged or unsafe.
@@ -81,7 +82,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     return {name: StoredTensor(name, shape, dtype, parts) for name, (dtype, shape, parts) in tensors}
 
 
-def verify(folder: Path, progress: Progress | None = None) -> list[str]:
+def verify(folder: Path, progress: BytesRead | None = None) -> list[str]:
     """Everything that is wrong with a checkpoint, one sentence each; every byte is read.
 
     With a manifest, every file is compared with its SHA-256. Checkpoints of other programs have none; each of their

@@ -1,7 +1,7 @@
-"""Checkpoints → a sharded state dict, by PyTorch's planner and with readers that run no code.
+"""Checkpoints → a sharded state dict, by PyTorch's planner and readers that run no code.
 
-`dcp.load` decides which rank needs which part of which tensor; what it would unpickle, `.metadata` and the entries that
-are no tensors, is read by this package instead.
+`dcp.load` decides which rank needs which part of which tensor. What it would unpickle (`.metadata`, and entries that
+are not tensors) is read by `format/` instead.
 """
 
 import io
@@ -33,10 +33,10 @@ from tundish.errors import CheckpointError, TundishError
 
 
 def load(state_dict: dict[str, Any], path: Path) -> None:
-    """Fill `state_dict` in place from a checkpoint's folder, or its model from a `.pt` file; on every rank.
+    """Fill `state_dict` in place from a checkpoint's folder, or its model from a `.pt` file; called on every rank.
 
     Args:
-        state_dict: nested; its keys are what is loaded, and its tensors (DTensors too) where it goes.
+        state_dict: nested; its keys are loaded, into its tensors (which may be DTensors).
         path: an `ep#-ba#` folder written on any number of ranks, or a `.pt` file of Composer.
 
     Raises:
@@ -50,30 +50,30 @@ def load(state_dict: dict[str, Any], path: Path) -> None:
 
 
 def _cause(path: Path, error: CheckpointException) -> CheckpointError:
-    """What a rank found, instead of the collection of all ranks' tracebacks."""
+    """The first rank's error, instead of the collection of all ranks' tracebacks."""
     causes = [wrapped[0] for wrapped in error.failures.values()]
-    said = next((cause.message for cause in causes if isinstance(cause, TundishError)), None)
+    message = next((cause.message for cause in causes if isinstance(cause, TundishError)), None)
     first = f"{type(causes[0]).__name__}: {causes[0]}" if causes else str(error)
-    return CheckpointError(said or f"{path}: cannot be loaded ({first}). Use a checkpoint of the same model.")
+    return CheckpointError(message or f"{path}: cannot be loaded ({first}). Use a checkpoint of the same model.")
 
 
 class _Planner(DefaultLoadPlanner):
-    """PyTorch's, except that it is handed objects instead of pickles."""
+    """PyTorch's planner, given objects instead of pickles."""
 
     @override
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise TypeError("pickles are never handed to the planner")
 
     def take(self, read_item: ReadItem, value: Any) -> None:
-        """Put an object that is no tensor into its place, which is none of a tensor."""
+        """Put an object that is not a tensor where the state dict has one."""
         name = read_item.dest_index.fqn
         if isinstance(self.state_dict[name], torch.Tensor):
-            raise CheckpointError(f"{name}: is no tensor in the checkpoint. Use a checkpoint of the same model.")
+            raise CheckpointError(f"{name}: is not a tensor in the checkpoint. Use a checkpoint of the same model.")
         set_element(self.original_state_dict, self.mappings[name], value)
 
 
 class _Reader(StorageReader):
-    """What both kinds of checkpoints have in common."""
+    """What folders and files have in common."""
 
     @abstractmethod
     def tensor(self, index: MetadataIndex) -> torch.Tensor:
@@ -81,7 +81,7 @@ class _Reader(StorageReader):
 
     @abstractmethod
     def object(self, fqn: str) -> Any:
-        """An object that is no tensor."""
+        """An object that is not a tensor."""
 
     @override
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -148,7 +148,7 @@ class FolderReader(_Reader):
 
 
 class FileReader(_Reader):
-    """Reads the model of a `.pt` file of Composer; its tensors stay on the disk until they are used."""
+    """Reads the model of a Composer `.pt` file; its tensors stay on disk until they are used."""
 
     def __init__(self, path: Path) -> None:
         self._tensors = read_model_file(path)
@@ -164,14 +164,14 @@ class FileReader(_Reader):
 
     @override
     def object(self, fqn: str) -> Any:
-        raise CheckpointError(f"{fqn}: a .pt file is read for its weights only.")
+        raise CheckpointError(f"{fqn}: only weights are read from a .pt file.")
 
 
 def read_model_file(path: Path) -> dict[str, torch.Tensor]:
-    """The model's tensors of a `.pt` file by the names that a folder has for them.
+    """The model's tensors of a `.pt` file, by the names that they have in a folder.
 
     Raises:
-        CheckpointError: it is damaged or unsafe, or no checkpoint of Composer.
+        CheckpointError: it is damaged or unsafe, or not a Composer checkpoint.
     """
     content = load_file(path)
     try:
@@ -179,8 +179,8 @@ def read_model_file(path: Path) -> dict[str, torch.Tensor]:
         return {f"{MODEL_PREFIX}{name}": value for name, value in model.items() if isinstance(value, torch.Tensor)}
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: has no 'state' with a 'model', so it is no Composer checkpoint. Use an ep…-ba… folder or a .pt "
-            "file of Composer's."
+            f"{path}: not a Composer checkpoint, as it has no 'state' with a 'model'. Use an ep…-ba… folder or a .pt "
+            "file that Composer wrote."
         ) from error
 
 

@@ -1,8 +1,8 @@
-"""A sharded state dict → a checkpoint that is there complete, or not at all.
+"""A sharded state dict → a checkpoint that is complete or absent.
 
-PyTorch's planner decides which rank writes what. Each rank writes its file into a hidden folder and hashes it on the
-way; when all have, rank 0 adds the metadata and the manifest, flushes the folder to the disk and renames it. A process
-that is killed at any moment leaves the hidden folder, which the next one removes.
+PyTorch's planner decides which rank writes what. Each rank writes its file to a hidden folder and hashes it on the way.
+When all have, rank 0 adds the metadata and the manifest, flushes the folder to disk and renames it. A process that is
+killed at any moment leaves the hidden folder, which the next one removes.
 """
 
 import dataclasses
@@ -39,12 +39,12 @@ from tundish.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 Exchange = Callable[[Any], list[Any]]
-"""What every rank gives, in the order of the ranks; called by all of them."""
+"""Gathers a value of every rank, in the order of the ranks; called on all of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one rank has written, or why it has not."""
+    """What one rank wrote, or why it failed."""
 
     file: str = ""
     facts: FileFacts | None = None
@@ -54,21 +54,21 @@ class Share:
 
 
 class Staged(StorageWriter):
-    """One rank's part of a checkpoint, taken from a state dict and not yet on the disk.
+    """One rank's part of a checkpoint, taken from a state dict and not yet on disk.
 
     Args:
-        state_dict: nested; called with it on every rank at the same time.
-        folder: where the checkpoint is to be.
-        copy: whether tensors are copied, so that training may go on while they are written.
-        base_model: which the training began from.
+        state_dict: nested; every rank makes its `Staged` at the same time.
+        folder: of the checkpoint.
+        copy: whether tensors are copied, so that training may change them while they are written.
+        base_model: the model that training started from.
 
     Raises:
-        CheckpointError: a complete checkpoint is there already.
+        CheckpointError: the folder exists already.
     """
 
     def __init__(self, state_dict: dict[str, Any], folder: Path, *, copy: bool, base_model: str | None = None) -> None:
         if folder.exists():
-            raise CheckpointError(f"{folder}: is there already; a checkpoint is never written over. Move it away.")
+            raise CheckpointError(f"{folder}: exists already, and checkpoints are never overwritten. Move it away.")
         self.folder, self.copy, self.base_model = folder, copy, base_model
         self._file = ""
         self._items: list[tuple[WriteItem, Any]] = []
@@ -78,11 +78,11 @@ class Staged(StorageWriter):
 
     @property
     def hidden(self) -> Path:
-        """Where it is written."""
+        """The folder that it is written to."""
         return hidden(self.folder)
 
     def write(self) -> Share:
-        """Write this rank's file; a failure is part of the answer, since the other ranks wait for one."""
+        """Write this rank's file. A failure is returned, not raised: the other ranks wait for an answer."""
         try:
             self.hidden.mkdir(parents=True, exist_ok=True)
             with open(self.hidden / self._file, "wb") as file:
@@ -94,15 +94,17 @@ class Staged(StorageWriter):
         except OSError as error:
             return Share(error=_failure(self.folder, error))
         except Exception as error:
-            return Share(error=f"{self.folder}: not written ({reason(error)}). Earlier checkpoints are untouched.")
+            return Share(
+                error=f"{self.folder}: could not be written ({reason(error)}). Earlier checkpoints are untouched."
+            )
         finally:
             self._items = []
 
     def complete(self, shares: Sequence[Share]) -> None:
-        """Make the checkpoint visible; called on rank 0 with what all ranks have written.
+        """Give the checkpoint its name; called on rank 0 with the shares of all ranks.
 
         Raises:
-            CheckpointError: a rank could not write, or writes to another disk.
+            CheckpointError: a rank failed, or wrote to another disk.
         """
         if errors := sorted({share.error for share in shares if share.error}):
             shutil.rmtree(self.hidden, ignore_errors=True)
@@ -118,8 +120,8 @@ class Staged(StorageWriter):
             file = self.hidden / name
             if not file.is_file() or file.stat().st_size != facts.bytes:
                 raise CheckpointError(
-                    f"{file}: another rank has written it, and it is not here. Checkpoints must go to a disk that all "
-                    "nodes share. Set save_folder, or $TUNDISH_HOME, to one."
+                    f"{file}: was written on another node and is not visible here. Checkpoints must go to a disk that "
+                    "all nodes share. Set save_folder or $TUNDISH_HOME to a folder on one."
                 )
         path = self.hidden / METADATA
         write_atomic(path, self._pickled(shares))
@@ -130,12 +132,12 @@ class Staged(StorageWriter):
 
     def _pickled(self, shares: Sequence[Share]) -> bytes:
         assert self._metadata is not None
-        found = {
+        storage = {
             item.index: _StorageInfo(share.file, *place)
             for plan, share in zip(self._plans, shares, strict=True)
             for item, place in zip(plan.items, share.places, strict=True)
         }
-        return pickle.dumps(dataclasses.replace(self._metadata, storage_data=found))
+        return pickle.dumps(dataclasses.replace(self._metadata, storage_data=storage))
 
     # What PyTorch asks of a StorageWriter.
 
@@ -183,31 +185,31 @@ class Staged(StorageWriter):
         return True
 
 
-def write_checkpoint(staged: Staged, place: SaveFolder, exchange: Exchange, is_first: bool) -> None:
-    """Write what is staged, on every rank; afterwards the checkpoint is on this machine and `latest` names it.
+def write_checkpoint(staged: Staged, save_folder: SaveFolder, exchange: Exchange, is_first: bool) -> None:
+    """Write what is staged; called on every rank. Afterwards the checkpoint is on disk and `latest` names it.
 
-    What belongs elsewhere is published by somebody else: training does not wait for a store.
+    Copying it to a store is left to the supervisor: training does not wait for that.
 
     Raises:
-        CheckpointError: a rank could not write; told on every rank.
+        CheckpointError: a rank failed; raised on every rank.
     """
     shares = exchange(staged.write())
     error = None
     if is_first:
         try:
             staged.complete(shares)
-            if not place.is_remote:
-                place.publish(staged.folder)
-        except CheckpointError as found:
-            error = found.message
-        except OSError as found:  # `latest` could not be moved: the others wait for an answer, too
-            error = _failure(staged.folder, found)
+            if not save_folder.is_remote:
+                save_folder.publish(staged.folder)
+        except CheckpointError as failure:
+            error = failure.message
+        except OSError as failure:  # `latest` could not be replaced; the other ranks wait for an answer all the same
+            error = _failure(staged.folder, failure)
     if error := exchange(error)[0]:
         raise CheckpointError(error)
 
 
 def clean(save_folder: Path) -> None:
-    """Remove what killed processes have left half written or half removed, and move aside what is damaged."""
+    """Remove what killed processes left half written or half removed, and rename what is damaged."""
     complete = list_checkpoints(save_folder)
     for path in save_folder.glob(f".{CHECKPOINT_LINK}.*.tmp"):
         path.unlink()
@@ -218,10 +220,10 @@ def clean(save_folder: Path) -> None:
         if hidden_one or (NAME.fullmatch(path.name) and not (path / METADATA).exists()):
             shutil.rmtree(path)
         elif NAME.fullmatch(path.name):
-            # It was complete once: somebody may be able to mend it.
+            # It was complete once, so its owner may be able to repair it.
             aside = next(to for n in count(1) if not (to := path.with_name(f"{path.name}.damaged{n}")).exists())
             path.rename(aside)
-            log.warning("%s is damaged or unsafe and is not used; it was moved to %s.", path, aside.name)
+            log.warning("%s is damaged or unsafe and is not used; it was renamed to %s.", path, aside.name)
 
 
 def _write_item(file: "_Hashing", data: Any) -> tuple[int, int]:
@@ -230,7 +232,7 @@ def _write_item(file: "_Hashing", data: Any) -> tuple[int, int]:
         try:
             torch.save(data, cast(BinaryIO, file))
         except RuntimeError as error:
-            # PyTorch ends its archive nevertheless, and complains of that instead of the full disk.
+            # PyTorch still tries to finish its archive, and reports that failure instead of the full disk.
             raise file.error or error from error
     else:
         file.write(data.getbuffer())
@@ -238,7 +240,7 @@ def _write_item(file: "_Hashing", data: Any) -> tuple[int, int]:
 
 
 class _Hashing:
-    """A file that is only written to, and hashed on the way."""
+    """A file that is hashed while it is written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
@@ -263,5 +265,5 @@ def _failure(folder: Path, error: OSError) -> str:
     free = shutil.disk_usage(folder.parent).free if folder.parent.is_dir() else 0
     return (
         f"{folder}: cannot be written ({error.strerror}); {free:,} bytes are free there. Earlier checkpoints are "
-        "untouched. Make room, then `tundish resume` the run."
+        "untouched. Free some disk space, then `tundish resume` the run."
     )

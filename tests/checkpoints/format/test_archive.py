@@ -81,7 +81,7 @@ def test_each_flipped_bit_of_a_tensor_is_noticed(part: Callable[..., Part], arch
         damaged = content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
         assert not torch.load(io.BytesIO(damaged), weights_only=True).equal(torch.arange(5.0))
         message = _refusal(lambda damaged=damaged: read_part(part(damaged, 5), "float32"))
-        assert "__0_0.distcp, byte 781: its bytes are not those that were written (CRC-32)" in message
+        assert "__0_0.distcp, byte 781: its content is not what was written (CRC-32 differs)" in message
         assert "CRC-32" in _refusal(lambda damaged=damaged: objects.read_object(part(damaged)))
 
 
@@ -414,7 +414,7 @@ def test_a_huge_hollow_entry_takes_no_memory(tmp_path: Path, archived: Archived,
     assert path.stat().st_size > size and path.stat().st_blocks * 512 < 1 << 20
     whole = Part((0,), (4,), path, 0, path.stat().st_size)
     assert "bytes" in _refusal(lambda: read_part(whole, "float32"))
-    assert "an entry that is no tensor has" in _refusal(lambda: objects.read_object(whole))
+    assert "an entry that is not a tensor has" in _refusal(lambda: objects.read_object(whole))
     _refusal(lambda: objects.load_file(path))
     hole = tmp_path / "hole.pt"
     with open(hole, "wb") as file:
@@ -480,7 +480,7 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path, kind: str, monkeypatch: p
             path.symlink_to("/dev/zero")
         elif kind == "folder":
             path.mkdir()
-        assert "x.pt: is no file" in _refusal(lambda: objects.load_file(path))
+        assert "x.pt: not a file" in _refusal(lambda: objects.load_file(path))
 
 
 def test_a_pt_file_s_bytes_are_verified(tmp_path: Path) -> None:
@@ -494,7 +494,7 @@ def test_a_pt_file_s_bytes_are_verified(tmp_path: Path) -> None:
     content = path.read_bytes()
     at = content.index(struct.pack("<3f", 500, 501, 502))
     path.write_bytes(content[:at] + b"\1" + content[at + 1 :])
-    assert "its bytes are not those that were written (CRC-32)" in _refusal(lambda: objects.verify_file(path))
+    assert "its content is not what was written (CRC-32 differs)" in _refusal(lambda: objects.verify_file(path))
     for end in (100, len(content) - 50):
         path.write_bytes(content[:end])
         _refusal(lambda: objects.load_file(path))

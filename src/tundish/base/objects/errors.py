@@ -12,12 +12,14 @@ _LOGIN = {
     "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
     "gs": "Set GOOGLE_APPLICATION_CREDENTIALS to a key file, or run `gcloud auth application-default login`.",
     "azure": "Set AZURE_ACCOUNT_ACCESS_KEY, or run `az login`.",
+    "oci": "Run `oci setup config`, or set OCI_CONFIG_FILE and OCI_CONFIG_PROFILE.",
     "hf": "Set HF_TOKEN, or run `huggingface-cli login`.",
 }
 _REACH = "Check the network, and S3_ENDPOINT_URL if the store is your own."
 _SENTENCES = (
     # Signs in what an error and its causes say; what is wrong; what to do. `{login}` is from _LOGIN.
-    (r"NoSuchBucket|bucket does not exist|ContainerNotFound|container does not exist|RepositoryNotFound",
+    (r"ConfigFileNotFound|ProfileNotFound|InvalidConfig", "there are no usable credentials", "{login}"),
+    (r"NoSuchBucket|BucketNotFound|bucket does not exist|ContainerNotFound|container does not exist|RepositoryNotFound",
      "the bucket does not exist", "Create it, or correct its name."),
     (r"InvalidAccessKeyId", "the access key does not exist there",
      "Check AWS_ACCESS_KEY_ID, AWS_PROFILE and S3_ENDPOINT_URL."),
@@ -27,10 +29,11 @@ _SENTENCES = (
     (r"RequestTimeTooSkewed", "the clock of this machine is wrong", "Set it."),
     (r"redirect without LOCATION|PermanentRedirect|AuthorizationHeaderMalformed",
      "the bucket is in another region", "Set AWS_REGION to the bucket's."),
-    (r"status: 401|Unauthenticated|401 Unauthorized", "the credentials are not accepted (401)", "{login}"),
-    (r"status: 403|PermissionDenied|403 Forbidden|GatedRepo", "access denied (403)",
+    (r"status'?: 401|Unauthenticated|401 Unauthorized|NotAuthenticated",
+     "the credentials are not accepted (401)", "{login}"),
+    (r"status'?: 403|PermissionDenied|403 Forbidden|GatedRepo", "access denied (403)",
      "Check that these credentials may read and write there. {login}"),
-    (r"status: 404|404 Not Found|EntryNotFound|No such file", "it does not exist", "Check the address."),
+    (r"status'?: 404|404 Not Found|EntryNotFound|No such file", "it does not exist", "Check the address."),
     (r"status: 412|Precondition", "it was replaced while it was read", "Try again."),
     (r"[Pp]arsing Path \"([^\"\n]{,200})", r"the key '\1' cannot be read",
      "No part of a key may be empty, '.', '..' or unprintable. Rename the object."),
@@ -41,7 +44,7 @@ _SENTENCES = (
      "no secure connection (TLS) is possible",
      "Check that the endpoint speaks https, and set AWS_CA_BUNDLE for a certificate authority of your own."),
     (r"[Tt]imed ?[Oo]ut|operation timed out", "no answer in time", _REACH),
-    (r"status: (5\d\d)", r"the server failed (\1)", "Try again later."),
+    (r"status'?: (5\d\d)", r"the server failed (\1)", "Try again later."),
     (r"Network is unreachable|No route to host|Connection reset|error sending request|ConnectionError",
      "cannot be reached", _REACH),
 )  # fmt: skip

@@ -1,9 +1,9 @@
-"""Reading `torch.save` archives by byte ranges: what DCP keeps of each object and each part of a tensor.
+"""Reading `torch.save` archives by byte ranges: the form in which DCP stores each object and each part of a tensor.
 
 An archive is a zip file without compression: a pickle that says which bytes make up the tensor, and the bytes. The
-pickle is read as data (see contents.py); the bytes are compared with the archive's CRC-32, which PyTorch writes and
-does not look at. What PyTorch's own reader is given has been read here first, and it cannot read it in another way: the
-directory is at the end, each entry there once, none compressed.
+pickle is read as data (see contents.py). The bytes are compared with the archive's CRC-32, which PyTorch writes and
+ignores. Whatever PyTorch's own reader gets has been checked here first, and both read the same: the directory is at the
+end, each entry is there once, and none is compressed.
 """
 
 import io
@@ -23,11 +23,11 @@ from tundish.checkpoints.format.pickles import reason, shown
 from tundish.errors import CheckpointError
 
 BLOCK_BYTES = 1 << 20
-"""Read, checked and handed on at a time."""
+"""Read and checked at a time."""
 LARGEST_PICKLE = 1 << 20
-"""Bytes of the pickle of one tensor; PyTorch's take some hundred."""
+"""Bytes of the pickle of one tensor; PyTorch's take a few hundred."""
 LARGEST_OBJECT = 256 << 20
-"""Bytes of an entry that is no tensor; Composer's take some thousand."""
+"""Bytes of an entry that is not a tensor; Composer's take a few thousand."""
 LARGEST_DIRECTORY = 16 << 20
 """Bytes; an entry takes about 100 of them."""
 _LOCAL_HEADER = struct.Struct("<26xHH")
@@ -46,10 +46,10 @@ class Bytes:
     crc: int
 
     def blocks(self, buffer: bytearray | None = None) -> Iterator[memoryview]:
-        """All of them, as many at a time as `buffer` takes, each in the place of the one before.
+        """All of them, as many at a time as `buffer` holds; each block replaces the one before.
 
         Raises:
-            CheckpointError: they are not those that were written; told after the last block.
+            CheckpointError: they are not what was written; raised after the last block.
         """
         crc, place = 0, memoryview(bytearray(min(BLOCK_BYTES, self.length)) if buffer is None else buffer)
         with open(self.file, "rb", buffering=0) as file:
@@ -60,30 +60,30 @@ class Bytes:
                 crc = zlib.crc32(block, crc)
                 yield block
         if crc != self.crc:
-            raise damaged(self.file, self.start, "its bytes are not those that were written (CRC-32)")
+            raise damaged(self.file, self.start, "its content is not what was written (CRC-32 differs)")
 
 
 def find_bytes(part: Part, dtype: str) -> Bytes:
     """Where the bytes of a tensor's part lie; only the archive's directory and its pickle are read.
 
     Raises:
-        CheckpointError: the archive is damaged, holds what is no tensor, or another one than the metadata says.
+        CheckpointError: the archive is damaged, or does not hold the tensor that the metadata names.
     """
     with Archive(part) as archive:
         names = archive.names
-        found = _described(part, archive.content(names.get("data.pkl"), LARGEST_PICKLE))
-        if found.dtype != dtype or found.size != part.sizes or not found.is_contiguous:
+        tensor = _described(part, archive.content(names.get("data.pkl"), LARGEST_PICKLE))
+        if tensor.dtype != dtype or tensor.size != part.sizes or not tensor.is_contiguous:
             raise CheckpointError(
-                f"{part.file}, byte {part.start:,}: found {found.dtype} {found.size}, its metadata says "
+                f"{part.file}, byte {part.start:,}: holds {tensor.dtype} {tensor.size}; the metadata says "
                 f"{dtype} {part.sizes}. Do not use this checkpoint."
             )
         if archive.content(names.get("byteorder"), 6, b"little") != b"little":
-            raise damaged(part.file, part.start, "its numbers are big-endian; allowed is little")
-        info = names.get(f"data/{found.key}")
-        wanted = math.prod(part.sizes) * DTYPE_BYTES[dtype]
-        if info is None or info.file_size != wanted:
+            raise damaged(part.file, part.start, "its numbers are big-endian; they must be little-endian")
+        info = names.get(f"data/{tensor.key}")
+        expected = math.prod(part.sizes) * DTYPE_BYTES[dtype]
+        if info is None or info.file_size != expected:
             size = "none" if info is None else f"{info.file_size:,}"
-            raise damaged(part.file, part.start, f"it should hold {wanted:,} bytes of a tensor and has {size}")
+            raise damaged(part.file, part.start, f"it must hold {expected:,} bytes of a tensor, and has {size}")
         return Bytes(part.file, archive.position(info), info.file_size, info.CRC)
 
 
@@ -95,8 +95,8 @@ def _described(part: Part, content: bytes) -> Described:
 
 
 def damaged(file: Path, start: int, what: str) -> CheckpointError:
-    """The error of bytes that are not what they should be."""
-    return CheckpointError(f"{file}, byte {start:,}: {what}. The file is damaged or unsafe; use another checkpoint.")
+    """The error for bytes of a file that cannot be used."""
+    return CheckpointError(f"{file}, byte {start:,}: {what}. The file is damaged or unsafe. Use another checkpoint.")
 
 
 def _read(descriptor: int, target: memoryview, start: int, file: Path) -> None:
@@ -104,7 +104,7 @@ def _read(descriptor: int, target: memoryview, start: int, file: Path) -> None:
     while done < len(target):
         count = os.preadv(descriptor, [target[done:]], start + done)
         if not count:
-            raise damaged(file, start, "it ends too early")
+            raise damaged(file, start, "the file ends too early")
         done += count
 
 
@@ -130,12 +130,12 @@ class _Window(io.RawIOBase):
         return self.at
 
     def read(self, size: int = -1) -> bytes:
-        """At most so many bytes; none are allocated for what is not there, nor for more than an object may have."""
+        """At most `size` bytes. Nothing is allocated beyond the end of the range, or beyond LARGEST_OBJECT."""
         rest = max(0, self.length - self.at)
-        wanted = rest if size < 0 else min(size, rest)
-        if wanted > LARGEST_OBJECT:
-            raise ValueError(f"{wanted:,} bytes at once")
-        return super().read(wanted) or b""
+        count = rest if size < 0 else min(size, rest)
+        if count > LARGEST_OBJECT:
+            raise ValueError(f"{count:,} bytes at once")
+        return super().read(count) or b""
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)[: max(0, self.length - self.at)]
@@ -149,10 +149,10 @@ class _Window(io.RawIOBase):
 
 
 class Archive:
-    """The archive of a part: a context manager around its directory.
+    """The archive of a part; a context manager that holds its file open.
 
     Raises:
-        CheckpointError: it is none, or readers could differ about what is in it.
+        CheckpointError: it is not an archive, or readers could disagree about what is in it.
     """
 
     def __init__(self, part: Part) -> None:
@@ -175,10 +175,10 @@ class Archive:
             raise damaged(part.file, part.start, f"not a readable tensor ({reason(error)})") from error
 
     def _check_entries(self) -> None:
-        """Make sure that all readers find the same entries, and that no bytes belong to two of them."""
-        # PyTorch's reader takes capital letters for small ones.
+        """Check that all readers see the same entries, and that no byte belongs to two of them."""
+        # PyTorch's reader ignores the case of names.
         if len({name.lower() for name in self.names}) < len(self.entries):
-            raise ValueError("two entries have one name")
+            raise ValueError("two entries have the same name")
         end = 0
         for entry in sorted(self.entries, key=lambda entry: entry.header_offset):
             if entry.header_offset < end:
@@ -192,7 +192,7 @@ class Archive:
         self.window.close()
 
     def position(self, info: zipfile.ZipInfo) -> int:
-        """Where an entry's bytes begin in the file; they are all there, and as large as they say."""
+        """Where an entry's bytes start in the file. They are uncompressed and end within the part."""
         header = bytearray(30)
         self.window.seek(info.header_offset)
         short = self.window.readinto(header) < len(header) or not header.startswith(b"PK\x03\x04")
@@ -208,8 +208,8 @@ class Archive:
             return default
         if info.file_size > limit:
             raise damaged(self.part.file, self.part.start, f"{shown(info.filename)} has {info.file_size:,} bytes")
-        found = Bytes(self.part.file, self.position(info), info.file_size, info.CRC)
-        return b"".join(bytes(block) for block in found.blocks())
+        content = Bytes(self.part.file, self.position(info), info.file_size, info.CRC)
+        return b"".join(bytes(block) for block in content.blocks())
 
     def verify(self) -> None:
         """Compare the bytes of every entry with its CRC-32."""
@@ -219,14 +219,12 @@ class Archive:
 
 
 def _check_end(window: _Window) -> None:
-    """Make sure that the directory is where every reader looks for it, as PyTorch writes it.
-
-    Python's reader takes what comes right before the end for the directory, PyTorch's what the end points to: an
-    archive with two of them would be checked in one and loaded from the other.
-    """
+    """Check that the directory is where every reader looks for it, as PyTorch writes it."""
+    # Python's reader expects the directory right before the end record, PyTorch's where that record points. An archive
+    # with two directories would be checked by one and loaded from the other.
     window.seek(0)
     if window.read(4) != b"PK\x03\x04":
-        raise ValueError("it does not begin as torch.save's files do")
+        raise ValueError("it does not start like a file of torch.save")
     window.seek(-98, os.SEEK_END)
     tail = window.read(98).rjust(98, b"\0")
     mark, size, offset, comment = _END.unpack(tail[-22:])
@@ -236,7 +234,7 @@ def _check_end(window: _Window) -> None:
         end = window.length - 98
         mark_64, size, offset = _END_64.unpack(tail[:56])
         if record != end or mark_64 != b"PK\x06\x06":
-            raise ValueError("its end is not where its end is said to be")
+            raise ValueError("its end record is not where its locator points")
     if mark != b"PK\x05\x06" or comment or offset + size != end or size > LARGEST_DIRECTORY:
         raise ValueError("its directory is not at its end")
     window.seek(0)

@@ -1,4 +1,4 @@
-"""What the pickle of a `torch.save` archive may hold: one tensor, or an object of numbers, texts and tensors."""
+"""What the pickle of a `torch.save` archive may contain: one tensor, or an object of numbers, texts and tensors."""
 
 import math
 from collections.abc import Mapping
@@ -23,14 +23,14 @@ _STORAGES = {
     "ComplexFloatStorage": "complex64",
 }
 NUMPY_TYPES = "f8 f4 f2 i8 i4 i2 i1 u8 u4 u2 u1 b1".split()
-"""Element types of NumPy arrays in a checkpoint: numbers. Of objects or fields, bytes would be taken for pointers."""
+"""Element types of NumPy arrays in a checkpoint: numbers only. NumPy would take bytes of object arrays for pointers."""
 _NUMPY_STATE = (None, None, None, -1, -1, 0)
-"""What NumPy says of every such type: no subarray, no names, no fields, its own size and alignment, no flags."""
+"""The state of all these types: no subarray, no names, no fields, default size and alignment, no flags."""
 
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What the pickle of a tensor says of it."""
+    """A tensor as its pickle describes it."""
 
     dtype: str
     key: str
@@ -41,7 +41,7 @@ class Described:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether the storage is the elements, in their order, and nothing else."""
+        """Whether the storage holds the elements in their order, and nothing else."""
         expected = 1
         for size, stride in zip(reversed(self.size), reversed(self.stride), strict=True):
             if size != 1 and stride != expected:
@@ -51,44 +51,44 @@ class Described:
 
 
 def describe(content: bytes) -> Described:
-    """What a pickle says that holds one tensor.
+    """The tensor that a pickle describes.
 
     Raises:
-        CheckpointError: it holds something else; `.message` has no place in it.
+        CheckpointError: it contains something else; `.message` names no file.
     """
-    found = _Unpickler(content, _TENSOR_NAMES).load()
-    if type(found) is not _Tensor:
-        raise CheckpointError("it is no pickle of a tensor")
-    return found.described
+    tensor = _Unpickler(content, _TENSOR_NAMES).load()
+    if type(tensor) is not _Tensor:
+        raise CheckpointError("not the pickle of a tensor")
+    return tensor.described
 
 
 def describe_all(content: bytes, sizes: Mapping[str, int]) -> dict[str, Described]:
-    """What a pickle says that holds tensors by their names, and nothing else.
+    """The tensors that a pickle describes by their names; it may contain nothing else.
 
     Args:
         content: the pickle.
         sizes: bytes of each storage that the archive has, by its key.
 
     Raises:
-        CheckpointError: it holds something else; `.message` has no place in it.
+        CheckpointError: it contains something else; `.message` names no file.
     """
-    found = _Unpickler(content, _STATE_NAMES, sizes).load()
-    if type(found) is not dict or not all(type(name) is str for name in cast(dict[Any, Any], found)):
-        raise CheckpointError("it holds no tensors by their names")
-    if not all(type(tensor) is _Tensor for tensor in cast(dict[str, Any], found).values()):
-        raise CheckpointError("it holds other things than tensors")
-    return {name: tensor.described for name, tensor in cast(dict[str, _Tensor], found).items()}
+    state = _Unpickler(content, _STATE_NAMES, sizes).load()
+    if type(state) is not dict or not all(type(name) is str for name in cast(dict[Any, Any], state)):
+        raise CheckpointError("not a dict of tensors by their names")
+    if not all(type(tensor) is _Tensor for tensor in cast(dict[str, Any], state).values()):
+        raise CheckpointError("it contains more than tensors")
+    return {name: tensor.described for name, tensor in cast(dict[str, _Tensor], state).items()}
 
 
 def check_object(content: bytes, sizes: Mapping[str, int]) -> None:
-    """Look through a pickle before PyTorch's `weights_only` reads it, which believes sizes and calls what it allows.
+    """Check a pickle before PyTorch's `weights_only` reads it, which trusts sizes and calls what it allows.
 
     Args:
         content: the pickle.
         sizes: bytes of each storage that the archive has, by its key.
 
     Raises:
-        CheckpointError: it is damaged or unsafe; `.message` has no place in it.
+        CheckpointError: it is damaged or unsafe; `.message` names no file.
     """
     _Unpickler(content, _OBJECT_NAMES, sizes).load()
 
@@ -101,7 +101,7 @@ class _Unpickler(PlainUnpickler):
     def persistent_load(self, pid: Any) -> "_Storage":
         kind, dtype, key, _location, numel = pid
         if kind != "storage" or type(dtype) is not str or type(key) is not str:
-            raise ValueError("it names a storage in another way than PyTorch does")
+            raise ValueError("it names a storage in another way than PyTorch")
         (numel,) = numbers((numel,))
         if self.sizes is not None and self.sizes.get(key) != numel * DTYPE_BYTES[dtype]:
             raise ValueError(f"a storage of {numel:,} elements has {self.sizes.get(key, 0):,} bytes")
@@ -119,43 +119,43 @@ class _Tensor(Record):
     def __init__(self, storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> None:
         super().__init__()
         if type(storage) is not _Storage or type(size) is not tuple or type(stride) is not tuple:
-            raise ValueError("a tensor is not made of what PyTorch makes it of")
+            raise ValueError("a tensor has other arguments than PyTorch writes")
         (at,) = numbers((offset,))
-        found = Described(storage.dtype, storage.key, storage.numel, at, numbers(size), numbers(stride))
-        if len(found.size) != len(found.stride) or math.prod(found.size) > storage.numel:
-            raise ValueError(f"a tensor {found.size} has {storage.numel:,} elements")
-        self.described = found
+        described = Described(storage.dtype, storage.key, storage.numel, at, numbers(size), numbers(stride))
+        if len(described.size) != len(described.stride) or math.prod(described.size) > storage.numel:
+            raise ValueError(f"a tensor {described.size} has {storage.numel:,} elements")
+        self.described = described
 
 
 class _NumpyType(Record):
     def __init__(self, code: Any = None, *more: Any) -> None:
         super().__init__()
         if type(code) is not str or code not in NUMPY_TYPES or not all(type(flag) in (bool, int) for flag in more):
-            raise ValueError("a NumPy array is not of numbers")
+            raise ValueError("the elements of a NumPy array are not numbers")
         self.bytes = int(code[1:])
 
     def build(self, state: Any) -> None:
         if type(state) is not tuple or state[:1] != (3,) or state[1] not in ("<", "|") or state[2:] != _NUMPY_STATE:
-            raise ValueError("a NumPy type has another state than numbers have")
+            raise ValueError("a NumPy type has another state than types of numbers")
 
 
 class _Array(Record):
     def __init__(self, kind: Any = None, size: Any = None, code: Any = None) -> None:
         super().__init__()
         if kind != "ndarray" or size != (0,) or code != b"b":
-            raise ValueError("a NumPy array is not made as NumPy makes it")
+            raise ValueError("a NumPy array has other arguments than NumPy writes")
 
     def build(self, state: Any) -> None:
         _version, shape, dtype, is_fortran, content = cast(tuple[Any, ...], state)
         plain = type(dtype) is _NumpyType and type(content) is bytes and type(is_fortran) is bool
         if not plain or math.prod(numbers(shape)) * dtype.bytes != len(content):
-            raise ValueError("a NumPy array has other bytes than its shape says")
+            raise ValueError("the bytes of a NumPy array do not match its shape")
 
 
 def _encoded(text: Any, encoding: Any) -> bytes:
-    """Stands for what protocol 2 has for bytes."""
+    """Stands for the function by which protocol 2 writes bytes."""
     if type(text) is not str or encoding != "latin1":
-        raise ValueError("bytes are encoded in another way than pickle does")
+        raise ValueError("bytes are encoded in another way than by pickle")
     return text.encode("latin1")
 
 

@@ -1,8 +1,8 @@
 """A checkpoint's `.metadata`: which tensor lies where, read without building anything that it names.
 
-PyTorch unpickles `.metadata` freely, so that whoever made it may run code. Here the names that DCP needs are the only
-ones allowed, and each of them stands for a record that does nothing (see pickles.py); what comes out is checked piece
-by piece, against the files too, and copied into the classes below.
+PyTorch unpickles `.metadata` without restriction, so its author can run code. Here only the names that DCP needs are
+allowed, and each stands for a record that does nothing (see pickles.py). What comes out is checked piece by piece, also
+against the files, and copied into the classes below.
 """
 
 import math
@@ -32,10 +32,10 @@ DTYPE_BYTES: Mapping[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Where the archive of an object, or of a part of a tensor, lies."""
+    """The archive of an object, or of a part of a tensor: its place in a file."""
 
     offsets: tuple[int, ...]
-    """Place in the whole tensor."""
+    """Index of its first element in the whole tensor."""
     sizes: tuple[int, ...]
     file: Path
     start: int
@@ -45,7 +45,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What a checkpoint holds, by the names of its flattened state dict. Every part lies within its file."""
+    """The content of a checkpoint by the names of its flattened state dict. Every part lies within its file."""
 
     tensors: Mapping[str, tuple[str, tuple[int, ...], tuple[Part, ...]]]
     """PyTorch's name of the element type, shape, and parts that cover the tensor without overlap."""
@@ -55,7 +55,7 @@ class Layout:
 
 
 def read_layout(folder: Path) -> Layout:
-    """What the checkpoint in `folder` holds.
+    """The content of the checkpoint in `folder`.
 
     Raises:
         CheckpointError: it is incomplete or damaged, names what no checkpoint needs, or leaves its folder.
@@ -67,12 +67,12 @@ def read_layout(folder: Path) -> Layout:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{folder / METADATA}: not a DCP checkpoint's metadata ({reason(error)}). Use another checkpoint."
+            f"{folder / METADATA}: not the metadata of a DCP checkpoint ({reason(error)}). Use another checkpoint."
         ) from error
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor by its name in the state dict, where nothing but the metadata of a checkpoint is there.
+    """The shape of each tensor by its name in the state dict; needs no file of the checkpoint but its metadata.
 
     Raises:
         CheckpointError: it is damaged or unsafe.
@@ -84,7 +84,7 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         return {name: numbers(state["size"]) for name, state in tensors.items()}
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{folder / METADATA}: not a DCP checkpoint's metadata ({reason(error)}). Use another checkpoint."
+            f"{folder / METADATA}: not the metadata of a DCP checkpoint ({reason(error)}). Use another checkpoint."
         ) from error
 
 
@@ -97,7 +97,7 @@ _NAMES: Mapping[str, Any] = {
         for name in ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", *_TENSOR_PROPERTIES)
     },
     **{f"{_DCP}.metadata.{name}": _RECORD for name in ("ChunkStorageMetadata", "MetadataIndex", "StorageMeta")},
-    # Where PyTorch 2.2 and older have them.
+    # Their home in PyTorch 2.2 and older.
     **{f"torch.distributed._shard.sharded_tensor.metadata.{name}": _RECORD for name in _TENSOR_PROPERTIES},
     f"{_DCP}.filesystem._StorageInfo": _RECORD,
     "torch.serialization._get_layout": _RECORD,
@@ -111,9 +111,11 @@ _NAMES: Mapping[str, Any] = {
 def _load(folder: Path) -> Any:
     path = member(folder, METADATA)
     if not path.is_file():
-        raise CheckpointError(f"{folder}: there is no {METADATA}, so the checkpoint is not complete. Use another one.")
+        raise CheckpointError(f"{folder}: has no {METADATA}, so the checkpoint is incomplete. Use another one.")
     if (size := path.stat().st_size) > LARGEST_METADATA:
-        raise CheckpointError(f"{path}: has {size:,} bytes; allowed are {LARGEST_METADATA:,}. Use another checkpoint.")
+        raise CheckpointError(
+            f"{path}: has {size:,} bytes, and may have at most {LARGEST_METADATA:,}. Use another checkpoint."
+        )
     try:
         return PlainUnpickler(path.read_bytes(), _NAMES).load()
     except CheckpointError as error:
@@ -147,7 +149,7 @@ def _layout(folder: Path, state: Mapping[str, Any]) -> Layout:
 
 
 class _Files:
-    """The files of a checkpoint, looked at once each."""
+    """The files of a checkpoint; each is checked once."""
 
     def __init__(self, folder: Path, infos: Iterable[Mapping[str, Any]]) -> None:
         self.paths: dict[str, Path] = {}
@@ -157,7 +159,9 @@ class _Files:
             start, length = numbers((info["offset"], info["length"]))
             ends[name] = max(ends.get(name, 0), start + length)
             if info.get("transform_descriptors"):
-                raise CheckpointError(f"{folder / METADATA}: {name} is compressed; allowed are plain files.")
+                raise CheckpointError(
+                    f"{folder / METADATA}: {name} is compressed, which is not supported. Use another checkpoint."
+                )
         for name, end in ends.items():
             self.paths[name] = _checked(folder, name, end)
 
@@ -166,37 +170,37 @@ class _Files:
 
 
 def _checked(folder: Path, name: str, end: int) -> Path:
-    """A file that is there, in the folder, and ends where its last entry does."""
+    """A file of the folder that exists and ends where its last entry does."""
     file = member(folder, name)
     size = file.stat().st_size if file.is_file() else -1
     if size != end:
-        found = f"has {size:,} bytes" if size >= 0 else "is missing"
+        state = f"has {size:,} bytes" if size >= 0 else "is missing"
         what = "incomplete" if size < end else "damaged"
         raise CheckpointError(
-            f"{file}: {found}, but its last entry ends at byte {end:,}. The checkpoint is {what}; use another one."
+            f"{file}: {state}, but its last entry ends at byte {end:,}. The checkpoint is {what}. Use another one."
         )
     return file
 
 
 def _check_parts(folder: Path, name: str, dtype: str, shape: tuple[int, ...], parts: tuple[Part, ...]) -> None:
-    """Make sure that the parts cover the tensor, each element once, and that their files hold so many bytes.
+    """Check that the parts cover each element of the tensor once, and that their files have enough bytes.
 
     Raises:
-        CheckpointError: they do not; nothing has been allocated.
+        CheckpointError: they do not; nothing was allocated.
     """
     where = f"{folder / METADATA}: {name}"
     if any(part.length < math.prod(part.sizes) * DTYPE_BYTES[dtype] for part in parts):
-        raise CheckpointError(f"{where} is larger than the bytes that its file has for it. Do not use this checkpoint.")
+        raise CheckpointError(f"{where}: is larger than its bytes in the file. Do not use this checkpoint.")
     same_dims = all(len(part.offsets) == len(part.sizes) == len(shape) for part in parts)
     addressable = math.prod(max(1, size) for size in shape) * DTYPE_BYTES[dtype] < LARGEST_NUMBER
     if not same_dims or not addressable or not _covers(shape, [part for part in parts if math.prod(part.sizes)]):
         raise CheckpointError(
-            f"{where}: its parts do not make up its shape {shape}. The checkpoint is incomplete; use another one."
+            f"{where}: its parts do not make up its shape {shape}. The checkpoint is incomplete. Use another one."
         )
 
 
 def _covers(shape: tuple[int, ...], parts: Sequence[Part], dim: int = 0) -> bool:
-    """Whether the parts are the cells of a grid, as sharded tensors are, whose rows may be divided differently."""
+    """Whether the parts tile the shape as a grid, like sharded tensors; rows may be divided differently."""
     if not parts:
         return not math.prod(shape)
     if dim == len(shape):
@@ -213,17 +217,17 @@ def _covers(shape: tuple[int, ...], parts: Sequence[Part], dim: int = 0) -> bool
 
 
 def _check_places(folder: Path, parts: Sequence[Part]) -> None:
-    """Make sure that no bytes are those of two parts: few bytes would make up any number of tensors.
+    """Check that no byte belongs to two parts.
 
     Raises:
-        CheckpointError: some are.
+        CheckpointError: one does.
     """
-    found = sorted((str(part.file), part.start, part.start + part.length) for part in parts)
-    for (file, _, end), (other, start, _) in pairwise(found):
+    # Otherwise a small file could describe tensors of any size, though sizes are compared with files before allocation.
+    ranges = sorted((str(part.file), part.start, part.start + part.length) for part in parts)
+    for (file, _, end), (other, start, _) in pairwise(ranges):
         if file == other and start < end:
             raise CheckpointError(
-                f"{folder / METADATA}: byte {start:,} of {file} is said to be of two tensors. "
-                "Do not use this checkpoint."
+                f"{folder / METADATA}: assigns byte {start:,} of {file} to two tensors. Do not use this checkpoint."
             )
 
 
@@ -242,7 +246,7 @@ def _text(given: Any) -> str:
 
 def _dtype(given: Any) -> str:
     if type(given) is not str or given not in DTYPE_BYTES:
-        raise TypeError("a tensor's elements are no numbers")
+        raise TypeError("the elements of a tensor are not numbers")
     return given
 
 
@@ -251,13 +255,13 @@ def _offsets(given: Any) -> tuple[int, ...] | None:
 
 
 def numbers(given: Any) -> tuple[int, ...]:
-    """Sizes, offsets or lengths of a checkpoint.
+    """Check sizes, offsets or lengths of a checkpoint.
 
     Raises:
-        ValueError: they are none.
+        ValueError: they are not whole numbers in a tuple or list.
     """
     if type(given) not in (tuple, list) or len(given) > MOST_DIMENSIONS:
-        raise ValueError("sizes are no tuple of numbers")
+        raise ValueError("sizes are not a tuple of numbers")
     if not all(type(number) is int and 0 <= number < LARGEST_NUMBER for number in given):
-        raise ValueError("a size is no number that a file can have")
+        raise ValueError("a size is not a number from 0 to 2**63")
     return tuple(given)

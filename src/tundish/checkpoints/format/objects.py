@@ -1,4 +1,4 @@
-"""Objects and `.pt` files: `torch.load` with `weights_only`, after what it would believe has been looked at."""
+"""Objects and `.pt` files: read by `torch.load` with `weights_only`, after what it would trust has been checked."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ LARGEST_PICKLE = 64 << 20
 
 
 def read_object(part: Part) -> Any:
-    """An object that is no tensor; classes that Composer's state does not need are refused.
+    """An object that is not a tensor; classes that Composer's state does not need are refused.
 
     Raises:
         CheckpointError: it is damaged or unsafe.
@@ -23,7 +23,7 @@ def read_object(part: Part) -> Any:
     import torch
 
     if part.length > LARGEST_OBJECT:
-        raise damaged(part.file, part.start, f"an entry that is no tensor has {part.length:,} bytes")
+        raise damaged(part.file, part.start, f"an entry that is not a tensor has {part.length:,} bytes")
     with Archive(part) as archive:
         archive.verify()
         _check_object(part, archive)
@@ -35,7 +35,7 @@ def read_object(part: Part) -> Any:
 
 
 def load_file(path: Path) -> Any:
-    """The content of a `.pt` file, its tensors left on the disk until they are used.
+    """The content of a `.pt` file; its tensors stay on disk until they are used.
 
     Raises:
         CheckpointError: it is damaged or unsafe.
@@ -53,7 +53,7 @@ def verify_file(path: Path) -> None:
     """Compare all bytes of a `.pt` file with its CRC-32s.
 
     Raises:
-        CheckpointError: they are not those that were written.
+        CheckpointError: they are not what was written.
     """
     with Archive(_whole(path)) as archive:
         archive.verify()
@@ -61,12 +61,12 @@ def verify_file(path: Path) -> None:
 
 def _whole(path: Path) -> Part:
     if not path.is_file():
-        raise CheckpointError(f"{path}: is no file. Give an ep…-ba… folder or a .pt file of Composer's.")
+        raise CheckpointError(f"{path}: not a file. Use an ep…-ba… folder or a .pt file that Composer wrote.")
     return Part((), (), path, 0, path.stat().st_size)
 
 
 def _check_object(part: Part, archive: "Archive") -> None:
-    """Look at all that PyTorch's reader is going to believe."""
+    """Check what PyTorch's reader would trust."""
     names = archive.names
     sizes = {name.removeprefix("data/"): info.file_size for name, info in names.items() if name.startswith("data/")}
     try:
@@ -74,12 +74,12 @@ def _check_object(part: Part, archive: "Archive") -> None:
     except CheckpointError as error:
         raise CheckpointError(
             f"{part.file}, byte {part.start:,}: cannot be loaded without running code from it ({error.message}). "
-            "It is damaged or unsafe; use another checkpoint."
+            "It is damaged or unsafe. Use another checkpoint."
         ) from error
 
 
 def _harmless() -> list[Any]:
-    """What Composer's timestamps, versions and NumPy's random state need beyond what `weights_only` lets in."""
+    """What Composer's timestamps, versions and NumPy's random state need beyond what `weights_only` allows."""
     import datetime
 
     import numpy as np
@@ -103,5 +103,5 @@ def _refusing(part: Part, load: Callable[[], Any]) -> Any:
     except Exception as error:
         raise CheckpointError(
             f"{part.file}, byte {part.start:,}: cannot be loaded without running code from it ({reason(error)}). "
-            "It is damaged or unsafe; use another checkpoint."
+            "It is damaged or unsafe. Use another checkpoint."
         ) from error

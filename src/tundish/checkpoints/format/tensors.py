@@ -33,17 +33,17 @@ class StoredTensor:
         parts = [part for part in self.parts if math.prod(part.sizes)]
         whole = torch.empty(self.shape, dtype=dtype or getattr(torch, self.dtype))
         for part in parts:
-            place = tuple(slice(start, start + size) for start, size in zip(part.offsets, part.sizes, strict=True))
-            whole[place] = read_part(part, self.dtype)
+            region = tuple(slice(start, start + size) for start, size in zip(part.offsets, part.sizes, strict=True))
+            whole[region] = read_part(part, self.dtype)
         return whole
 
     def blocks(self, buffer: bytearray | None = None) -> Iterator["torch.Tensor"]:
-        """All elements in the tensor's order, flat, as many at a time as `buffer` takes where the parts are rows.
+        """All elements in their order, flat; at most as many at a time as `buffer` holds if the parts are whole rows.
 
-        Each block may lie in the place of the one before.
+        A block may replace the one before.
 
         Raises:
-            CheckpointError: its bytes are damaged; told after the last block of a part.
+            CheckpointError: its bytes are damaged; raised after the last block of a part.
         """
         if any(part.sizes[1:] != self.shape[1:] for part in self.parts):
             yield self.read().flatten()
@@ -61,17 +61,17 @@ def read_part(part: Part, dtype: str) -> "torch.Tensor":
     """
     import torch
 
-    found = find_bytes(part, dtype)
+    content = find_bytes(part, dtype)
     flat = torch.empty(math.prod(part.sizes), dtype=getattr(torch, dtype))
     done = 0
-    for block in _part_blocks(found, dtype) if len(flat) else ():
+    for block in _part_blocks(content, dtype) if len(flat) else ():
         flat[done : done + len(block)] = block
         done += len(block)
     return flat.view(part.sizes)
 
 
-def _part_blocks(found: Bytes, dtype: str, buffer: bytearray | None = None) -> Iterator["torch.Tensor"]:
+def _part_blocks(content: Bytes, dtype: str, buffer: bytearray | None = None) -> Iterator["torch.Tensor"]:
     import torch
 
-    for block in found.blocks(buffer):
+    for block in content.blocks(buffer):
         yield torch.frombuffer(block, dtype=getattr(torch, dtype))
