@@ -222,7 +222,8 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, elements: int, size: 
     with _full_disk(size), pytest.raises(CheckpointError) as error:
         _save(place, 2, elements)
     assert error.value.message.startswith(f"{place.local}/ep1-ba2: cannot be written (File too large); ")
-    assert "Earlier checkpoints are untouched. Free some disk space, then `tundish resume` the run." in error.value.message
+    advice = "Earlier checkpoints are untouched. Free some disk space, then `tundish resume` the run."
+    assert advice in error.value.message
     assert sorted(path.name for path in place.local.iterdir()) == ["ep1-ba1", CHECKPOINT_LINK]
     assert _is_as_saved(place.local / "ep1-ba1") and _latest(place.local) == "ep1-ba1"
     assert _is_as_saved(_save(place, 2)), "and there is room again"

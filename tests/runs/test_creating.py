@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_told_before_the_run(arguments: dict[str, Any], 
     assert type(error) is SpecError
     assert (
         error.message.startswith("custom_weights_path: ")
-        and "there is no .metadata, so the checkpoint is not complete" in error.message
+        and "has no .metadata, so the checkpoint is incomplete" in error.message
     )
 
 
