@@ -46,7 +46,10 @@ def test_wrong_arguments_are_exit_code_2(options: list[str], capsys: Capture, co
     """A script could not tell its own mistake from bad data."""
     assert main([command, *options[:2], "--train-data-path", "/no/such.jsonl", "--context-length", "3"]) == 2
     shown = capsys.readouterr().err
-    assert "context_length: found 3" in shown and "/no/such.jsonl: there is no such file" in shown
+    assert (
+        "context_length: must be an integer of at least 8, not 3" in shown
+        and "/no/such.jsonl: there is no such file" in shown
+    )
 
 
 def test_estimates_are_printed_and_drawn(options: list[str], capsys: Capture, tmp_path: Path) -> None:

@@ -139,8 +139,8 @@ LICENSES = {
 }
 
 
-def test_every_model_has_its_licence() -> None:
-    """A registered model would carry no licence, or that of its neighbour in the file."""
+def test_every_model_has_its_license() -> None:
+    """A registered model would carry no license, or that of its neighbour in the file."""
     for name, card in model_cards().items():
         (found,) = (license for start, license in LICENSES.items() if name.startswith(start))
         assert card.license == license_of(name) == found, name
@@ -161,10 +161,10 @@ def test_every_model_has_its_licence() -> None:
     ],
     ids=["declared", "named", "other", "only a file", "control characters", "damaged", "a list", "nothing"],
 )
-def test_a_folder_s_licence_is_what_it_says_of_itself(
+def test_a_folder_s_license_is_what_it_says_of_itself(
     readme: str | None, license: str | None, found: str, config_folder: Path
 ) -> None:
-    """The licence of a local base model would be lost, or a damaged README stop the run."""
+    """The license of a local base model would be lost, or a damaged README stop the run."""
     for name, text in (("README.md", readme), ("LICENSE.txt", license)):
         if text is not None:
             (config_folder / name).write_text(text)
@@ -219,7 +219,9 @@ def test_a_number_is_wrong_in_any_architecture(config_folder: Path) -> None:
     """An export would build a billion layers before it says anything."""
     for family in ("llama", "gpt_neox"):
         _change_config(config_folder, model_type=family, num_hidden_layers=10**9)
-        with pytest.raises(SpecError, match="num_hidden_layers: found 1000000000; allowed is"):
+        with pytest.raises(
+            SpecError, match=r"num_hidden_layers: must be (at most|an integer from 1 to) 1,000, not 1000000000"
+        ):
             check_config(str(config_folder))
     _change_config(config_folder, num_hidden_layers=2, num_key_value_heads=[2, 4])
     check_config(str(config_folder))
@@ -228,7 +230,9 @@ def test_a_number_is_wrong_in_any_architecture(config_folder: Path) -> None:
 def test_another_architecture_is_refused_with_those_that_work(config_folder: Path) -> None:
     """A model that nothing here was tested with would be trained."""
     _change_config(config_folder, model_type="gpt2")
-    with pytest.raises(SpecError, match=r"says model_type 'gpt2'; tundish trains dbrx, llama, mistral, mixtral\."):
+    with pytest.raises(
+        SpecError, match=r"model_type 'gpt2' is not supported; tundish trains dbrx, llama, mistral, mixtral\."
+    ):
         find_card(str(config_folder))
 
 
@@ -263,22 +267,22 @@ def test_a_small_model_changes_nothing(config_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"num_attention_heads": 0}, "num_attention_heads: found 0; allowed is a whole number from 1 to 4,096."),
-        ({"num_hidden_layers": -2}, "num_hidden_layers: found -2; allowed is a whole number from 1 to 1,000."),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers: found 1000000000; allowed is"),
-        ({"vocab_size": True}, "vocab_size: found True; allowed is a whole number"),
-        ({"hidden_size": 64.0}, "hidden_size: found 64.0; allowed is a whole number"),
-        ({"intermediate_size": "128"}, "intermediate_size: found '128'; allowed is a whole number"),
-        ({"hidden_size": 66}, "hidden_size: found 66; allowed is a multiple of num_attention_heads, 4."),
-        ({"num_key_value_heads": 3}, "num_attention_heads: found 4; allowed is a multiple of num_key_value_heads, 3."),
-        ({"head_dim": 0}, "head_dim: found 0; allowed is"),
-        ({"head_dim": 15}, "head_dim: found 15; allowed is what gives each head an even number of channels."),
-        ({"hidden_size": 60}, "hidden_size: found 60; allowed is what gives each head an even number of channels."),
-        ({"rms_norm_eps": "small"}, "rms_norm_eps: found 'small'; allowed is a number from 0."),
-        ({"rope_theta": float("nan")}, "rope_theta: found nan; allowed is a number from 0."),
-        ({"attention_dropout": False}, "attention_dropout: found False; allowed is a number from 0."),
-        ({"tie_word_embeddings": "no"}, "tie_word_embeddings: found 'no'; allowed is true or false."),
-        ({"max_position_embeddings": 10**400}, "max_position_embeddings: found 1000000"),
+        ({"num_attention_heads": 0}, "num_attention_heads: must be an integer from 1 to 4,096, not 0."),
+        ({"num_hidden_layers": -2}, "num_hidden_layers: must be an integer from 1 to 1,000, not -2."),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: must be an integer from 1 to 1,000, not 1000000000"),
+        ({"vocab_size": True}, "vocab_size: must be an integer from 1 to "),
+        ({"hidden_size": 64.0}, "hidden_size: must be an integer from 1 to "),
+        ({"intermediate_size": "128"}, "intermediate_size: must be an integer from 1 to "),
+        ({"hidden_size": 66}, "hidden_size: must be a multiple of num_attention_heads (4), not 66."),
+        ({"num_key_value_heads": 3}, "num_attention_heads: must be a multiple of num_key_value_heads (3), not 4."),
+        ({"head_dim": 0}, "head_dim: must be an integer from 1 to"),
+        ({"head_dim": 15}, "head_dim: must give each head an even number of channels, but is 15."),
+        ({"hidden_size": 60}, "hidden_size: must give each head an even number of channels, but is 60."),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps: must be a number of at least 0, not 'small'."),
+        ({"rope_theta": float("nan")}, "rope_theta: must be a number of at least 0, not nan."),
+        ({"attention_dropout": False}, "attention_dropout: must be a number of at least 0, not False."),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings: must be true or false, not 'no'."),
+        ({"max_position_embeddings": 10**400}, "max_position_embeddings: must be an integer from 1 to"),
     ],
 )
 def test_a_number_that_no_model_can_have_is_named(config_folder: Path, change: dict[str, Any], said: str) -> None:
@@ -293,7 +297,7 @@ def test_a_number_that_no_model_can_have_is_named(config_folder: Path, change: d
 def test_all_numbers_that_are_wrong_are_told_at_once(config_folder: Path) -> None:
     """The caller would correct one, and be told of the next."""
     _change_config(config_folder, num_hidden_layers=0, vocab_size=-1, num_attention_heads=None)
-    with pytest.raises(SpecError, match="lacks num_attention_heads"):
+    with pytest.raises(SpecError, match="num_attention_heads is missing"):
         find_card(str(config_folder))
     _change_config(config_folder, num_attention_heads=4)
     with pytest.raises(SpecError) as error:
@@ -304,10 +308,12 @@ def test_all_numbers_that_are_wrong_are_told_at_once(config_folder: Path) -> Non
 def test_a_token_goes_to_no_more_experts_than_there_are(config_folder: Path) -> None:
     """Training would fail in its first step."""
     _change_config(config_folder, model_type="mixtral", num_local_experts=4, num_experts_per_tok=5)
-    with pytest.raises(SpecError, match="num_experts_per_tok: found 5; allowed is at most num_local_experts, 4"):
+    with pytest.raises(SpecError, match=r"num_experts_per_tok: must be at most num_local_experts \(4\), not 5"):
         find_card(str(config_folder))
     _change_config(config_folder, num_hidden_layers=1_000, num_local_experts=1_000)
-    with pytest.raises(SpecError, match=r"num_local_experts: found 1,000 in each of 1,000 layers; allowed are 32,768"):
+    with pytest.raises(
+        SpecError, match=r"num_local_experts: must come to at most 32,768 in all layers, not 1,000 in each of 1,000"
+    ):
         find_card(str(config_folder))
 
 

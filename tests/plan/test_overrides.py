@@ -154,11 +154,11 @@ def test_a_component_is_set_alone_or_with_what_it_takes() -> None:
         ({"t_warmup": "10ba"}, "Did you mean scheduler.t_warmup?"),
         (
             {"scheduler.name": "cosine_with_warmups"},
-            "allowed is linear_decay_with_warmup or constant_with_warmup or cos",
+            "must be linear_decay_with_warmup or constant_with_warmup or cos",
         ),
         ({"loggers.wandb.entities": "x"}, "'loggers.wandb' has no key 'entities'. Did you mean entity?"),
         ({"algorithms.x": {}}, "'algorithms' has no key 'x'. It has gradient_clipping."),
-        ({"train_loader": ["x" * 1000]}, "'train_loader' is a section; found a list. Set the keys below it."),
+        ({"train_loader": ["x" * 1000]}, "'train_loader' is a section, and cannot be a list. Set the keys below it."),
     ],
 )
 def test_a_refusal_names_what_is_near(given: dict[str, Any], found: str) -> None:
@@ -222,8 +222,8 @@ def test_words_like_those_of_secrets_are_none(name: str) -> None:
 def test_what_a_run_has_no_use_for_is_refused(arguments: dict[str, Any], given: dict[str, Any], argument: str) -> None:
     """The caller would believe that it was heeded."""
     (problem,) = unused_overrides(given, arguments)
-    assert f"is of no use without {argument}" in problem and not unused_overrides(given, {argument: "x"})
-    with pytest.raises(SpecError, match=f"is of no use without {argument}"):
+    assert f"has no effect without {argument}" in problem and not unused_overrides(given, {argument: "x"})
+    with pytest.raises(SpecError, match=f"has no effect without {argument}"):
         planning.plan(arguments | {"overrides": given})
 
 

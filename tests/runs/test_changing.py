@@ -78,7 +78,7 @@ def test_a_longer_duration_keeps_the_batches_and_says_what_the_learning_rate_doe
         ("1ep", "found 1ep; the run's is 1ep; allowed is a longer one"),
         ("1ba", "found 1ba; the run's is 1ep; allowed is a longer one"),
         ("9_000tok", "found 9000tok; the run's is 1ep, and tokens cannot be compared"),
-        ("soon", "found 'soon'; allowed is a positive whole number and ep, ba or tok"),
+        ("soon", "must be a positive integer followed by ep, ba or tok, not 'soon'"),
     ],
 )
 def test_what_is_not_longer_is_refused_with_what_to_do(paths: RunFolder, given: str, found: str) -> None:

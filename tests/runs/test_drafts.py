@@ -168,7 +168,7 @@ def test_of_many_with_one_name_one_is_made(checked: dict[str, Any], home: Path) 
     assert told.count("mine") == 1 and _left(home)["mlflow"] == _left(home)["runs"] == {"mine"}
     _end(fm.get("mine"))
     others = "\n".join(text for text in told if text != "mine")
-    assert "run_name: there is a run 'mine' already" in others or "a run 'mine' is just being created" in others
+    assert "run_name: run 'mine' already exists" in others or "a run 'mine' is just being created" in others
 
 
 def test_who_makes_a_run_of_that_name_is_told(checked: dict[str, Any], home: Path) -> None:

@@ -120,7 +120,7 @@ def local_path(given: str | Path, argument: str) -> Path:
     """The absolute path of a file or folder of this machine that an argument names.
 
     Raises:
-        SpecError: it is none.
+        SpecError: it is not the path of one.
     """
     return Address.parse(given, "file", argument).path
 
@@ -128,27 +128,27 @@ def local_path(given: str | Path, argument: str) -> Path:
 def _parsed(given: str | Path, takes: Takes) -> Address:
     text = str(given) if isinstance(given, Path) else given.strip(_BLANKS)
     if not text:
-        raise SpecError(f"found {str(given)!r}; needed is a text that is not empty.")
+        raise SpecError("must not be empty.")
     if bad := next((c for c in text if ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or 0xD800 <= ord(c) < 0xE000), None):
-        raise SpecError(f"found {text!r}, which holds {bad!r}; a name of printable characters is needed. Rename it.")
+        raise SpecError(f"{text!r} contains {bad!r}; only printable characters are allowed. Rename it.")
     folder = given.folder if isinstance(given, Beside) else None
     scheme = scheme_of(text)
     if scheme and not isinstance(given, Path):
         if holds_secret(text):
             raise SpecError(
-                f"found {text!r}; it holds a password or token, which would be written into the run's files. Take it "
-                "out, and set the store's own variables, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+                f"{text!r} contains a password or token, which would be written into the run's files. Remove it, "
+                "and set the store's own variables, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
             )
-        found = _of_uri(text, scheme, takes)
+        address = _of_uri(text, scheme, takes)
     elif takes in ("file", "checkpoint", "folder") or isinstance(given, Path) or text.startswith(("/", ".", "~")):
-        found = _of_path(text, text, takes, folder)
+        address = _of_path(text, text, takes, folder)
     else:
-        found = _path_or_name(text, takes, folder)
+        address = _path_or_name(text, takes, folder)
     # LLM Foundry resolves ${…} in its YAML, environment variables included.
-    if "${" in found.text and takes != "file":
-        means = "" if found.text == text else f", which is {found.text!r}"
-        raise SpecError(f"found {text!r}{means}; '${{' is not allowed in it. Rename it, or work in another folder.")
-    return found
+    if "${" in address.text and takes != "file":
+        absolute = "" if address.text == text else f" ({address.text!r})"
+        raise SpecError(f"{text!r}{absolute} must not contain '${{'. Rename it, or work in another folder.")
+    return address
 
 
 def _of_uri(text: str, scheme: str, takes: Takes) -> Address:
@@ -159,13 +159,13 @@ def _of_uri(text: str, scheme: str, takes: Takes) -> Address:
         local = re.fullmatch(r"(?://(?:localhost)?)?(/[^/].*)", rest)
         if local is None:
             raise SpecError(
-                f"found {text!r}; an absolute path of this machine follows 'file://', as in file:///data/x."
+                f"{text!r}: 'file://' must be followed by an absolute path of this machine, as in file:///data/x."
             )
         return _of_path(unquote(local[1]), text, takes, None)
     if scheme not in ADDRESS_SCHEMES[takes]:
         known = ", ".join(["dbfs:/", "file:///", *(f"{name}://" for name in ADDRESS_SCHEMES[takes])])
-        others = "a path, or a name" if takes in ("data", "model") else "a path"
-        raise SpecError(f"found {text!r}; allowed is {others}, or an address that begins with {known}.")
+        others = "a path or a name" if takes in ("data", "model") else "a path"
+        raise SpecError(f"{text!r} must be {others}, or begin with {known}.")
     if takes in ("checkpoint", "folder") and (reason := unable(text, "write")):
         raise SpecError(
             f"{text}: {reason}, unless it is in an MLflow server's artifacts. Copy the address from get_checkpoints(), "
@@ -173,7 +173,7 @@ def _of_uri(text: str, scheme: str, takes: Takes) -> Address:
         )
     host = r"//[^/]+(/.*)?" if scheme != "mlflow-artifacts" else r"/.+"
     if not re.fullmatch(host, rest):
-        raise SpecError(f"found {text!r}; after '{scheme}://' the name of a bucket or host follows, then a path.")
+        raise SpecError(f"{text!r}: '{scheme}://' must be followed by a bucket or host, then a path.")
     return Address("object", scheme + text[len(scheme) :], text)
 
 
@@ -218,15 +218,15 @@ def _absolute(text: str, folder: Path | None) -> Path:
 
 
 def _artifact_path(text: str, given: str, *, looked_for: bool) -> Path | None:
-    """The path below an MLflow run's artifacts in the default store; None where somebody else looks for it."""
+    """The path below an MLflow run's artifacts in the default store; None where the caller looks for it."""
     parts = text.removeprefix(ARTIFACTS).split("/")
     if len(parts) < (3 if looked_for else 4) or parts[2] != "artifacts":
         raise SpecError(
-            f"{given}: found no '<experiment id>/<run id>/artifacts/…' after 'mlflow-tracking/'. "
+            f"{given}: 'mlflow-tracking/' must be followed by '<experiment id>/<run id>/artifacts/…'. "
             "Copy the path from get_checkpoints()."
         )
     if ".." in parts:
-        raise SpecError(f"{given}: leaves its run. Copy the path from get_checkpoints().")
+        raise SpecError(f"{given}: must not contain '..'. Copy the path from get_checkpoints().")
     if not looked_for:
         return None
     folders = [folder for folder in mlflow_artifacts_dir().glob("*/*/artifacts") if folder.parent.name == parts[1]]

@@ -15,7 +15,7 @@ from tundish.errors import did_you_mean
 from tundish.plan.options import Option
 
 PLANNED_GIB = 80.0
-"""Of a GPU where none can be asked."""
+"""Assumed for a GPU where nvidia-smi cannot be asked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,27 +58,29 @@ class Compute:
             return value
         if not isinstance(value or {}, Mapping):
             raise ValueError(
-                f"found {value!r}; allowed is a mapping. For example {{'device': 'cpu', 'devices_per_node': 2}}."
+                f"must be a mapping, not {value!r}. For example {{'device': 'cpu', 'devices_per_node': 2}}."
             )
         given = dict(cast(Mapping[str, Any], value or {}))
         known = [f.name for f in dataclasses.fields(cls)]
         if unknown := sorted(set(given) - set(known)):
-            raise ValueError(f"found unknown key {', '.join(unknown)}; allowed are {', '.join(known)}.")
+            raise ValueError(f"has no key {', '.join(unknown)}; its keys are {', '.join(known)}.")
         for key, allowed in (("device", ("gpu", "cpu")), ("launcher", ("local", "slurm"))):
             if key in given and given[key] not in allowed:
-                raise ValueError(f"found {key} {given[key]!r}; allowed is {' or '.join(allowed)}.")
+                raise ValueError(f"{key} must be {' or '.join(allowed)}, not {given[key]!r}.")
         elsewhere = given.get("launcher") == "slurm"
         if elsewhere and "devices_per_node" not in given:
-            raise ValueError("devices_per_node is missing; with launcher 'slurm', say how many GPUs of a node to use.")
+            raise ValueError(
+                "devices_per_node is missing; launcher 'slurm' needs the number of GPUs to use on each node."
+            )
         gpus = count_gpus()
         device = given.setdefault("device", "gpu" if gpus or elsewhere else "cpu")
         given.setdefault("devices_per_node", gpus if device == "gpu" and gpus else 1)
         for key in ("nodes", "devices_per_node", "grace_s"):
             if type(given.get(key, 1)) is not int or given.get(key, 1) < 1:
-                raise ValueError(f"found {key} {given[key]!r}; allowed is a whole number from 1.")
+                raise ValueError(f"{key} must be an integer of at least 1, not {given[key]!r}.")
         memory = given.setdefault("device_memory_gib", _device_memory_gib(device, given["devices_per_node"], elsewhere))
         if type(memory) not in (int, float) or not 0 < memory < 1e6:
-            raise ValueError(f"found device_memory_gib {memory!r}; allowed is a number above 0.")
+            raise ValueError(f"device_memory_gib must be a number above 0, not {memory!r}.")
         _check_job(given)
         return cls(**given)
 
@@ -89,39 +91,39 @@ JOB_OPTIONS = frozenset(
     "exclusive gres gpus-per-node hint licenses mail-type mail-user mem mem-per-cpu mem-per-gpu network nice nodelist "
     "oversubscribe partition prefer priority qos reservation switches tmp wckey begin".split()
 )
-"""Options of sbatch that a caller may set; the others are tundish's to set, or change what the script means."""
+"""Options of sbatch that a caller may set; tundish sets the others, or they would change what the script does."""
 
 
 def _check_job(given: dict[str, Any]) -> None:
-    """Make text of the values of `sbatch`.
+    """Check the fields of a Slurm job; the values of `sbatch` become text.
 
     Raises:
-        ValueError: what would not be one option of the job, or is there without Slurm.
+        ValueError: a value is not allowed, or is set for another launcher.
     """
     options = given.get("sbatch", {})
     unused = [name for name in ("sbatch", "time_limit", "grace_s") if given.get(name) not in (None, {})]
     if given.get("launcher") != "slurm" and unused:
-        raise ValueError(f"found {', '.join(unused)}; of use only with launcher 'slurm'. Add it, or leave them out.")
+        raise ValueError(f"{', '.join(unused)} can only be set with launcher 'slurm'. Add it, or leave them out.")
     limit = given.get("time_limit")
     if limit is not None and not TIME_LIMIT.fullmatch(str(limit)):
-        raise ValueError(f"found time_limit {limit!r}; allowed is text like '12:00:00' or '2-00:00:00'.")
+        raise ValueError(f"time_limit must be text such as '12:00:00' or '2-00:00:00', not {limit!r}.")
     given["time_limit"] = None if limit is None else str(limit)
     if limit is not None and _seconds(str(limit)) <= (grace := given.get("grace_s", 300)):
-        text = f"found time_limit {limit!r}; a run needs more than the {grace} s of grace_s before its end."
+        text = f"time_limit must be longer than the {grace} s of grace_s, not {limit!r}."
         raise ValueError(f"{text} Raise time_limit, or lower grace_s.")
     if not isinstance(options, Mapping):
-        raise ValueError(f"found sbatch {options!r}; allowed is a mapping. For example {{'partition': 'gpu'}}.")
+        raise ValueError(f"sbatch must be a mapping, not {options!r}. For example {{'partition': 'gpu'}}.")
     chosen = cast(Mapping[object, object], options)
     texts = {str(name).lstrip("-"): "" if value is True else str(value) for name, value in chosen.items()}
     for name, value in texts.items():
         if name not in JOB_OPTIONS:
             instead = f" {INSTEAD_OF_SECRETS}" if names_secret(name) else ""
-            text = f"found option {name!r} in sbatch; allowed are {', '.join(sorted(JOB_OPTIONS))}.{instead}"
+            text = f"sbatch: {name!r} cannot be set; options that can are {', '.join(sorted(JOB_OPTIONS))}.{instead}"
             raise ValueError(f"{text}{did_you_mean(name, JOB_OPTIONS)}")
         if not re.fullmatch(r"[\w.,:=@%/+*&|()\[\]-]*", value, re.ASCII):
-            raise ValueError(f"found {value!r} as {name} in sbatch; allowed is text without blanks and quotes.")
+            raise ValueError(f"sbatch: {name} must not contain blanks or quotes, but is {value!r}.")
         if redacted(value) != value:
-            text = f"found a secret as {name} in sbatch, which the job's script would show."
+            text = f"sbatch: {name} contains a secret, which the job's script would show."
             raise ValueError(f"{text} {INSTEAD_OF_SECRETS}")
     given["sbatch"] = texts
 
@@ -136,14 +138,14 @@ def _seconds(limit: str) -> int:
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES calls the GPUs of this machine that this process may use; torch is not loaded."""
-    found = [path.name for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
+    """The GPUs that this process may use, by their names in CUDA_VISIBLE_DEVICES. Does not load torch."""
+    gpus = [path.name for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return [str(number) for number in range(len(found))]
-    # CUDA stops at the first entry that names none.
+        return [str(number) for number in range(len(gpus))]
+    # CUDA stops at the first entry that is not a GPU.
     entries = takewhile(lambda entry: entry not in ("", "-1"), (entry.strip() for entry in visible.split(",")))
-    return list(entries)[: len(found)]
+    return list(entries)[: len(gpus)]
 
 
 def count_gpus() -> int:
@@ -152,7 +154,7 @@ def count_gpus() -> int:
 
 
 def _device_memory_gib(device: str, devices_per_node: int, elsewhere: bool) -> float:
-    """GiB of one device of this machine; of a GPU elsewhere, what is planned for."""
+    """GiB of one device of this machine; for a GPU of another machine, PLANNED_GIB."""
     if device == "gpu" and elsewhere:
         return PLANNED_GIB
     if device == "cpu":
@@ -161,7 +163,7 @@ def _device_memory_gib(device: str, devices_per_node: int, elsewhere: bool) -> f
         return round(psutil.virtual_memory().total / devices_per_node / (1 << 30), 1)
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
-        return round(min(float(mebibytes) for mebibytes in found) / 1024, 1)
+        sizes = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+        return round(min(float(mebibytes) for mebibytes in sizes) / 1024, 1)
     except (OSError, subprocess.SubprocessError, ValueError):
         return PLANNED_GIB

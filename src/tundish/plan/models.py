@@ -35,8 +35,8 @@ LARGEST: Mapping[str, int] = {
     "experts": 1_024,
     "experts_per_token": 1_024,
 }
-"""What a model folder's numbers may be: some times those of the largest models. A larger one is damage, and making such
-a model would take all time and memory."""
+"""Upper limits of a model folder's numbers, several times those of the largest models. A larger number is damage:
+building such a model would take all memory."""
 MOST_EXPERTS = 1 << 15
 FRACTIONS = ("rms_norm_eps", "rope_theta", "attention_dropout", "initializer_range")
 DEFAULT_LEARNING_RATE = 5e-7
@@ -57,7 +57,7 @@ class ModelCard:
     gated: bool
     """Whether the hub asks for a license agreement and a token."""
     license: str = UNKNOWN_LICENSE
-    """The hub's identifier of the license; of a folder, what it says of itself, or UNKNOWN_LICENSE."""
+    """The hub's identifier of the license; of a folder, what its files declare, or UNKNOWN_LICENSE."""
     system_message: bool
     """Whether the family's chat template takes a system message."""
     gpu_attention: str
@@ -119,7 +119,7 @@ def model_cards() -> Mapping[str, ModelCard]:
 
 
 def _common(family: Mapping[str, Any]) -> dict[str, Any]:
-    """What all cards of a family share, unless they say otherwise."""
+    """Defaults of all cards of a family."""
     shared = {key: family[key] for key in ("system_message", "gpu_attention")}
     return {"learning_rate": DEFAULT_LEARNING_RATE, **shared}
 
@@ -158,14 +158,14 @@ def _folder_card(folder: Path) -> ModelCard:
     family = _by_type().get(str(config.get("model_type")))
     if family is None:
         raise SpecError(
-            f"model: {config_path} says model_type {config.get('model_type')!r}; "
+            f"model: {config_path}: model_type {config.get('model_type')!r} is not supported; "
             f"tundish trains {', '.join(sorted(_by_type()))}. Use a model of these architectures."
         )
     content = _families()[family]
     keys = cast(dict[str, str], content["config_keys"])
     numbers = {name: value for name, key in keys.items() if (value := _lookup(config, key)) is not None}
     if missing := [key for name, key in keys.items() if name not in numbers and name not in OPTIONAL_NUMBERS]:
-        raise SpecError(f"model: {config_path} lacks {', '.join(missing)}. Complete the model's config.")
+        raise SpecError(f"model: {config_path}: {', '.join(missing)} is missing. Complete the model's config.")
     if problems := [*_number_problems(numbers, keys), *_setting_problems(config)]:
         raise SpecError([f"model: {config_path}: {problem} Correct the model's config." for problem in problems])
     numbers.setdefault("key_value_heads", numbers["heads"])
@@ -176,24 +176,24 @@ def _folder_card(folder: Path) -> ModelCard:
 
 
 def _number_problems(numbers: Mapping[str, Any], keys: Mapping[str, str]) -> Iterator[str]:
-    """Numbers of which no model can be made."""
+    """Numbers from which no model can be built."""
     if problems := list(_range_problems(numbers, keys)):
         yield from problems
         return
     head_size = numbers.get("head_size")
     for name, divisor in [("heads", "key_value_heads"), *([] if head_size else [("hidden_size", "heads")])]:
         if numbers[name] % numbers.get(divisor, 1):
-            text = f"found {numbers[name]:,}; allowed is a multiple of {keys[divisor]}, {numbers[divisor]:,}."
+            text = f"must be a multiple of {keys[divisor]} ({numbers[divisor]:,}), not {numbers[name]:,}."
             yield f"{keys[name]}: {text}"
     if (head_size or numbers["hidden_size"] // numbers["heads"]) % 2:
         name = "head_size" if head_size else "hidden_size"
-        text = f"found {numbers[name]:,}; allowed is what gives each head an even number of channels."
+        text = f"must give each head an even number of channels, but is {numbers[name]:,}."
         yield f"{keys[name]}: {text}"
     experts, used = numbers.get("experts", 1), numbers.get("experts_per_token", 1)
     if used > experts:
-        yield f"{keys['experts_per_token']}: found {used:,}; allowed is at most {keys['experts']}, {experts:,}."
+        yield f"{keys['experts_per_token']}: must be at most {keys['experts']} ({experts:,}), not {used:,}."
     if experts * numbers["layers"] > MOST_EXPERTS:
-        text = f"found {experts:,} in each of {numbers['layers']:,} layers; allowed are {MOST_EXPERTS:,} in all."
+        text = f"must come to at most {MOST_EXPERTS:,} in all layers, not {experts:,} in each of {numbers['layers']:,}."
         yield f"{keys['experts']}: {text}"
 
 
@@ -202,10 +202,10 @@ def _range_problems(numbers: Mapping[str, Any], keys: Mapping[str, str]) -> Iter
         if name == "tied_embeddings":
             allowed, fits = "true or false", type(value) is bool
         else:
-            allowed = f"a whole number from 1 to {LARGEST[name]:,}"
+            allowed = f"an integer from 1 to {LARGEST[name]:,}"
             fits = type(value) is int and 1 <= value <= LARGEST[name]
         if not fits:
-            yield f"{keys[name]}: found {repr(value)[:80]}; allowed is {allowed}."
+            yield f"{keys[name]}: must be {allowed}, not {repr(value)[:80]}."
 
 
 def _setting_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -213,14 +213,14 @@ def _setting_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for key in FRACTIONS:
         value = config.get(key)
         if value is not None and not (type(value) in (int, float) and 0 <= value < math.inf):
-            yield f"{key}: found {repr(value)[:80]}; allowed is a number from 0."
+            yield f"{key}: must be a number of at least 0, not {repr(value)[:80]}."
 
 
 def check_config(model: str) -> None:
-    """Make sure that a model can be made of a folder's config, be it of an architecture that is only exported.
+    """Make sure that a model can be built from a folder's config, also of an architecture that is only exported.
 
     Raises:
-        SpecError: of none, or of none in any time.
+        SpecError: it cannot, or its numbers are too large.
     """
     if not is_model_folder(model):
         return
@@ -232,12 +232,12 @@ def check_config(model: str) -> None:
         for name, key in cast(dict[str, str], content["config_keys"]).items():
             value = _lookup(config, key)
             if type(value) is int and value > LARGEST.get(name, value):
-                text = f"{key}: found {repr(value)[:80]}; allowed is at most {LARGEST[name]:,}."
+                text = f"{key}: must be at most {LARGEST[name]:,}, not {repr(value)[:80]}."
                 raise SpecError(f"model: {Path(model) / 'config.json'}: {text} Correct the model's config.")
 
 
 def license_of(model: str) -> str:
-    """The license of a supported model, or of a folder; UNKNOWN_LICENSE where the folder is gone or does not say."""
+    """The license of a supported model, or of a folder; UNKNOWN_LICENSE where there is none, or no such folder."""
     try:
         return find_card(model).license
     except SpecError:
@@ -258,7 +258,7 @@ def _folder_license(folder: Path) -> str:
 def _declared_license(readme: str) -> str | None:
     """`license` of the front matter; `license_name` where the hub has no identifier for it (`other`).
 
-    Only these lines are read: as YAML, somebody else's file could nest or expand without measure.
+    Only these lines are read: parsed as YAML, a hostile file could nest or expand without limit.
     """
     parts = re.split(r"^---[ \t]*$", readme, maxsplit=2, flags=re.MULTILINE)
     if len(parts) < 3 or parts[0].strip():

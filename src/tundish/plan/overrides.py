@@ -14,7 +14,7 @@ from tundish.base.text import INSTEAD_OF_SECRETS, names_secret, redacted
 from tundish.errors import did_you_mean
 
 LESS_MEMORY = "Lower device_train_microbatch_size, or set fsdp_config.activation_checkpointing to true, by overrides"
-"""What to do where a step does not fit."""
+"""What to do where a step does not fit into memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,17 +22,21 @@ class Value:
     """What a key takes."""
 
     says: str
+    """As in "must be …"."""
     takes: Callable[[Any], bool]
+    advice: str = ""
+    """A sentence that follows."""
 
 
 def _one_of(*texts: str) -> Value:
     return Value(" or ".join(texts), lambda value: value in texts)
 
 
-def _whole(least: int, says: str = "", *, or_all: bool = False) -> Value:
+def _integer(least: int, advice: str = "", *, or_all: bool = False) -> Value:
     return Value(
-        says or f"a whole number from {least}",
+        f"an integer of at least {least}{', or -1 for all' if or_all else ''}",
         lambda value: type(value) is int and (value >= least or (or_all and value == -1)),
+        advice,
     )
 
 
@@ -50,27 +54,27 @@ def _all(value: Any, check: Callable[[Any], bool]) -> bool:
 
 LONGEST_TEXT = 10_000
 SWITCH = Value("true or false", lambda value: isinstance(value, bool))
-COUNT = _whole(1)
+COUNT = _integer(1)
 NUMBER = Value("a number", _is_number)
 POSITIVE = Value("a number above 0", lambda value: _is_number(value) and value > 0)
 SECONDS = Value("a number of seconds above 0", POSITIVE.takes)
 NUMBERS = Value("a list of numbers", lambda value: _all(value, _is_number))
-TEXT = Value("a text of one line", _is_text)
+TEXT = Value("text of one line", _is_text)
 TEXTS = Value("a list of texts", lambda value: _all(value, _is_text))
 _TIME = re.compile(r"\s*\d[\d_]*(ep|ba|tok|sp|iter|sec)\s*|\s*(\d*\.)?\d+(e-?\d+)?\s*dur\s*")
 TIME = Value(
-    "a whole number, or a text such as 10ba, 1ep or 0.1dur",
+    "an integer, or text such as 10ba, 1ep or 0.1dur",
     lambda value: type(value) is int or (isinstance(value, str) and _TIME.fullmatch(value) is not None),
 )
 FACT = Value(
-    "a text, a number, true or false, or a list of them",
+    "text, a number, true or false, or a list of them",
     lambda value: value is None
     or isinstance(value, bool)
     or any(check(value) for check in (_is_text, _is_number))
     or _all(value, lambda one: isinstance(one, bool) or _is_text(one) or _is_number(one)),
 )
 NOTHING = Value("nothing, {}", lambda value: value is None or value == {})
-PLANNED = "Leave it out, and it is planned"
+PLANNED = "It is planned where it is left out."
 ELSEWHERE = Value("", lambda value: True)
 """Of keys whose values are checked with the devices or the model."""
 
@@ -130,7 +134,7 @@ COMPONENTS: Mapping[str, Mapping[str, Mapping[str, Value]]] = {
 }  # fmt: skip
 """By their names in LLM Foundry's registry: those that only look at numbers, or change them."""
 _LOADER: Mapping[str, Value] = {
-    "num_workers": _whole(0), "dataset.shuffle": SWITCH, "dataset.shuffle_seed": _whole(0),
+    "num_workers": _integer(0), "dataset.shuffle": SWITCH, "dataset.shuffle_seed": _integer(0),
 }  # fmt: skip
 PATHS = ("save_folder", "loggers.tensorboard.log_dir")
 """Keys that hold an address: relative ones start from the caller's folder."""
@@ -145,22 +149,22 @@ CHOICES: Mapping[str, str] = {
 """Keys that the memory planner chooses where the overrides do not, and its fields for them."""
 MAX_SECONDS = "callbacks.tundish_eval_prompts.max_seconds"
 TARGET_RESPONSES = "train_loader.dataset.target_responses"
-"""Which of the assistant's replies are targets, in training and in evaluation: `all` (default) or `last`."""
+"""Which of the assistant's replies are targets, in training and evaluation: `all` (default) or `last`."""
 VALUES: Mapping[str, Value] = {
-    "seed": _whole(0),
+    "seed": _integer(0),
     "precision": _one_of("fp32", "amp_bf16", "amp_fp16", "amp_fp8"),
     "dist_timeout": SECONDS,
     "global_train_batch_size": ELSEWHERE,
-    "device_train_microbatch_size": _whole(1, f"a number of rows, 1 or more. {PLANNED}"),
-    "device_eval_batch_size": _whole(1, f"a number of rows, 1 or more. {PLANNED}"),
+    "device_train_microbatch_size": _integer(1, PLANNED),
+    "device_eval_batch_size": _integer(1, PLANNED),
     "accumulate_train_batch_on_tokens": SWITCH,
-    "train_subset_num_batches": _whole(1, "1 or more, or -1 for all", or_all=True),
-    "eval_subset_num_batches": _whole(1, "1 or more, or -1 for all", or_all=True),
+    "train_subset_num_batches": _integer(1, or_all=True),
+    "eval_subset_num_batches": _integer(1, or_all=True),
     "eval_interval": TIME,
     "spin_dataloaders": SWITCH,
     "save_folder": ELSEWHERE,
     "save_interval": TIME,
-    "save_num_checkpoints_to_keep": _whole(1, "1 or more, or -1 for all; the export needs a checkpoint", or_all=True),
+    "save_num_checkpoints_to_keep": _integer(1, "The export needs a checkpoint.", or_all=True),
     "save_ignore_keys": TEXTS,
     "load_ignore_keys": TEXTS,
     "load_strict_model_weights": SWITCH,
@@ -182,8 +186,8 @@ VALUES: Mapping[str, Value] = {
     **{f"train_loader.{key}": value for key, value in _LOADER.items()},
     TARGET_RESPONSES: _one_of("all", "last"),
     **{f"eval_loader.{key}": value for key, value in _LOADER.items()},
-    "fsdp_config.activation_checkpointing": Value(f"true or false. {PLANNED}", SWITCH.takes),
-    "fsdp_config.reshard_after_forward": Value(f"true or false. {PLANNED}", SWITCH.takes),
+    "fsdp_config.activation_checkpointing": Value("true or false", SWITCH.takes, PLANNED),
+    "fsdp_config.reshard_after_forward": Value("true or false", SWITCH.takes, PLANNED),
     "fsdp_config.activation_cpu_offload": SWITCH,
     "fsdp_config.mixed_precision": _one_of("DEFAULT", "PURE", "FULL"),
     "fsdp_config.verbose": SWITCH,
@@ -226,12 +230,12 @@ REFUSED: Mapping[str, str] = {
     "eval_loader.name": "only tundish_packed reads the prepared data",
     "train_loader.dataset.local": "create() has train_data_path for it",
     "eval_loader.dataset.local": "create() has eval_data_path for it",
-    "save_overwrite": "a complete checkpoint is never written over",
+    "save_overwrite": "a complete checkpoint is never overwritten",
     "save_latest_filename": "latest-sharded-rank0.symlink is where others look for it",
     "callbacks.load_checkpoint": "it may run code; create() has custom_weights_path, which runs none",
     "callbacks.checkpoint_saver": "save_interval is the key for it",
-    "save_weights_only": "a run that is killed goes on from its checkpoints",
-    "autoresume": "a run goes on from its newest checkpoint by itself; after its end, with resume()",
+    "save_weights_only": "a run that is killed resumes from its checkpoints",
+    "autoresume": "a run resumes from its newest checkpoint by itself; after its end, by resume()",
     "save_filename": "the export looks for checkpoints named ep#-ba#",
     "fsdp_config.state_dict_type": "the export reads sharded checkpoints",
     "loggers.mlflow": "create() has experiment_path for it; MLFLOW_TRACKING_URI chooses the store",
@@ -247,8 +251,8 @@ REFUSED: Mapping[str, str] = {
     "callbacks.curriculum_learning": "it reads other data than was checked",
     "callbacks.dataset_swap": "it reads other data than was checked",
     "callbacks.env_logging": "it starts other programs",
-    "callbacks.memory_snapshot": "it writes files wherever it is told to",
-    "callbacks.oom_observer": "it writes files wherever it is told to",
+    "callbacks.memory_snapshot": "it writes files to any path",
+    "callbacks.oom_observer": "it writes files to any path",
     "loggers.mosaicml": "it reports to a platform of its own",
     "loggers.wandb.init_kwargs": "it may name programs and files; set W&B's variables, such as WANDB_MODE",
     "algorithms.alibi": "it changes the model into another one, which no export knows",
@@ -297,7 +301,7 @@ def check_overrides(overrides: Mapping[str, Any]) -> list[str]:
 
 def unused_overrides(overrides: Mapping[str, Any], arguments: Mapping[str, Any]) -> list[str]:
     """Overrides that `flat` made, for a part that the run of these arguments of `create()` does not have."""
-    needed = {
+    required = {
         "eval_loader": "eval_data_path",
         "eval_interval": "eval_data_path",
         "eval_subset_num_batches": "eval_data_path",
@@ -307,10 +311,10 @@ def unused_overrides(overrides: Mapping[str, Any], arguments: Mapping[str, Any])
         "load_strict_model_weights": "custom_weights_path",
     }
     return [
-        f"overrides: {path!r} is of no use without {needed[key]}. Give that too, or leave it out."
+        f"overrides: {path!r} has no effect without {required[key]}. Give that too, or leave it out."
         for path in overrides
-        for key in needed
-        if _is_below(path, key) and not arguments.get(needed[key])
+        for key in required
+        if _is_below(path, key) and not arguments.get(required[key])
     ]
 
 
@@ -322,7 +326,7 @@ def _values(overrides: Mapping[str, Any]) -> Mapping[str, Value]:
         ("scheduler", SCHEDULERS, "linear_decay_with_warmup"),
     ):
         name = overrides.get(f"{section}.name", ours)
-        # Of one that is not known, which is told, all keys are.
+        # Of an unknown one, which is a problem of its own, all keys are.
         chosen = [known[name]] if isinstance(name, str) and name in known else known.values()
         values |= {f"{section}.{key}": value for keys in chosen for key, value in keys.items()}
     return values
@@ -350,21 +354,21 @@ def _problem(path: str, value: Any, values: Mapping[str, Value]) -> str | None:
     if refused is not None:
         return f"{path!r} is not allowed: {REFUSED[refused]}."
     if "${" in path or "${" in repr(value):
-        return f"{path!r} holds '${{', which LLM Foundry would resolve. Write the value itself."
+        return f"{path!r} contains '${{', which LLM Foundry would resolve. Write the value itself."
     known = values.get(path) or (FACT if path.startswith(f"{FREE}.") else None)
     if known is None:
         return _unknown(path, value, values)
     if not known.takes(value):
-        return f"{path!r} is {_shown(value)}; allowed is {known.says}."
+        return f"{path!r} must be {known.says}, not {_shown(value)}. {known.advice}".rstrip()
     if isinstance(value, str) and redacted(value) != value:
-        return f"{path!r} holds a secret, which a run's files would show. {INSTEAD_OF_SECRETS}"
+        return f"{path!r} contains a secret, which a run's files would show. {INSTEAD_OF_SECRETS}"
     return None
 
 
 def _unknown(path: str, value: Any, values: Mapping[str, Value]) -> str:
     """Where a path leaves what is known, and what is near."""
     if path == FREE or any(key.startswith(f"{path}.") for key in values):
-        return f"{path!r} is a section; found {_shown(value)}. Set the keys below it."
+        return f"{path!r} is a section, and cannot be {_shown(value)}. Set the keys below it."
     parts = path.split(".")
     for depth in range(len(parts)):
         section, word = ".".join(parts[:depth]), parts[depth]

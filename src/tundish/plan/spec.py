@@ -58,12 +58,12 @@ class Duration:
         """Read `3ep`, `100ba` or `1_000_000tok`.
 
         Raises:
-            ValueError: it is none of these, or not positive.
+            ValueError: the text is something else, or not positive.
         """
         match = re.fullmatch(r"\s*([0-9]+(?:_[0-9]+)*)\s*(ep|ba|tok)\s*", str(text)[:40])
         if match is None or int(match[1]) == 0:
             raise ValueError(
-                f"found {text!r}; allowed is a positive whole number and ep, ba or tok. "
+                f"must be a positive integer followed by ep, ba or tok, not {text!r}. "
                 "For example '3ep', '100ba' or '1_000_000tok'."
             )
         return cls(value=int(match[1]), unit=cast(Any, match[2]))
@@ -127,11 +127,11 @@ class RunSpec:
 
     @classmethod
     def read(cls, run: RunFolder) -> "RunSpec":
-        """What a run's folder says that it is to do.
+        """The spec in a run's folder.
 
         Raises:
-            RunDamagedError: it does not.
-            RunNotFoundError: the folder is gone.
+            RunDamagedError: it is missing, cannot be read, or belongs to another run.
+            RunNotFoundError: the folder no longer exists.
         """
 
         def parsed(text: bytes) -> RunSpec:
@@ -179,7 +179,7 @@ class Arguments:
     card: ModelCard | None
     """None where the model is not known."""
     task_type: TaskType | None
-    """None where it is none of ours."""
+    """None where it is not a task type."""
     data: Mapping[str, Address]
     """Addresses that could be read, by their argument's name."""
     weights: Address | None
@@ -268,14 +268,12 @@ def _device_problems(spec: RunSpec, card: ModelCard) -> Iterator[str]:
     compute = spec.compute
     batch_size = spec.overrides.get(BATCH_SIZE)
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1 or batch_size % compute.devices):
-        yield (
-            f"overrides: found {BATCH_SIZE} {batch_size!r}; allowed is a multiple of the {compute.devices} device(s)."
-        )
+        yield (f"overrides: {BATCH_SIZE} must be a multiple of the {compute.devices} device(s), not {batch_size!r}.")
     attention, isolating = spec.overrides.get(ATTENTION), card.isolating_attentions(compute.device)
     if attention is not None and attention not in isolating:
         yield (
-            f"overrides: found {ATTENTION} {attention!r}, in which packed samples see each other, or which cannot "
-            f"train {card.family} on a {compute.device}; allowed is {' or '.join(isolating)}."
+            f"overrides: {ATTENTION} must be {' or '.join(isolating)} for {card.family} on a {compute.device}, not "
+            f"{attention!r}: packed samples must not see each other."
         )
 
 
@@ -293,14 +291,14 @@ def _read_model(given: object) -> ModelCard:
         raise ValueError("is missing. Give a supported model's name or a folder of a Hugging Face model.")
     card = find_card(address.text)
     # A folder's card has the folder that a link leads to.
-    return card if "${" not in card.name else _fail(f"found {card.name!r}; '${{' is not allowed in it. Rename it.")
+    return card if "${" not in card.name else _fail(f"must not contain '${{', but is {card.name!r}. Rename it.")
 
 
 def _address(given: object, takes: Takes) -> Address | None:
     if given is None or given == "":
         return None
     if not isinstance(given, str | Path):
-        raise ValueError(f"found {type(given).__name__}; allowed is text.")
+        raise ValueError(f"must be text, not {type(given).__name__}.")
     return Address.parse(given, takes)
 
 
@@ -309,7 +307,7 @@ def _fail(text: str) -> Any:
 
 
 def _required_text(given: object) -> str:
-    missing = "is missing." if given is None else f"found {given!r}; needed is a text that is not empty."
+    missing = "is missing." if given is None else "must not be empty."
     return _optional_text(given) or _fail(missing)
 
 
@@ -317,16 +315,18 @@ def _optional_text(given: object) -> str | None:
     if given is None or given == "":
         return None
     if not isinstance(given, str | Path):
-        raise ValueError(f"found {type(given).__name__}; allowed is text.")
+        raise ValueError(f"must be text, not {type(given).__name__}.")
     # LLM Foundry resolves ${…} in its YAML, environment variables included.
-    return str(given) if "${" not in str(given) else _fail(f"found {str(given)!r}; '${{' is not allowed in it.")
+    return str(given) if "${" not in str(given) else _fail(f"must not contain '${{', but is {str(given)!r}.")
 
 
 def _read_task(given: object) -> TaskType:
     allowed = get_args(TaskType)
     if not given:
         return "CHAT_COMPLETION"
-    return cast(TaskType, given) if given in allowed else _fail(f"found {given!r}; allowed is {', '.join(allowed)}.")
+    if given not in allowed:
+        raise ValueError(f"must be {', '.join(allowed[:-1])} or {allowed[-1]}, not {given!r}.")
+    return cast(TaskType, given)
 
 
 def _read_run_name(given: object, task_type: TaskType, card: ModelCard | None) -> str:
@@ -337,11 +337,9 @@ def _read_run_name(given: object, task_type: TaskType, card: ModelCard | None) -
         return f"{TASK_PREFIXES[task_type]}-{slug or 'model'}-{suffix}"
     name = _required_text(given)
     if not RUN_NAME.fullmatch(name):
-        raise ValueError(
-            f"found {name!r}; allowed are up to 100 letters, digits, '-' and '_', the first not '-' or '_'."
-        )
+        raise ValueError(f"must be 1 to 100 letters, digits, '-' and '_', the first a letter or digit, not {name!r}.")
     if RunFolder.of(name).folder.exists():
-        raise ValueError(f"there is a run {name!r} already. Choose another name, or leave it out to get a new one.")
+        raise ValueError(f"run {name!r} already exists. Choose another name, or leave run_name out to get a new one.")
     return name
 
 
@@ -350,9 +348,9 @@ def _read_register_to(given: object) -> str:
     parts = text.split(".")
     if len(parts) not in (2, 3) or not all(re.fullmatch(r"[\w-]+", part) for part in parts):
         raise ValueError(
-            f"found {text!r}; allowed is 'catalog.schema' or 'catalog.schema.name', "
-            "each part of letters, digits, '_' and '-'. Every registry gets a name of three parts, as Unity Catalog "
-            "asks for; the run's name is the third where none is given."
+            f"must be 'catalog.schema' or 'catalog.schema.name', not {text!r}; each part has letters, digits, '_' and "
+            "'-'. Unity Catalog requires three parts, so every registry gets them: the run's name is the third where "
+            "none is given."
         )
     return text
 
@@ -363,16 +361,16 @@ def _read_prompts(given: object) -> tuple[str, ...]:
     listed = isinstance(given, Iterable) and not isinstance(given, str)
     prompts = tuple(islice(cast(Iterable[Any], given), MOST_PROMPTS + 1)) if listed else ()
     if not listed or not all(isinstance(prompt, str) and prompt for prompt in prompts):
-        raise ValueError("allowed is a list of texts that are not empty. For example ['What is MLflow?'].")
+        raise ValueError("must be a list of texts that are not empty. For example ['What is MLflow?'].")
     length = sum(map(len, prompts))
     if len(prompts) > MOST_PROMPTS or length > PROMPT_CHARACTERS:
-        found = f"more than {MOST_PROMPTS:,}" if len(prompts) > MOST_PROMPTS else f"{length:,} characters of"
+        size = f"more than {MOST_PROMPTS:,} prompts" if len(prompts) > MOST_PROMPTS else f"{length:,} characters"
         raise ValueError(
-            f"found {found} prompts; allowed are {MOST_PROMPTS:,} of {PROMPT_CHARACTERS:,} characters in all: each is "
-            "answered at every checkpoint. Give fewer; as data, eval_data_path takes any number."
+            f"must have at most {MOST_PROMPTS:,} prompts and {PROMPT_CHARACTERS:,} characters in total, not {size}: "
+            "each prompt is completed at every checkpoint. Give fewer; eval_data_path takes data of any size."
         )
     if any("${" in prompt or prompt == "???" for prompt in prompts):
-        raise ValueError("'${' and '???' are not allowed: LLM Foundry would resolve them. Write it in another way.")
+        raise ValueError("must not contain '${' or be '???': LLM Foundry would resolve them. Write it in another way.")
     return prompts
 
 
@@ -383,7 +381,7 @@ def _read_learning_rate(given: object, card: ModelCard | None) -> float:
         rate = math.nan if isinstance(given, bool) else float(cast(Any, given))
     except (TypeError, ValueError):
         rate = math.nan
-    return rate if 0 < rate < math.inf else _fail(f"found {given!r}; allowed is a number above 0. For example '5e-7'.")
+    return rate if 0 < rate < math.inf else _fail(f"must be a number above 0, not {given!r}. For example '5e-7'.")
 
 
 def _read_context_length(given: object, card: ModelCard | None) -> int:
@@ -391,27 +389,29 @@ def _read_context_length(given: object, card: ModelCard | None) -> int:
     if given is None:
         return min(DEFAULT_CONTEXT_LENGTH, maximum)
     if type(given) is not int or given < 8:
-        raise ValueError(f"found {given!r}; allowed is a whole number from 8.")
+        raise ValueError(f"must be an integer of at least 8, not {given!r}.")
     if card and given > maximum:
-        raise ValueError(f"found {given}; {card.name} takes at most {maximum} tokens. Give {maximum} or less.")
+        raise ValueError(f"must be at most {maximum}, the maximum of {card.name}, not {given}.")
     return given
 
 
 def _read_switch(given: object) -> bool:
     if given is None or isinstance(given, bool):
         return given is not False
-    raise ValueError(f"found {given!r}; must be true or false.")
+    raise ValueError(f"must be true or false, not {given!r}.")
 
 
 def _read_cluster(given: object) -> str | None:
     text = _optional_text(given)
     if text is not None and not re.fullmatch(r"(spark|sc)://.+|local(\[(\d+|\*)\])?", text):
         raise ValueError(
-            f"found {text!r}; allowed is spark://host:port, sc://host:port, or local[4] for 4 processes. Leave it out, "
-            "and this machine prepares the data."
+            f"must be spark://host:port, sc://host:port, or local[4] for 4 processes, not {text!r}. Leave it out to "
+            "prepare the data on this machine."
         )
     if text is not None and holds_secret(text):
-        raise ValueError(f"found {text!r}; it holds a password or token, which would be written into the run's files.")
+        raise ValueError(
+            f"{text!r} contains a password or token, which would be written into the run's files. Remove it."
+        )
     return text
 
 
@@ -420,7 +420,7 @@ def _read_overrides(given: object) -> dict[str, Any]:
     if given is None:
         return {}
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in cast(Any, given)):
-        raise ValueError("allowed is a mapping of LLM-Foundry keys. For example {'global_train_batch_size': 8}.")
+        raise ValueError("must be a mapping of LLM Foundry keys. For example {'global_train_batch_size': 8}.")
     return flat(cast(Mapping[str, Any], given))
 
 

@@ -93,7 +93,7 @@ def reserved(name: str) -> Iterator[Draft]:
             _undo_left(name)
             draft = Draft(name)
             if os.path.lexists(draft.published.folder):
-                raise SpecError(f"run_name: there is a run {name!r} already. Choose another name.")
+                raise SpecError(f"run_name: run {name!r} already exists. Choose another name.")
             if draft.folder.exists():
                 raise SpecError(f"run_name: {draft.folder} is left of an earlier create(). Choose another name.")
             try:
