@@ -1,24 +1,24 @@
 """Every error that tundish raises on purpose.
 
     TundishError
-    ├── InputError (ValueError)        what the caller gave is wrong; `.problems` holds every problem found
+    ├── InputError (ValueError)        what the caller gave is wrong; `.problems` lists every problem
     │   ├── SpecError                  an argument
-    │   │   └── FolderExistsError      a folder to write that is there already
+    │   │   └── FolderExistsError      a folder to write exists already
     │   └── DataError                  the training or evaluation data
-    ├── RequestError (ValueError)      a call that makes no sense (cancel nothing, cancel two ways at once)
+    ├── RequestError (ValueError)      a call that contradicts itself (cancel nothing, cancel two ways at once)
     ├── RunNotFoundError (LookupError) no run of that name
-    ├── RunDamagedError (ValueError)   a file of a run's folder is damaged or of another program; `.path` is the file
-    ├── LockHeldError (TimeoutError)   another process holds a lock for too long
+    ├── RunDamagedError (ValueError)   a file in a run's folder is damaged or foreign; `.path` is the file
+    ├── LockHeldError (TimeoutError)   another process did not release a lock in time
     ├── StoreError (RuntimeError)      MLflow's tracking store, registry or artifact store cannot be used
     ├── CheckpointError (ValueError)   a checkpoint that is incomplete, damaged or unsafe to read
-    └── StageError (RuntimeError)      a stage of a run ended without its result; `.log_path` says more
-        └── WorkerError                a process that handles what others wrote has ended, or took too much
+    └── StageError (RuntimeError)      a stage of a run failed; `.log_path` is its log
+        └── WorkerError                a process that handles foreign data exited, or used too much time or memory
     KeyboardInterrupt
-    └── Interrupted                    Ctrl-C when a run had been started; `.run_name` goes on
+    └── Interrupted                    Ctrl-C after a run was started; `.run_name` continues
 
-Messages say: where – what was found – what is allowed – what to do; secrets are masked in all of them. The
-`DatabricksGenAI…` names at the end are aliases, so that `except` clauses written for the original client still work
-after its import line is changed.
+Messages read `where: what is wrong; what is expected. What to do.` Secrets are masked in all of them. The
+`DatabricksGenAI…` names at the end are aliases: `except` clauses written for the original client still work after its
+import line is changed.
 """
 
 import difflib
@@ -121,7 +121,7 @@ class SpecError(InputError):
 
 
 class FolderExistsError(SpecError):
-    """A folder that is to be written is there already."""
+    """A folder that is to be written exists already."""
 
 
 class DataError(InputError):
@@ -139,7 +139,7 @@ class RunNotFoundError(TundishError, LookupError):
 
 
 class RunDamagedError(TundishError, ValueError):
-    """A file of a run's folder cannot be read, or holds something else than it must. `.path` is the file."""
+    """A file in a run's folder cannot be read, or its content is not what tundish wrote. `.path` is the file."""
 
     failure: FailureCause = FailureCause.RUN_DAMAGED
 
@@ -152,11 +152,11 @@ class RunDamagedError(TundishError, ValueError):
 
 
 class LockHeldError(TundishError, TimeoutError):
-    """Another process holds a lock, and did not let go of it in time."""
+    """Another process holds a lock and did not release it in time."""
 
 
 class StoreError(TundishError, RuntimeError):
-    """A store of MLflow's cannot be used. `.found` names it and says why, `.advice` what to do."""
+    """A store of MLflow cannot be used. `.found` names it and the reason, `.advice` what to do."""
 
     failure: FailureCause = FailureCause.MLFLOW_UNREACHABLE
 
@@ -175,7 +175,7 @@ class CheckpointError(TundishError, ValueError):
 
 
 class StageError(TundishError, RuntimeError):
-    """A stage of a run failed. `.log_path` is the file to read, or None."""
+    """A stage of a run failed. `.log_path` is its log, or None."""
 
     def __init__(self, message: str, log_path: str | None = None, *, failure: FailureCause | None = None) -> None:
         super().__init__(message, failure=failure)
@@ -186,7 +186,7 @@ class StageError(TundishError, RuntimeError):
 
 
 class WorkerError(StageError):
-    """A process that handles what others wrote has ended, or took more time or memory than it may."""
+    """A process that handles foreign data exited, or used more time or memory than it may."""
 
     failure: FailureCause = FailureCause.BAD_DATA
 
@@ -195,16 +195,16 @@ class WorkerError(StageError):
     ) -> None:
         super().__init__(message, failure=failure)
         self.what = what
-        """It was at; None where that has nothing to do with it."""
+        """What it was working on; None if that did not cause the failure."""
         self.cause = cause
-        """What it did, behind `what`."""
+        """What happened, as the rest of a sentence that begins with `what`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.message, self.what, self.cause), {"failure": self.failure}
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while a run that has been started is waited for; it goes on."""
+    """Ctrl-C while waiting for a run that was started; the run continues."""
 
     def __init__(self, run_name: str) -> None:
         super().__init__(f"Run {run_name} goes on.")
@@ -212,7 +212,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """A sentence with what may have been meant, to put behind another one; empty when nothing is near."""
+    """A sentence with the known names nearest to `given`, to append to another one; empty if none is near."""
     near = difflib.get_close_matches(given, list(known), n=3)
     return f" Did you mean {' or '.join(near)}?" if near else ""
 

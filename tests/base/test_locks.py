@@ -44,15 +44,15 @@ def test_who_waits_is_told_for_whom(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`create()` would hang without a word behind a process that was stopped, and nobody know which one to end."""
-    monkeypatch.setattr(files, "TELL_SECONDS", 0.05)
+    monkeypatch.setattr(files, "REPORT_SECONDS", 0.05)
     path = tmp_path / "x.lock"
     with _holder(path) as holder:
         with pytest.raises(
-            LockHeldError, match=rf"x\.lock: is held by process {holder.pid} on .* \(-c .*x\.lock\) since "
+            LockHeldError, match=rf"x\.lock: is locked by process {holder.pid} on .* \(-c .*x\.lock\) since "
         ):
             with locked(path, timeout=0.2):
                 pytest.fail("two hold it")
-        assert f"Waiting for {path}, which is held by process {holder.pid} on " in caplog.text
+        assert f"Waiting for {path}, locked by process {holder.pid} on " in caplog.text
         assert caplog.text.count("Waiting for") == 1
     with locked(path, timeout=0):
         pass
@@ -67,7 +67,7 @@ def test_a_foreign_holder_is_another_process(tmp_path: Path) -> None:
     with _holder(path, UNSIGNED):
         for found in (signed, "", "{", "[]", '{"command": 1}'):
             path.write_text(found)
-            with pytest.raises(LockHeldError, match=r"is held by another process\."), locked(path, timeout=0):
+            with pytest.raises(LockHeldError, match=r"is locked by another process\."), locked(path, timeout=0):
                 pytest.fail("two hold it")
 
 

@@ -39,7 +39,7 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
 
 def test_what_is_there_is_not_replaced(tmp_path: Path) -> None:
     """What somebody has made meanwhile would be lost."""
-    with pytest.raises(SpecError, match="one: is there already"), new_folder(tmp_path / "one") as folder:
+    with pytest.raises(SpecError, match="one: already exists"), new_folder(tmp_path / "one") as folder:
         (folder / "mine").touch()
         (tmp_path / "one").mkdir()
         (tmp_path / "one" / "theirs").touch()
@@ -54,7 +54,9 @@ def test_what_is_being_written_is_known_by_its_lock_not_by_a_number(tmp_path: Pa
     with process:
         assert process.stdin is not None and process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        with pytest.raises(SpecError, match="another process is making it, here or on a machine that shares the disk"):
+        with pytest.raises(
+            SpecError, match="another process is making it, on this machine or on one that shares the disk"
+        ):
             with new_folder(tmp_path / "one"):
                 pytest.fail("two processes write one folder")
         assert (tmp_path / ".one.tmp" / "part").exists()

@@ -110,7 +110,9 @@ def test_cancel_answers_whoever_holds_the_run(make_run: MakeRun, monkeypatch: py
     paths = make_run("ift-1", ("CREATED", "waits to be scheduled"))
     ended = make_run("ift-2", ("FAILED", "over"))
     with locked(paths.folder), locked(ended.folder):
-        with pytest.raises(RequestError, match=rf"ift-1 was not canceled.*lock: is held by process {os.getpid()} on "):
+        with pytest.raises(
+            RequestError, match=rf"ift-1 was not canceled.*lock: is locked by process {os.getpid()} on "
+        ):
             fm.cancel(["ift-1", "ift-2"])
         assert fm.cancel("ift-2") == 0
     assert [event.type for event in paths.read_events()] == ["CREATED"]

@@ -175,7 +175,7 @@ def test_who_makes_a_run_of_that_name_is_told(checked: dict[str, Any], home: Pat
     """The caller would wait for a process that was stopped, and not know for which."""
     runs_dir().mkdir(parents=True)
     with locked(runs_dir() / ".mine.lock"):
-        with pytest.raises(SpecError, match=rf"'mine' is just being created.* is held by process {os.getpid()} on"):
+        with pytest.raises(SpecError, match=rf"'mine' is just being created.* is locked by process {os.getpid()} on"):
             fm.create(**checked, run_name="mine")
         drafts.undo_left()  # leaves it alone
         assert (runs_dir() / ".mine.lock").exists()

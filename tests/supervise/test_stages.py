@@ -1,4 +1,4 @@
-"""supervise/stages.py: what a stage tells while it works. What it does is tested with the runs that it is a part of."""
+"""supervise/stages.py: how a stage shows its progress. What it does is tested with the runs that it is a part of."""
 
 from collections.abc import Callable
 
@@ -10,10 +10,10 @@ def test_a_stage_says_how_far_it_is_now_and_then(make_run: Callable[..., RunFold
     """An export of an hour would say nothing; or every megabyte of it write a file."""
     paths = make_run("chat-1")
     paths.scratch.mkdir(parents=True)
-    tell = stages._teller(paths, "Exporting the model: {share:.0%} of {size}.")
-    tell(4_000_000_000, 16_100_000_000)
+    report = stages._progress(paths, "Exporting the model: {share:.0%} of {size}.")
+    report(4_000_000_000, 16_100_000_000)
     assert paths.read_doing() == "Exporting the model: 25% of 16.1 GB."
     written = paths.doing.stat().st_mtime_ns
-    tell(8_000_000_000, 16_100_000_000)
-    tell(8_000_000_000, None)
+    report(8_000_000_000, 16_100_000_000)
+    report(8_000_000_000, None)
     assert paths.doing.stat().st_mtime_ns == written

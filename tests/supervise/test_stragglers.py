@@ -43,7 +43,7 @@ def test_a_rank_whose_process_is_stopped_is_named(folder: Path) -> None:
     assert watch.stuck(0) == {}
     _beat(folder, r0={})
     assert watch.stuck(19) == {}
-    assert watch.stuck(21) == {1: ("(node-b) is not heard from", 21)}
+    assert watch.stuck(21) == {1: ("(node-b) shows no sign of life", 21)}
     _beat(folder, r0={}, r1={"moves": 1})
     assert watch.stuck(22) == {}
 
@@ -100,14 +100,14 @@ def test_the_supervisor_writes_one_event_and_get_tells_the_last_sign_of_life(
         thread = threading.Thread(target=lambda: codes.append(stage_process._watch(process, paths)))
         thread.start()
         try:
-            while "stands still" not in (latest := events.read(paths.events)[-1]).message:
+            while "Training hangs" not in (latest := events.read(paths.events)[-1]).message:
                 thread.join(0.01)
                 assert thread.is_alive()
             run = fm.get("chat-1")
         finally:
             process.communicate(b"\n")
             thread.join()
-    assert codes == [0] and "rank 3 (node-a) is not heard from since " in latest.message
+    assert codes == [0] and "rank 3 (node-a) shows no sign of life since " in latest.message
     assert latest.facts == {"share": 0.7, "loss": 1.5} and latest.type == "TRAIN_UPDATED"
-    assert paths.events.read_text().count("stands still") == 1
+    assert paths.events.read_text().count("Training hangs") == 1
     assert run.last_seen == datetime.fromtimestamp(1_790_000_000, UTC)

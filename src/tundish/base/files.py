@@ -1,7 +1,7 @@
 """Files and folders that are complete or absent, and locks between processes.
 
-Names that come from arguments or data are joined through `inside`, which refuses what would leave its root. A lock is
-held on a file by flock: the kernel lets go of it when its holder dies, and who waits is told who holds it.
+Names that come from arguments or data are joined by `inside`, which refuses those that would leave their root. A lock
+is flock's: the kernel releases it when its holder dies. Its file names the holder, for those who wait.
 """
 
 import contextlib
@@ -27,18 +27,17 @@ from tundish.base.text import redacted
 from tundish.errors import FolderExistsError, LockHeldError, SpecError
 
 log = logging.getLogger(__name__)
-TELL_SECONDS = 2.0
-"""Who waits for a lock so long is told who holds it, and told again after …"""
-TELL_AGAIN_SECONDS = 60.0
+REPORT_SECONDS = 2.0
+"""Waiting time for a lock after which its holder is logged."""
+REPORT_AGAIN_SECONDS = 60.0
 LOCK_NAME = "lock"
-"""The file by which a folder is locked."""
+"""The file in a folder that is locked for the folder."""
 
 
 def make_folder(folder: Path) -> Path:
-    """Make a folder below `$TUNDISH_HOME`, and that first: for its user alone, as data, specs and logs are in it.
-
-    A home that is there already stays as its owner has made it; all other folders and files get what the umask leaves.
-    """
+    """Make a folder in `$TUNDISH_HOME`, and a missing home first, readable by its user only."""
+    # Data, specs and logs are in it. A home that exists keeps the permissions that its owner chose; all other folders
+    # and files get those of the umask.
     if not home().exists():
         home().mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,10 +45,10 @@ def make_folder(folder: Path) -> Path:
 
 
 def inside(root: Path, *parts: str) -> Path:
-    """`root` joined with `parts`, made absolute.
+    """`root` joined with `parts`, as an absolute path.
 
     Raises:
-        SpecError: the result would lie outside `root`, by `..`, an absolute part or a link.
+        SpecError: the result would be outside `root`, by `..`, an absolute part or a link.
     """
     real_root = root.resolve()
     path = root.joinpath(*parts).resolve()
@@ -61,9 +60,10 @@ def inside(root: Path, *parts: str) -> Path:
 
 
 def content_root(folder: Path) -> Path:
-    """What the files of a model's or dataset's folder may be links to: the folder.
+    """The folder that links in a model's or dataset's folder may point into.
 
-    In the hub's cache a snapshot is made of links to files beside it, in the folder of its model or dataset.
+    That is the folder itself. A snapshot in the hub's cache consists of links to files beside it: there it is the
+    folder of the model or dataset.
     """
     real = folder.resolve()
     is_snapshot = real.parent.name == "snapshots" and real.parents[1].name.startswith(("models--", "datasets--"))
@@ -71,7 +71,7 @@ def content_root(folder: Path) -> Path:
 
 
 def obstacle_to_writing(folder: Path) -> str:
-    """Why no file can be made in `folder`, or in the nearest folder above it that exists; empty = it can."""
+    """Why `folder`, or the nearest folder above it that exists, is not writable; empty = it is."""
     try:
         with tempfile.TemporaryFile(dir=existing(folder)):
             return ""
@@ -80,13 +80,13 @@ def obstacle_to_writing(folder: Path) -> str:
 
 
 def existing(folder: Path) -> Path:
-    """The path itself, or the nearest folder above it that is there."""
+    """The path itself, or the nearest folder above it that exists."""
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write beside `path`, flush to disk, rename: a reader sees the old content or the new, never a part."""
-    # On a disk that is shared, a process of another machine may have the same number.
+    # Random and not the process's number: on a shared disk, a process of another machine may have the same one.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -96,13 +96,13 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)  # on a full disk, the room that it has taken is needed
+        temporary.unlink(missing_ok=True)  # on a full disk, its space is needed
         raise
     flush_folder(path.parent)
 
 
 def flush_folder(folder: Path) -> None:
-    """Make sure that names made, moved or removed in a folder are so after a power cut."""
+    """Make sure that files created, renamed or removed in a folder stay so after a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -112,11 +112,7 @@ def flush_folder(folder: Path) -> None:
 
 @contextmanager
 def new_folder(target: Path, *, wait: bool = False) -> Iterator[Path]:
-    """A folder to fill, which takes the name `target` when the block ends well, and is gone when it does not.
-
-    A lock is held meanwhile: the kernel frees it when its holder dies, and machines that share the disk see it, which
-    the number of a process would not tell. So what is found half written was left by a process that was killed, and is
-    removed.
+    """A folder to fill, which is renamed to `target` at the end of the block, or removed if the block fails.
 
     Args:
         target: the folder; an empty one is replaced.
@@ -124,9 +120,11 @@ def new_folder(target: Path, *, wait: bool = False) -> Iterator[Path]:
             write beside the folder can hold it.
 
     Raises:
-        FolderExistsError: it is there already, or another process has made it meanwhile.
+        FolderExistsError: it exists already, or another process has made it meanwhile.
         SpecError: another process is making the same folder, and `wait` is False.
     """
+    # The lock is released when its holder dies, and machines that share the disk see it. So a half-written folder that
+    # is found under the lock was left by a process that was killed.
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     with _alone(target, wait):
@@ -136,7 +134,7 @@ def new_folder(target: Path, *, wait: bool = False) -> Iterator[Path]:
         beside.mkdir()
         try:
             yield beside
-            _refuse_existing(target)  # by something that knows no lock
+            _refuse_existing(target)  # made meanwhile by a program that does not use the lock
             flush_folder(beside)
             beside.rename(target)
             flush_folder(target.parent)
@@ -145,7 +143,7 @@ def new_folder(target: Path, *, wait: bool = False) -> Iterator[Path]:
 
 
 def remove_half_made(parent: Path) -> None:
-    """Remove from `parent` what `new_folder` was making in processes that were killed: their locks are free."""
+    """Remove the folders in `parent` that processes which were killed have left half made: their locks are free."""
     for beside in parent.glob(".*.tmp"):
         target = parent / beside.name[1 : -len(".tmp")]
         with contextlib.suppress(LockHeldError), locked(_lock_of(target), timeout=0):
@@ -162,7 +160,7 @@ def _lock_of(target: Path) -> Path:
 
 def _refuse_existing(target: Path) -> None:
     if target.is_symlink() or (target.exists() and any(target.iterdir())):
-        raise FolderExistsError(f"{target}: is there already. Remove it, or choose another folder.")
+        raise FolderExistsError(f"{target}: already exists. Remove it, or choose another folder.")
 
 
 @contextmanager
@@ -172,23 +170,21 @@ def _alone(target: Path, wait: bool) -> Iterator[None]:
             yield
     except LockHeldError as error:
         raise SpecError(
-            f"{target}: another process is making it, here or on a machine that shares the disk. {error.message}"
+            f"{target}: another process is making it, on this machine or on one that shares the disk. {error.message}"
         ) from error
 
 
 @contextmanager
 def locked(path: Path, timeout: float | None = None, *, temporary: bool = False) -> Iterator[None]:
-    """Hold a lock on a file, which is made, or on a folder that exists, by its file `lock`.
-
-    The kernel lets go of it when its holder dies. Who waits is told after a moment who holds it.
+    """Hold a lock during the block. After a moment of waiting, a warning names the holder.
 
     Args:
-        path: of the file or the folder.
-        timeout: seconds; None waits for ever.
-        temporary: the file is removed at the end.
+        path: of a file, which is created, or of an existing folder.
+        timeout: seconds; None waits forever.
+        temporary: whether the file is removed at the end.
 
     Raises:
-        LockHeldError: it was not free in time.
+        LockHeldError: another process did not release it in time.
     """
     file = _lock_file(path)
     while True:
@@ -203,13 +199,13 @@ def locked(path: Path, timeout: float | None = None, *, temporary: bool = False)
                     if temporary:
                         file.unlink(missing_ok=True)
                 return
-            # Removed while it was waited for; another one may have taken its place.
+            # The file was removed while this process waited; there may be a new one of the same name.
         finally:
             os.close(descriptor)
 
 
 def is_held(path: Path) -> bool:
-    """Whether somebody holds a lock on a file or a folder, be it on another machine that shares the disk."""
+    """Whether a process holds the lock of a file or folder, here or on another machine that shares the disk."""
     try:
         descriptor = os.open(_lock_file(path), os.O_RDONLY)
     except FileNotFoundError:
@@ -224,7 +220,7 @@ def is_held(path: Path) -> bool:
 
 
 def try_lock(descriptor: int, seconds: float) -> bool:
-    """Whether an open file could be locked within so many seconds."""
+    """Lock an open file; False if another process holds the lock for that many seconds."""
     end, pause = time.monotonic() + seconds, 0.005
     while True:
         try:
@@ -245,17 +241,17 @@ def _open_lock(file: Path) -> int:
     try:
         return os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     except PermissionError:
-        return os.open(file, os.O_RDONLY)  # another user's, in a shared home: it can be held, not signed
+        return os.open(file, os.O_RDONLY)  # another user's, in a shared home: it can be held, but not signed
 
 
 def _wait_for(descriptor: int, file: Path, timeout: float | None) -> None:
     end = math.inf if timeout is None else time.monotonic() + timeout
-    seconds = TELL_SECONDS
+    seconds = REPORT_SECONDS
     while not try_lock(descriptor, max(0.0, min(seconds, end - time.monotonic()))):
         if time.monotonic() >= end:
-            raise LockHeldError(f"{file}: is held by {_holder(file)}. Wait for its end, or end it.")
-        log.warning("Waiting for %s, which is held by %s.", file, _holder(file))
-        seconds = TELL_AGAIN_SECONDS
+            raise LockHeldError(f"{file}: is locked by {_holder(file)}. Wait until it exits, or end it.")
+        log.warning("Waiting for %s, locked by %s.", file, _holder(file))
+        seconds = REPORT_AGAIN_SECONDS
 
 
 def _is_there(descriptor: int, file: Path) -> bool:
@@ -266,22 +262,22 @@ def _is_there(descriptor: int, file: Path) -> bool:
 
 
 def _sign(descriptor: int) -> None:
-    """Say in the lock who holds it."""
+    """Write into the lock's file which process holds it."""
     command = redacted(" ".join([Path(sys.argv[0]).name, *sys.argv[1:3]]))
     text = json.dumps({**asdict(ProcessId.of(os.getpid())), "command": command}) + "\n"
-    with contextlib.suppress(OSError):  # a full disk: it is held all the same
+    with contextlib.suppress(OSError):  # a full disk: the lock is held anyway
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text.encode(), 0)
 
 
 def _holder(file: Path) -> str:
-    """Who holds a lock, as far as it says."""
+    """The process that holds a lock, as far as its file shows."""
     try:
         record = json.loads(file.read_text())
         command, holder = str(record.pop("command")), ProcessId(**record)
         since = datetime.fromtimestamp(file.stat().st_mtime)
         if holder.is_here and holder.process() is None:
-            return "another process"  # the one that has signed has ended
+            return "another process"  # the one that signed has exited
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "another process"
     return f"process {holder.pid} on {holder.host} ({command}) since {since:%Y-%m-%d %H:%M:%S}"

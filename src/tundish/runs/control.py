@@ -2,7 +2,6 @@
 
 import contextlib
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from tundish.runs.changing import apply, longer, on_other_devices
 from tundish.runs.reading import find_run, read_run
 from tundish.runs.records import RunRecord, RunStatus
 from tundish.supervise import supervisor
+from tundish.supervise.closing import close_command
 from tundish.supervise.preparing import planned
 from tundish.tracking.experiment import reopen_tracking
 
@@ -120,9 +120,8 @@ def _is_over(run: RunFolder) -> bool:
 
 
 def _close_mlflow_run(run: RunFolder) -> subprocess.Popen[bytes]:
-    """Let MLflow know of the end, from a process that goes on alone if the store does not answer for a while."""
-    command = [sys.executable, "-m", "tundish.supervise.stages", "canceled", str(run.folder)]
-    return start(command, run.log("close"), {}, run.folder, detached=True)
+    """Close the MLflow run, in a process that continues alone if the store does not answer for a while."""
+    return start(close_command(run, "KILLED", if_ended=True), run.log("close"), {}, run.folder, detached=True)
 
 
 def resume(name: str, compute: object = None, training_duration: object = None) -> RunRecord:

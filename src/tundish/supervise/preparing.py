@@ -12,6 +12,7 @@ from typing import Any, cast
 import yaml
 
 from tundish.base.files import write_atomic
+from tundish.base.progress import Progress, no_progress
 from tundish.base.run_folder import RunFolder
 from tundish.model.pretrained import state_of
 from tundish.plan.foundry import render
@@ -19,8 +20,6 @@ from tundish.plan.models import find_card
 from tundish.plan.overrides import BATCH_SIZE
 from tundish.plan.run_plan import DataFacts, RunPlan
 from tundish.plan.spec import RunSpec
-
-Progress = Callable[[int, int | None], None]
 
 
 def planned(run: RunFolder) -> RunPlan:
@@ -101,7 +100,7 @@ def adopt(run: RunFolder) -> bool:
     return True
 
 
-def prepare(plan: RunPlan, progress: Callable[[str], Progress] = lambda split: lambda done, total: None) -> RunPlan:
+def prepare(plan: RunPlan, progress: Callable[[str], Progress] = lambda split: no_progress) -> RunPlan:
     """The completed plan: data that is not prepared, or no longer, is; custom weights are on this machine, and checked.
 
     Args:

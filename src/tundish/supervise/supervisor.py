@@ -22,6 +22,7 @@ from tundish.errors import FailureCause, LockHeldError, StageError, TundishError
 from tundish.launch import launcher_of, release_devices
 from tundish.plan.spec import RunSpec
 from tundish.supervise.causes import cause_of
+from tundish.supervise.closing import close_command
 from tundish.supervise.preparing import adopt, planned
 from tundish.supervise.stage_process import (
     Canceled,
@@ -158,9 +159,8 @@ def end_processes_of(run: RunFolder) -> None:
 
 def end_mlflow_run(run: RunFolder, status: str) -> None:
     """Close the MLflow run from a process of its own; a store that cannot be reached must not hide the cause."""
-    command = [sys.executable, "-m", "tundish.supervise.stages", f"close-{status}", str(run.folder)]
     with contextlib.suppress(subprocess.TimeoutExpired, OSError):
-        subprocess.run(command, stdin=subprocess.DEVNULL, check=False, timeout=60)
+        subprocess.run(close_command(run, status), stdin=subprocess.DEVNULL, check=False, timeout=60)
 
 
 if __name__ == "__main__":
