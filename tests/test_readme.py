@@ -37,7 +37,7 @@ def test_every_command_parses() -> None:
 
 
 def _joined(block: str) -> list[str]:
-    """Lines, those that a backslash continues made one."""
+    """The lines of a block; those that end with a backslash are joined with the next one."""
     return re.sub(r"\\\n\s*", "", block).splitlines()
 
 
@@ -51,13 +51,13 @@ def test_every_make_target_is_there() -> None:
 
 
 def test_ci_calls_the_commands_of_the_readme() -> None:
-    """CI that checks something else than what people run."""
+    """CI that checks something other than what people run."""
     script = (ROOT / ".ci" / "run").read_text()
     assert [line for line in script.splitlines() if line.startswith("make ")] == ["make check", "make test"]
 
 
 def test_the_example_uses_arguments_that_exist() -> None:
-    """An example that does not run as it stands."""
+    """An example with arguments that do not exist."""
     import inspect
 
     from tundish import foundation_model as fm
@@ -72,15 +72,15 @@ def test_the_example_uses_arguments_that_exist() -> None:
     ]
     assert len(calls) >= 2
     for call in calls:
-        given = {keyword.arg: keyword.value for keyword in call.keywords}
-        assert set(given) <= set(inspect.signature(fm.create).parameters)
-        if "compute" in given:
-            Compute.parse(ast.literal_eval(given["compute"]))
+        arguments = {keyword.arg: keyword.value for keyword in call.keywords}
+        assert set(arguments) <= set(inspect.signature(fm.create).parameters)
+        if "compute" in arguments:
+            Compute.parse(ast.literal_eval(arguments["compute"]))
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.stem)
 def test_recipes_are_short_and_use_public_names(recipe: Path) -> None:
-    """A recipe that nobody could copy."""
+    """A recipe that is too long to copy, or needs names that are not public."""
     text = recipe.read_text()
     assert len(text.splitlines()) <= 60
     imported = {

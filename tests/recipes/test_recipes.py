@@ -25,20 +25,20 @@ AT_THE_END = ["CHECKPOINT_SAVED", "TRAIN_FINISHED", "COMPLETED"]
 
 
 class Finished(NamedTuple):
-    """A recipe that has run."""
+    """What a recipe left behind."""
 
     output: str
     home: Path
     run_folders: list[Path]
-    """In the order in which the runs were made."""
+    """In the order in which the runs were created."""
 
     @property
     def run_folder(self) -> Path:
-        """Of the last run."""
+        """The folder of the last run."""
         return self.run_folders[-1]
 
     def of(self, number: int) -> "Finished":
-        """What one of its runs has left."""
+        """What one of its runs left behind."""
         return self._replace(run_folders=[self.run_folders[number]])
 
     @property
@@ -56,7 +56,7 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="session")
 def run_recipe(tmp_path_factory: pytest.TempPathFactory, mlflow_server: tuple[str, Path]) -> Callable[[str], Finished]:
-    """Runs a recipe once a session and keeps what it left; one of them with an MLflow server, the others without."""
+    """Runs each recipe once per session; one of them with an MLflow server, the others without."""
 
     @cache
     def run(name: str) -> Finished:
@@ -68,20 +68,20 @@ def run_recipe(tmp_path_factory: pytest.TempPathFactory, mlflow_server: tuple[st
         result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
         assert result.returncode == 0, result.stdout + result.stderr
         assert "Traceback" not in result.stderr
-        found = sorted((folder / "home" / "runs").iterdir(), key=lambda path: (path / "spec.json").stat().st_mtime)
-        return Finished(result.stdout, folder / "home", found)
+        runs = sorted((folder / "home" / "runs").iterdir(), key=lambda path: (path / "spec.json").stat().st_mtime)
+        return Finished(result.stdout, folder / "home", runs)
 
     return run
 
 
 @pytest.fixture
 def at_home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Finished], None]]:
-    """Points `$TUNDISH_HOME` at what a recipe left."""
+    """Sets `$TUNDISH_HOME` to that of a recipe."""
     yield lambda finished: monkeypatch.setenv("TUNDISH_HOME", str(finished.home))
 
 
 def test_the_recipe_that_checks_data_finds_the_mistake(tmp_path: Path) -> None:
-    """Who copies it would learn nothing of bad data."""
+    """Readers who copy it would not learn about bad data."""
     environment = {**os.environ, "TUNDISH_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path)}
     command = [sys.executable, str(FOLDER / "check_data.py")]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
@@ -92,7 +92,7 @@ def test_the_recipe_that_checks_data_finds_the_mistake(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", [path.stem for path in RECIPES])
 def test_each_recipe_runs_to_a_registered_model(recipe: str, run_recipe: Callable[[str], Finished]) -> None:
-    """A stage that fails, an event out of order, or an export that is not there."""
+    """A stage that fails, an event out of order, or a missing export."""
     whole = run_recipe(recipe)
     assert len(whole.run_folders) == (2 if recipe == "continued_pretrain" else 1)
     for number in range(len(whole.run_folders)):
@@ -121,16 +121,16 @@ def test_checkpoints_are_sharded_at_every_world_size(
     address = run_recipe(recipe).tracking["save_folder"]
     assert address.startswith("http") == (recipe == WITH_SERVER)
     folder = mlflow_server[1] / address.split("/artifacts/", 1)[1] if recipe == WITH_SERVER else Path(address)
-    found = sorted(path for path in folder.iterdir() if re.fullmatch(r"ep\d+-ba\d+", path.name))
-    assert found
+    checkpoints = sorted(path for path in folder.iterdir() if re.fullmatch(r"ep\d+-ba\d+", path.name))
+    assert checkpoints
     files = {".metadata", "manifest.json", *(f"__{rank}_0.distcp" for rank in range(ranks))}
-    for checkpoint in found:
+    for checkpoint in checkpoints:
         assert {path.name for path in checkpoint.iterdir()} == files and verify(checkpoint) == []
-    newest = max(found, key=lambda path: int(path.name.split("-ba")[1]))
+    newest = max(checkpoints, key=lambda path: int(path.name.split("-ba")[1]))
     assert (folder / "latest-sharded-rank0.symlink").read_text() == f"{address}/{newest.name}"
 
 
-def test_the_demo_learns_what_it_was_not_shown(run_recipe: Callable[[str], Finished]) -> None:
+def test_the_demo_answers_dates_that_it_has_not_seen(run_recipe: Callable[[str], Finished]) -> None:
     """Training that does nothing, an export of other weights, or a score that is made up."""
     match = re.search(r"before training: (\d+) of 100 correct; after: (\d+) of 100 correct", run_recipe("demo").output)
     assert match is not None
@@ -138,7 +138,7 @@ def test_the_demo_learns_what_it_was_not_shown(run_recipe: Callable[[str], Finis
     assert int(match[2]) >= 90
 
 
-def test_a_model_that_was_not_trained_scores_nothing(tmp_path: Path) -> None:
+def test_an_untrained_model_scores_nothing(tmp_path: Path) -> None:
     """A task that a model solves without training would prove nothing."""
     from tundish import tiny
 
@@ -210,10 +210,10 @@ def test_the_registered_version_answers(run_recipe: Callable[[str], Finished]) -
     assert re.search(r"ANSWER \d{4}-\d\d-\d\d", result.stdout), result.stdout
 
 
-def test_the_verbs_tell_of_a_finished_run(
+def test_other_processes_see_a_finished_run(
     run_recipe: Callable[[str], Finished], at_home: Callable[[Finished], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run that other processes see wrongly."""
+    """A run whose status, events or checkpoints are lost for other processes."""
     from tundish import foundation_model as fm
 
     finished = run_recipe("demo")
@@ -252,7 +252,7 @@ def test_stock_llm_foundry_trains_the_same_file(run_recipe: Callable[[str], Fini
 
 
 def _check_stock_checkpoint(folder: Path, model: str, finished: Finished) -> None:
-    """What LLM Foundry's own saver leaves is exported as ours is."""
+    """Compare the export of a checkpoint by LLM Foundry's own saver with ours."""
     import torch
     from safetensors.torch import load_file
 
@@ -267,8 +267,8 @@ def _check_stock_checkpoint(folder: Path, model: str, finished: Finished) -> Non
     assert all(torch.allclose(tensor, ours[name], atol=0.02) for name, tensor in theirs.items())
 
 
-def test_fine_tuning_begins_with_the_weights_of_the_pretraining(run_recipe: Callable[[str], Finished]) -> None:
-    """Training that starts from the base model although a checkpoint was named, or that goes on with its schedule."""
+def test_fine_tuning_starts_from_the_weights_of_the_pretraining(run_recipe: Callable[[str], Finished]) -> None:
+    """Training that starts from the base model although a checkpoint was named, or that continues its schedule."""
     whole = run_recipe("continued_pretrain")
     pretrained, tuned = whole.of(0), whole.of(1)
     named = json.loads((tuned.run_folder / "spec.json").read_text())["custom_weights_path"]
