@@ -1,8 +1,7 @@
 """The `tundish` command: the verbs of `tundish.foundation_model` for a terminal.
 
-The only place that prints results or exits. Exit codes: 0 done, 1 failed (invalid data, a run that failed), 2 wrong
-arguments, 130 stopped by Ctrl-C. A command's options, action and examples are in one of the modules of this package,
-which is loaded when the command is chosen: `tundish --help` answers at once.
+Exit codes: 0 success, 1 failure (invalid data, a failed run), 2 wrong arguments, 130 interrupted by Ctrl-C.
+A command's options, action and examples are in one of the modules of this package.
 """
 
 import argparse
@@ -18,37 +17,37 @@ from tundish.cli import failures, streams
 from tundish.cli.parsing import Parser, UsageError, add_commands, complete
 
 COMPLETING = "_ARGCOMPLETE"
-"""Environment variable: a shell asks what may come next on its command line."""
+"""Environment variable that a shell sets when it asks for completions."""
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "create": ("starting", "start a run in the background"),
-    "run": ("starting", "start the run that a YAML file of create() arguments describes, and show its progress"),
-    "render": ("starting", "print the LLM-Foundry YAML of a run without running anything"),
+    "run": ("starting", "start a run from a YAML file of create() arguments, and show its progress"),
+    "render": ("starting", "print the LLM Foundry YAML of a run without starting it"),
     "resume": ("starting", "continue a run that failed, was canceled or was killed"),
-    "validate": ("data", "check every row of the data as create does, and show a sample"),
-    "estimate": ("data", "show how many samples, tokens, rows and steps a run would have"),
+    "validate": ("data", "check every row of the data, as create does, and show a sample"),
+    "estimate": ("data", "estimate the samples, tokens, rows and steps of a run"),
     "prepare": ("data", "tokenize and pack the data, for a run to reuse"),
-    "list": ("runs", "show runs, newest first"),
+    "list": ("runs", "list runs, newest first"),
     "get": ("runs", "show one run"),
-    "events": ("runs", "show what happened to a run"),
-    "logs": ("watching", "show the end of a run's log"),
-    "metrics": ("watching", "show a run's metrics, or draw its losses"),
-    "cancel": ("runs", "stop runs; checkpoints stay"),
-    "rm": ("removing", "remove runs for good, with their checkpoints; registered versions stay"),
+    "events": ("runs", "show the events of a run"),
+    "logs": ("watching", "show the end of a log of a run"),
+    "metrics": ("watching", "show the metrics of a run, or plot its losses"),
+    "cancel": ("runs", "stop runs; their checkpoints are kept"),
+    "rm": ("removing", "remove runs with their checkpoints; registered model versions are kept"),
     "clean": ("removing", "remove prepared data, downloads and drafts that no run needs"),
-    "checkpoints": ("checkpoints", "list a run's checkpoints, or verify them"),
-    "export": ("checkpoints", "write a checkpoint as a Hugging Face folder"),
-    "example": ("machine", "write a tiny model and data, to try the commands with"),
+    "checkpoints": ("checkpoints", "list or verify the checkpoints of a run"),
+    "export": ("checkpoints", "export a checkpoint as a Hugging Face model folder"),
+    "example": ("machine", "create a tiny model and dataset to try the commands with"),
     "models": ("machine", "list the supported models"),
-    "doctor": ("machine", "check what this machine is missing for a run"),
+    "doctor": ("machine", "check whether this machine is ready to train"),
 }
-"""Name → the module in which it is, and what it does."""
+"""Name → module and summary. A module is imported when its command is chosen, which keeps `tundish --help` fast."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    description = "Fine-tune language models on your own machines: from data to a registered model in one call."
+    description = "Fine-tune language models on your own machines, from data to a registered model in one call."
     parser = Parser(
-        prog="tundish", description=description, epilog="`tundish COMMAND --help` lists a command's options."
+        prog="tundish", description=description, epilog="`tundish COMMAND --help` shows the options of a command."
     )
     parser.add_argument("--version", action="version", version=f"tundish {__version__}")
     add_commands(parser, COMMANDS)
@@ -56,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code; whatever goes wrong ends in a sentence."""
+    """Run one command and return the exit code; every error becomes a message on standard error."""
     streams.prepare()
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -65,13 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 0
     except BaseException as error:
         return failures.report(error, words)
-    # A full disk shows here, not when Python ends.
-    return failures.report(lost, words) if (lost := streams.flush()) else code
+    # Output is buffered: a full disk is noticed here.
+    return failures.report(error, words) if (error := streams.flush()) else code
 
 
 def entry() -> NoReturn:
-    """The `tundish` of a shell: `main` without Python's own end, which takes seconds once torch has been loaded."""
+    """The `tundish` executable."""
     code = main()
+    # What Python does at exit, without freeing all objects: after importing torch that takes seconds.
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join()
@@ -83,17 +83,15 @@ def entry() -> NoReturn:
 
 def _run(words: Sequence[str]) -> int:
     if wrong := next((word for word in words if word != word.encode(errors="replace").decode()), None):
-        way = (
-            "Rename it." if sys.getfilesystemencoding() == "utf-8" else "Set PYTHONUTF8=1: this locale is another one."
-        )
-        raise UsageError(f"{os.fsencode(wrong)!r} is not UTF-8 here, as all names in a run are. {way}")
+        advice = "Rename it." if sys.getfilesystemencoding() == "utf-8" else "Set PYTHONUTF8=1 to use UTF-8."
+        raise UsageError(f"{os.fsencode(wrong)!r} is not valid {sys.getfilesystemencoding()}. {advice}")
     parser = build_parser()
     if COMPLETING in os.environ:
         complete(parser, os.environ.get("COMP_LINE", ""))
     try:
         arguments = parser.parse_args(words)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("Nothing was done.") from None
+        raise KeyboardInterrupt("Nothing was changed.") from None
     if arguments.command is None:
         parser.print_help()
         return 0

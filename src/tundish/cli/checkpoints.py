@@ -1,4 +1,4 @@
-"""The commands that look at checkpoints: checkpoints, export."""
+"""The commands for checkpoints: checkpoints, export."""
 
 import argparse
 import time
@@ -15,9 +15,11 @@ def checkpoints_options(command: argparse.ArgumentParser) -> None:
     """What `tundish checkpoints` takes."""
     add_json(command)
     command.add_argument(
-        "run", metavar="RUN", help=f"{RUN_HELP}; to verify, also a checkpoint's path or URI, or that of its folder"
+        "run", metavar="RUN", help=f"{RUN_HELP}; with --verify, also the path or URI of a checkpoint or of its folder"
     )
-    command.add_argument("--verify", action="store_true", help="read every byte and compare it with what was written")
+    command.add_argument(
+        "--verify", action="store_true", help="read every byte and compare it with the recorded checksums"
+    )
 
 
 def checkpoints(arguments: argparse.Namespace) -> int:
@@ -36,10 +38,10 @@ def _verify(given: str, *, as_json: bool) -> int:
     from tundish.checkpoints.manifest import MANIFEST
     from tundish.runs.exporting import local_checkpoints
 
-    found: list[dict[str, object]] = []
+    results: list[dict[str, object]] = []
     for name, folder in local_checkpoints(given):
         if isinstance(folder, CheckpointError):
-            found.append({"checkpoint": name, "bytes": None, "problems": [folder.message]})
+            results.append({"checkpoint": name, "bytes": None, "problems": [folder.message]})
             if not as_json:
                 print(f"{name}: DAMAGED\n  {folder.message}")
             continue
@@ -52,30 +54,37 @@ def _verify(given: str, *, as_json: bool) -> int:
                 tell(done[0], size)
 
             problems = verify(folder, count)
-        found.append({"checkpoint": str(folder), "bytes": size, "problems": problems})
+        results.append({"checkpoint": str(folder), "bytes": size, "problems": problems})
         if not as_json:
-            by = "SHA-256 of its manifest" if (folder / MANIFEST).is_file() else "CRC-32 of its tensors; no manifest"
+            by = "by SHA-256 from the manifest" if (folder / MANIFEST).is_file() else "by CRC-32; it has no manifest"
             print(f"{folder.name}: {'OK' if not problems else 'DAMAGED'}, {size:,} bytes ({by})")
             for problem in problems:
                 print(f"  {problem}")
     if as_json:
-        print_json(found)
-    elif not found:
+        print_json(results)
+    elif not results:
         print("No checkpoints created yet for this run. Please try again later.")
-    return 1 if any(entry["problems"] for entry in found) else 0
+    return 1 if any(entry["problems"] for entry in results) else 0
 
 
 def export_options(command: argparse.ArgumentParser) -> None:
     """What `tundish export` takes."""
     add_json(command)
     command.add_argument(
-        "source", metavar="RUN|CHECKPOINT", help=f"{RUN_HELP}: its newest checkpoint; or a checkpoint's path or URI"
+        "source",
+        metavar="RUN|CHECKPOINT",
+        help=f"{RUN_HELP} (exports the newest checkpoint), or path or URI of a checkpoint",
     )
-    command.add_argument("--out", metavar="DIR", help="folder to make (default: RUN-ep#-ba# in this folder)")
+    command.add_argument("--out", metavar="DIR", help="folder to create (default: RUN-ep#-ba# in the current folder)")
     command.add_argument(
-        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (default bfloat16)"
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        default="bfloat16",
+        help="dtype of the exported weights (default bfloat16)",
     )
-    command.add_argument("--model", metavar="NAME", help="base model of a checkpoint that no run here has made")
+    command.add_argument(
+        "--model", metavar="NAME", help="base model, for a checkpoint that was not made by a run of this machine"
+    )
 
 
 def export(arguments: argparse.Namespace) -> int:
@@ -83,25 +92,25 @@ def export(arguments: argparse.Namespace) -> int:
     from tundish.runs.exporting import export_checkpoint, find_exportable
 
     model = Address.parse(arguments.model, "model", "--model").text if arguments.model else None
-    found = find_exportable(selecting.named_or_address(arguments.source), model)
+    source = find_exportable(selecting.named_or_address(arguments.source), model)
     short = "" if arguments.dtype == "bfloat16" else f"-{arguments.dtype}"
-    out = local_path(arguments.out or f"{found.name}-{found.checkpoint.name}{short}", "--out")
+    out = local_path(arguments.out or f"{source.name}-{source.checkpoint.name}{short}", "--out")
     if out.exists():
-        raise SpecError(f"--out: {out} exists already. Name a new folder.")
+        raise SpecError(f"--out: {out} already exists. Choose a new folder.")
     started, done = time.monotonic(), [0]
-    with progress_bar(f"Exporting {found.checkpoint.name}") as tell:
+    with progress_bar(f"Exporting {source.checkpoint.name}") as tell:
 
         def count(written: int, total: int) -> None:
             done[0] += written
             tell(done[0], total)
 
-        export_checkpoint(found, out, arguments.dtype, count)
+        export_checkpoint(source, out, arguments.dtype, count)
     if arguments.json:
-        facts = {"checkpoint": str(found.checkpoint), "export": str(out), "dtype": arguments.dtype}
+        facts = {"checkpoint": str(source.checkpoint), "export": str(out), "dtype": arguments.dtype}
         return print_json({**facts, "bytes": done[0]})
     seconds = time.monotonic() - started
     print(
-        f"{found.checkpoint.name} of {found.name}: {done[0]:,} bytes of {arguments.dtype} weights in {seconds:.1f} s."
+        f"{source.checkpoint.name} of {source.name}: {done[0]:,} bytes of {arguments.dtype} weights in {seconds:.1f} s."
     )
     print(out)
     return 0

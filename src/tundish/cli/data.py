@@ -1,4 +1,4 @@
-"""The commands that look at data: validate, estimate, prepare."""
+"""The commands for data: validate, estimate, prepare."""
 
 import argparse
 import dataclasses
@@ -27,50 +27,50 @@ if TYPE_CHECKING:
 def validate_options(command: argparse.ArgumentParser) -> None:
     """What `tundish validate` takes."""
     add_json(command)
-    command.add_argument(
-        "--report", metavar="FILE", help="write the report with the line numbers as JSON (2 MB at most)"
-    )
+    command.add_argument("--report", metavar="FILE", help="write the report as JSON, with line numbers (up to 2 MB)")
     _add_data_options(command)
 
 
 def validate(arguments: argparse.Namespace) -> int:
     """`tundish validate`."""
     file = new_file("--report", arguments.report)
-    found = planning.validate(_data_arguments(arguments), progress_bar)
+    validation = planning.validate(_data_arguments(arguments), progress_bar)
     if file:
-        found.save(file)
+        validation.save(file)
     if arguments.json:
-        print_json(found.to_dict())
+        print_json(validation.to_dict())
     else:
-        _show(found, file)
-    return 0 if found.ok else 1
+        _show(validation, file)
+    return 0 if validation.ok else 1
 
 
 def estimate_options(command: argparse.ArgumentParser) -> None:
     """What `tundish estimate` takes."""
     add_json(command)
-    command.add_argument("--plot", metavar="FILE", help="draw the histogram of sample lengths (.png, .svg, .pdf, .jpg)")
+    command.add_argument(
+        "--plot", metavar="FILE", help="draw a histogram of the sample lengths (.png, .svg, .pdf, .jpg)"
+    )
     _add_data_options(command)
 
 
 def estimate(arguments: argparse.Namespace) -> int:
     """`tundish estimate`."""
     file = new_file("--plot", arguments.plot, PICTURES)
-    found = planning.estimate(_data_arguments(arguments), progress_bar)
+    data = planning.estimate(_data_arguments(arguments), progress_bar)
     if file:
-        found.plot(file)
+        data.plot(file)
     if arguments.json:
-        return print_json(dataclasses.asdict(found))
-    print(found)
+        return print_json(dataclasses.asdict(data))
+    print(data)
     if file:
-        print(f"\nHistogram drawn: {file}")
+        print(f"\nHistogram: {file}")
     return 0
 
 
 def prepare_options(command: argparse.ArgumentParser) -> None:
     """What `tundish prepare` takes."""
     add_json(command)
-    command.add_argument("--out", metavar="DIR", help="copy the shards there: DIR/train and DIR/eval")
+    command.add_argument("--out", metavar="DIR", help="copy the shards to DIR/train and DIR/eval")
     _add_data_options(command)
 
 
@@ -78,16 +78,16 @@ def prepare(arguments: argparse.Namespace) -> int:
     """`tundish prepare`."""
     out = local_path(arguments.out, "--out") if arguments.out else None
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SpecError(f"--out: {out} exists already. Name a new folder.")
-    found = planning.validate(_data_arguments(arguments), progress_bar)
-    if not found.ok:
-        raise DataError([message for report in found.reports for message in report.messages])
-    folders = {_split(report): _folder(report) for report in found.reports}
+        raise SpecError(f"--out: {out} already exists. Choose a new folder.")
+    validation = planning.validate(_data_arguments(arguments), progress_bar)
+    if not validation.ok:
+        raise DataError([message for report in validation.reports for message in report.messages])
+    folders = {_split(report): _folder(report) for report in validation.reports}
     if out is not None:
         folders = _published(folders, out)
     if arguments.json:
         return print_json({split: str(folder) for split, folder in folders.items()})
-    for report in found.reports:
+    for report in validation.reports:
         print("\n".join(report.lines()))
         print(f"  {folders[_split(report)]}")
     return 0
@@ -98,7 +98,7 @@ def _add_data_options(command: argparse.ArgumentParser) -> None:
 
 
 def _data_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `create()`; `--register-to` is not needed to look at data."""
+    """The arguments of `create()`. It requires `register_to`; these commands do not use it."""
     values = create_arguments(arguments)
     return {**values, "register_to": values["register_to"] or "main.default"}
 
@@ -113,28 +113,28 @@ def _folder(report: "Report") -> Path:
 
 
 def _published(folders: Mapping[str, Path], out: Path) -> dict[str, Path]:
-    """Copies of prepared folders below `out`: all of them complete, or nothing."""
+    """Copy prepared folders to `out`: all of them, or nothing."""
     try:
-        with new_folder(out) as beside:
+        with new_folder(out) as folder_to_fill:
             for split, folder in folders.items():
-                shutil.copytree(folder, beside / split)
+                shutil.copytree(folder, folder_to_fill / split)
     except shutil.Error as error:
         raise OSError(error.args[0][0][2]) from error
     return {split: out / split for split in folders}
 
 
-def _show(found: "Validation", report_file: Path | None) -> None:
+def _show(validation: "Validation", report_file: Path | None) -> None:
     if not sys.stdout.isatty():
-        print(found)
+        print(validation)
     else:
         console = Console(highlight=False, soft_wrap=True)
-        for report in found.reports:
+        for report in validation.reports:
             _show_report(console, report)
-    print("\nThe data is good." if found.ok else "\nThe data has problems; create() would refuse it.")
+    print("\nThe data is valid." if validation.ok else "\nThe data has problems; create() would reject it.")
     if report_file:
         print(f"Report: {report_file}")
-    elif not found.ok:
-        print("The line numbers: --report FILE")
+    elif not validation.ok:
+        print("--report FILE writes the line numbers.")
 
 
 def _show_report(console: Console, report: "Report") -> None:
@@ -144,7 +144,9 @@ def _show_report(console: Console, report: "Report") -> None:
         kind = line.split(":")[0].strip()
         console.print(Text(line, style={"problem": "red", "warning": "yellow"}.get(kind, "")))
     if report.preview:
-        console.print(Text("  The first sample as the model sees it; trained tokens in green.", style="dim"))
+        console.print(
+            Text("  The first sample as the model sees it; tokens that are trained on are green.", style="dim")
+        )
         console.print(Text.assemble(*((text, "green" if trained else "dim") for text, trained in report.preview)))
 
 

@@ -1,4 +1,4 @@
-"""What went wrong, as a sentence and an exit code."""
+"""Errors as messages and exit codes."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from tundish.cli import streams
 from tundish.cli.parsing import UsageError
 
 TRACEBACK = "TUNDISH_TRACEBACK"
-"""Environment variable: set, Python's traceback is shown too."""
+"""Environment variable: if set, the traceback is shown too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +24,16 @@ class _Failure:
 
 
 def report(error: BaseException, words: Sequence[str]) -> int:
-    """Tell what went wrong on standard error, with `--json` on standard output too; returns the exit code."""
+    """Print an error on standard error, with `--json` on standard output as well, and return the exit code."""
     from tundish.base.text import printable, redacted
 
-    if isinstance(error, BrokenPipeError) and streams.reader_is_gone():
+    if isinstance(error, BrokenPipeError) and streams.reader_closed():
         streams.flush()
-        return 0  # it has read enough
+        return 0  # `tundish list | head`: it read as much as it wanted
     streams.flush()
     failure = _failure(error)
-    message = redacted(failure.message)  # what other libraries say, too
-    # What was given by mistake, such as a whole file, is not repeated whole.
+    message = redacted(failure.message)  # those of other libraries may hold secrets
+    # An argument may be a whole file, pasted by mistake.
     shown = re.sub(r"\S{500,}", lambda word: f"{word[0][:200]}…{word[0][-100:]}", printable(message))
     print(f"tundish: {shown}{failure.more}", file=sys.stderr)
     if os.environ.get(TRACEBACK):
@@ -55,16 +55,16 @@ def _failure(error: BaseException) -> _Failure:
     if isinstance(error, TundishError):
         return _Failure(error.message, 2 if isinstance(error, RequestError | RunNotFoundError) else 1)
     if isinstance(error, Interrupted):
-        return _Failure(f"{error} Watch it with:  tundish events {error.run_name} --follow", 130)
+        return _Failure(f"{error} Follow it with:  tundish events {error.run_name} --follow", 130)
     if isinstance(error, KeyboardInterrupt):
-        return _Failure(f"stopped. {error}".strip(), 130)
+        return _Failure(f"interrupted. {error}".strip(), 130)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        advice = "Check that the path is there and may be written, and that the disk has room."
+        advice = "Check that the path exists and is writable, and that the disk has free space."
         return _Failure(f"{where}{error.strerror or error}. {advice}")
     place = traceback.extract_tb(error.__traceback__)[-1]
-    said = " ".join(str(error).split())[:500]
+    text = " ".join(str(error).split())[:500]
     return _Failure(
-        f"this is a fault of tundish, not yours: {type(error).__name__}: {said} ({place.filename}, line "
-        f"{place.lineno}). Please report it with what you did; {TRACEBACK}=1 shows more."
+        f"this is a bug in tundish: {type(error).__name__}: {text} ({place.filename}, line {place.lineno}). Please "
+        f"report it with the steps that led to it; {TRACEBACK}=1 shows the traceback."
     )

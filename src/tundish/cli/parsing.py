@@ -1,4 +1,4 @@
-"""The parser: a command's module is loaded when the command is chosen; mistyped words get suggestions."""
+"""The parser: it imports the module of a command when the command is chosen, and suggests corrections of typos."""
 
 import argparse
 import importlib
@@ -15,21 +15,21 @@ _Commands = argparse._SubParsersAction  # pyright: ignore[reportPrivateUsage]  a
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """What a module of commands says of one of them."""
+    """A command, as its module describes it."""
 
     options: Callable[[argparse.ArgumentParser], object]
     """Adds its options to a parser."""
     action: Callable[[argparse.Namespace], int]
-    """Does it, and returns the exit code."""
+    """Runs it and returns the exit code."""
     examples: Sequence[str]
     usage: str | None = None
-    """What comes after `tundish COMMAND`, where a list of all options would be too long."""
+    """The usage line after `tundish COMMAND`, if a list of all options would be too long."""
     interrupted: str = ""
-    """What is true after Ctrl-C, where the action itself says nothing."""
+    """What Ctrl-C leaves behind, a sentence; an action may raise KeyboardInterrupt with a better one."""
 
 
 class UsageError(Exception):
-    """The command line makes no sense."""
+    """The command line cannot be parsed."""
 
     def __init__(self, message: str, usage: str = "") -> None:
         super().__init__(message)
@@ -37,7 +37,7 @@ class UsageError(Exception):
 
 
 class _Help(argparse.HelpFormatter):
-    """Names up to 24 letters have their text beside them; text that has lines of its own keeps them."""
+    """Puts the help text beside names of up to 24 letters, and keeps the lines of a text that has several."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30)
@@ -47,10 +47,10 @@ class _Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that suggests what may have been meant, and does not end the process."""
+    """A parser that suggests corrections, and raises instead of exiting."""
 
     def __init__(self, **settings: Any) -> None:
-        # An option that is added later must not change what a script means.
+        # With abbreviations, adding an option could change the meaning of a script.
         super().__init__(allow_abbrev=False, formatter_class=_Help, **settings)
 
     def error(self, message: str) -> NoReturn:
@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, self.format_usage().strip())
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Help goes to a full disk or a closed pipe as everything else: with an error."""
+        """Print help; argparse would ignore a full disk or a closed pipe."""
         print(message, end="", file=file)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -66,13 +66,13 @@ class Parser(argparse.ArgumentParser):
             return
         known = [str(choice) for choice in action.choices]
         if not isinstance(action, _Commands):
-            raise argparse.ArgumentError(action, f"found {value!r}; allowed is {' or '.join(known)}.")
+            raise argparse.ArgumentError(action, f"must be {' or '.join(known)}, not {value!r}.")
         near = did_you_mean(str(value), known)
-        raise argparse.ArgumentError(None, f"there is no command {value!r}.{near} `tundish --help` lists them.")
+        raise argparse.ArgumentError(None, f"unknown command {value!r}.{near} `tundish --help` lists the commands.")
 
 
 class CommandParser(Parser):
-    """The parser of one command; what it takes is read from its module once it is asked to parse."""
+    """The parser of one command; its options are read from the command's module when it parses."""
 
     def __init__(self, *, module: str, **settings: Any) -> None:
         super().__init__(**settings)
@@ -94,47 +94,47 @@ class CommandParser(Parser):
         if not self.intermixed:
             return super().parse_known_args(args, namespace)
         self.load()
-        self.intermixed = False  # what is called next calls this method for each of its two passes
+        self.intermixed = False  # the next call calls this method again, for each of its two passes
         try:
-            found, extra = self.parse_known_intermixed_args(args, namespace)
+            parsed, extra = self.parse_known_intermixed_args(args, namespace)
         finally:
             self.intermixed = True
         if extra:
             self.error(self._unknown(extra))
-        return found, extra
+        return parsed, extra
 
     def _unknown(self, words: Sequence[str]) -> str:
         option = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
         if option is None:
-            return f"found {' '.join(words)!r}, which `{self.prog}` does not take."
+            return f"`{self.prog}` takes no argument {' '.join(words)!r}."
         near = did_you_mean(option, self._option_string_actions)
         return f"`{self.prog}` has no option {option}.{near} `{self.prog} --help` lists its options."
 
 
 def whole(text: str) -> int:
-    """The type of an option that is a whole number.
+    """Read an integer, as the `type` of an option.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: it is not one.
     """
     if not re.fullmatch(r"-?\d{1,9}", text):
-        raise argparse.ArgumentTypeError(f"found {text!r}; allowed is a whole number.")
+        raise argparse.ArgumentTypeError(f"must be an integer, not {text!r}.")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """The type of an option that counts something.
+    """Read an integer of at least 1, as the `type` of an option.
 
     Raises:
-        argparse.ArgumentTypeError: it is no whole number from 1.
+        argparse.ArgumentTypeError: it is not one.
     """
     if whole(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}; allowed is a whole number from 1.")
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, not {text!r}.")
     return int(text)
 
 
 def _example(line: str) -> str:
-    """A command as people copy it, on several lines where it is long."""
+    """A command to copy, on several lines if it is long."""
     return " \\\n".join(
         textwrap.wrap(line, 76, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)
     )
@@ -158,14 +158,14 @@ def offer(action: argparse.Action, values: Callable[[], Iterable[str]]) -> None:
 
 
 def complete(parser: argparse.ArgumentParser, line: str) -> NoReturn:
-    """Tell the shell what may come next in a line, and end the process."""
+    """Print the completions of a line for the shell, and exit."""
     import argcomplete
 
     for action in parser._actions:
         if isinstance(action, _Commands):
             for name in set(line.split()) & set(action.choices):
-                # argcomplete must see the options before it parses, and parses once.
+                # argcomplete looks at the options before it parses, and parses only once.
                 action.choices[name].load()
                 action.choices[name].intermixed = False
     argcomplete.autocomplete(parser)
-    raise SystemExit(1)  # not asked by a shell, in spite of its variable
+    raise SystemExit(1)  # reached only if the variable was not set by a shell

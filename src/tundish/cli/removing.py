@@ -1,4 +1,4 @@
-"""The commands that make room: rm, clean. Sizes are told first; nothing goes without a yes."""
+"""The commands that free disk space: rm, clean. They show sizes first, and remove nothing without confirmation."""
 
 import argparse
 import re
@@ -18,15 +18,19 @@ UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 def rm_options(command: argparse.ArgumentParser) -> None:
     """What `tundish rm` takes."""
     add_json(command)
-    named = f"{RUN_HELP}; with --yes its whole name"
-    complete_runs(command.add_argument("runs", nargs="*", metavar="RUN", help=named))
+    text = f"{RUN_HELP}; with --yes, the whole name"
+    complete_runs(command.add_argument("runs", nargs="*", metavar="RUN", help=text))
     command.add_argument(
-        "--older-than", metavar="AGE", help="runs that ended so long ago: 30d, 2w, 12h; of those named, or of all"
+        "--older-than",
+        metavar="AGE",
+        help="only runs that ended at least this long ago: 30d, 2w, 12h; of RUN…, or of all runs",
     )
     command.add_argument(
-        "--local", action="store_true", help="only what is on this machine: do not ask MLflow or an object store"
+        "--local",
+        action="store_true",
+        help="remove only what is on this machine: do not contact MLflow or an object store",
     )
-    _add_asking(command)
+    _add_confirmation(command)
 
 
 def rm(arguments: argparse.Namespace) -> int:
@@ -36,36 +40,36 @@ def rm(arguments: argparse.Namespace) -> int:
         old = removing.ended_before(datetime.now().astimezone() - _age(arguments.older_than))
         names = old if not names else [name for name in names if name in old]
         if not names:
-            return _nothing(arguments, f"No run has ended more than {arguments.older_than} ago.")
+            return _nothing(arguments, f"No run ended more than {arguments.older_than} ago.")
     elif not names:
-        raise RequestError("Name the runs to remove, or say --older-than.")
+        raise RequestError("no runs given. Name the runs to remove, or use --older-than.")
     plan = removing.plan(names, local=arguments.local)
-    size = sum(one.bytes for one in plan)
+    size = sum(removal.bytes for removal in plan)
     if not arguments.json:
         print_table(
             ["RUN", "STATUS", "ENDED", "SIZE"],
             [
                 (
-                    one.name,
-                    one.status,
-                    f"{one.ended_at.astimezone():%Y-%m-%d}" if one.ended_at else "",
-                    size_text(one.bytes),
+                    removal.name,
+                    removal.status,
+                    f"{removal.ended_at.astimezone():%Y-%m-%d}" if removal.ended_at else "",
+                    size_text(removal.bytes),
                 )
-                for one in plan
+                for removal in plan
             ],
         )
-        for one in plan:
-            for note in one.notes:
-                print(f"{one.name}: {note}" if len(plan) > 1 else note)
+        for removal in plan:
+            for note in removal.notes:
+                print(f"{removal.name}: {note}" if len(plan) > 1 else note)
     if _agreed(arguments, f"Remove {_count(len(plan), 'run')}, {size_text(size)}?"):
-        for one in plan:
-            removing.remove(one)
+        for removal in plan:
+            removing.remove(removal)
             if not arguments.json:
-                print(f"Removed {one.name}, {size_text(one.bytes)}.")
+                print(f"Removed {removal.name}, {size_text(removal.bytes)}.")
     elif not arguments.dry_run:
         return 1
     if arguments.json:
-        runs = [{"run": one.name, "bytes": one.bytes, "folders": one.folders, "notes": one.notes} for one in plan]
+        runs = [{"run": run.name, "bytes": run.bytes, "folders": run.folders, "notes": run.notes} for run in plan]
         return print_json({"removed": not arguments.dry_run, "bytes": size, "runs": runs})
     return 0
 
@@ -73,51 +77,56 @@ def rm(arguments: argparse.Namespace) -> int:
 def clean_options(command: argparse.ArgumentParser) -> None:
     """What `tundish clean` takes."""
     add_json(command)
-    _add_asking(command)
+    _add_confirmation(command)
 
 
 def clean(arguments: argparse.Namespace) -> int:
     """`tundish clean`."""
-    found, used = cleaning.leftovers()
-    size = sum(one.bytes for one in found)
-    if not found:
-        return _nothing(arguments, f"There is nothing to remove in {home()}; {size_text(used)} are in use.")
+    leftovers, used = cleaning.leftovers()
+    size = sum(leftover.bytes for leftover in leftovers)
+    if not leftovers:
+        return _nothing(arguments, f"Nothing to remove in {home()}; {size_text(used)} are in use.")
     if not arguments.json:
         print_table(
-            ["WHAT", "SIZE", "WHERE"], [(one.kind, size_text(one.bytes), one.path.relative_to(home())) for one in found]
+            ["WHAT", "SIZE", "WHERE"],
+            [(each.kind, size_text(each.bytes), each.path.relative_to(home())) for each in leftovers],
         )
-        print(f"In {home()}. Kept, as runs need it or somebody works with it: {size_text(used)}.")
+        print(f"In {home()}; another {size_text(used)} are in use and stay.")
     removed = list[cleaning.Leftover]()
-    if _agreed(arguments, f"Remove {_count(len(found), 'folder')}, {size_text(size)}?"):
-        removed = [one for one in found if cleaning.remove(one)]
-        kept = f" {_count(len(found) - len(removed), 'folder')} came into use meanwhile." if found != removed else ""
+    if _agreed(arguments, f"Remove {_count(len(leftovers), 'folder')}, {size_text(size)}?"):
+        removed = [leftover for leftover in leftovers if cleaning.remove(leftover)]
+        kept = len(leftovers) - len(removed)
+        note = f" {_count(kept, 'folder')} came into use in the meantime." if kept else ""
         if not arguments.json:
-            print(f"Removed {_count(len(removed), 'folder')}, {size_text(sum(one.bytes for one in removed))}.{kept}")
+            freed = size_text(sum(leftover.bytes for leftover in removed))
+            print(f"Removed {_count(len(removed), 'folder')}, {freed}.{note}")
     elif not arguments.dry_run:
         return 1
     if arguments.json:
-        shown = found if arguments.dry_run else removed
-        folders = [{"kind": one.kind, "path": one.path, "bytes": one.bytes} for one in shown]
-        total = sum(one.bytes for one in shown)
+        shown = leftovers if arguments.dry_run else removed
+        folders = [{"kind": folder.kind, "path": folder.path, "bytes": folder.bytes} for folder in shown]
+        total = sum(folder.bytes for folder in shown)
         return print_json({"removed": not arguments.dry_run, "bytes": total, "in_use": used, "folders": folders})
     return 0
 
 
-def _add_asking(command: argparse.ArgumentParser) -> None:
-    command.add_argument("-y", "--yes", action="store_true", help="do not ask")
-    command.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
+def _add_confirmation(command: argparse.ArgumentParser) -> None:
+    command.add_argument("-y", "--yes", action="store_true", help="do not ask for confirmation")
+    command.add_argument("--dry-run", action="store_true", help="only show what would be removed")
 
 
 def _agreed(arguments: argparse.Namespace, question: str) -> bool:
-    """Whether to do it; asked for where somebody can answer."""
+    """Whether to go ahead; on a terminal, the user is asked."""
     if arguments.dry_run:
         if not arguments.json:
-            print(f"{question} Not now: this was a dry run.")
+            print(f"{question} Nothing was removed: this is a dry run.")
         return False
     if arguments.yes:
         return True
     if arguments.json or not sys.stdin.isatty():
-        raise RequestError("nobody can be asked here. --yes removes what is shown, --dry-run only shows it.")
+        raise RequestError(
+            "cannot ask for confirmation here. Use --yes to remove, or --dry-run to only show what would be removed."
+        )
     try:
         answer = input(f"{question} [y/N] ")
     except EOFError:
@@ -137,15 +146,15 @@ def _nothing(arguments: argparse.Namespace, sentence: str) -> int:
 
 
 def _age(text: str) -> timedelta:
-    """What `30d` means.
+    """Read an age such as `30d`.
 
     Raises:
-        SpecError: it is no age.
+        SpecError: it is not one.
     """
     match = re.fullmatch(rf"(\d{{1,5}})([{''.join(UNITS)}])", text)
     if match is None:
         units = ", ".join(f"{unit} ({name})" for unit, name in UNITS.items())
-        raise SpecError(f"--older-than: found {text!r}; allowed is a whole number and one of {units}, such as 30d.")
+        raise SpecError(f"--older-than must be an integer and a unit, such as 30d, not {text!r}. Units: {units}.")
     return timedelta(**{UNITS[match[2]]: int(match[1])})
 
 
@@ -157,13 +166,13 @@ COMMANDS: dict[str, Command] = {
     "rm": Command(
         options=rm_options,
         action=rm,
-        interrupted="`tundish list` shows which runs are still there; a half removed one can be removed again.",
+        interrupted="`tundish list` shows the remaining runs; a partly removed one can be removed again.",
         examples=["tundish rm RUN", "tundish rm --older-than 30d --dry-run"],
     ),
     "clean": Command(
         options=clean_options,
         action=clean,
-        interrupted="What is half removed goes with the next `tundish clean`.",
+        interrupted="The next `tundish clean` removes the rest.",
         examples=["tundish clean --dry-run", "tundish clean --yes"],
     ),
 }

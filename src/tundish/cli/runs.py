@@ -1,4 +1,4 @@
-"""The commands that look at runs, or stop them: list, get, events, cancel."""
+"""The commands that show runs, or stop them: list, get, events, cancel."""
 
 import argparse
 import dataclasses
@@ -25,16 +25,16 @@ def get(arguments: argparse.Namespace) -> int:
     run = reading.read_run(selecting.named(arguments.run))
     if arguments.json:
         return print_json(record(run))
-    told = {name: _told(getattr(run, name)) for name in record(run) if name != "events"}
-    width = max(len(name) for name, text in told.items() if text)
-    for name, text in told.items():
+    texts = {name: _text(getattr(run, name)) for name in record(run) if name != "events"}
+    width = max(len(name) for name, text in texts.items() if text)
+    for name, text in texts.items():
         if text:
             print(f"{name.replace('_', ' '):<{width}}  {text}")
     return 0
 
 
-def _told(value: object) -> str:
-    """A value of a record, for people: times are local."""
+def _text(value: object) -> str:
+    """A value of a record; times are local."""
     if isinstance(value, datetime):
         return f"{value.astimezone():%Y-%m-%d %H:%M:%S}"
     if isinstance(value, list):
@@ -60,7 +60,7 @@ def list_runs(arguments: argparse.Namespace) -> int:
     if arguments.json:
         return print_json([record(run) for run in runs])
     if not len(runs):
-        print(_nothing(arguments.status))
+        print(_no_runs(arguments.status))
         return 0
     columns = {
         "NAME": [run.name for run in runs],
@@ -72,7 +72,7 @@ def list_runs(arguments: argparse.Namespace) -> int:
         "VERSION": [run.registered_version for run in runs],
         "MODEL": [run.model for run in runs],
     }
-    # What no run has yet would take the room of what they have.
+    # A column that is empty for all runs is left out.
     shown = {title: cells for title, cells in columns.items() if any(cells)}
     print_table(list(shown), list(zip(*shown.values(), strict=True)))
     for run in runs:
@@ -81,10 +81,10 @@ def list_runs(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _nothing(statuses: Sequence[str] | None) -> str:
-    """What an empty list means, and what to do."""
+def _no_runs(statuses: Sequence[str] | None) -> str:
+    """Why the list is empty, and what to do."""
     if statuses and any(reading.run_names()):
-        return f"No run is {' or '.join(statuses).upper()}. `tundish list` shows all."
+        return f"No run is {' or '.join(statuses).upper()}. `tundish list` shows all runs."
     return f"No runs yet in {runs_dir()}. `tundish create --help` and `tundish run --help` show how to start one."
 
 
@@ -100,7 +100,7 @@ def cancel_options(command: argparse.ArgumentParser) -> None:
     """What `tundish cancel` takes."""
     add_json(command)
     complete_runs(command.add_argument("runs", nargs="*", metavar="RUN", help=RUN_HELP))
-    command.add_argument("--experiment-id", metavar="ID", help="all runs of an MLflow experiment")
+    command.add_argument("--experiment-id", metavar="ID", help="all runs of this MLflow experiment")
 
 
 def cancel(arguments: argparse.Namespace) -> int:
@@ -117,7 +117,7 @@ def events_options(command: argparse.ArgumentParser) -> None:
     """What `tundish events` takes."""
     add_json(command)
     add_run(command)
-    command.add_argument("--follow", action="store_true", help="show new events until the run has ended")
+    command.add_argument("--follow", action="store_true", help="show new events until the run ends")
 
 
 def events(arguments: argparse.Namespace) -> int:
@@ -148,7 +148,7 @@ COMMANDS = {
     "cancel": Command(
         options=cancel_options,
         action=cancel,
-        interrupted="`tundish list` shows which runs are canceled.",
+        interrupted="`tundish list` shows which runs were canceled.",
         examples=["tundish cancel RUN", "tundish cancel --experiment-id 7"],
     ),
 }

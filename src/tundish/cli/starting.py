@@ -1,4 +1,4 @@
-"""The commands that start a run, or show what would start: create, run, render, resume."""
+"""The commands that start a run, or show what would be started: create, run, render, resume."""
 
 import argparse
 import dataclasses
@@ -28,7 +28,7 @@ FIRST_PORT = 29500
 def create_options(command: argparse.ArgumentParser) -> None:
     """What `tundish create` takes."""
     add_json(command)
-    command.add_argument("--wait", action="store_true", help="show the run's progress until it has ended")
+    command.add_argument("--wait", action="store_true", help="show the progress of the run until it ends")
     add_create_options(command)
 
 
@@ -40,13 +40,14 @@ def create(arguments: argparse.Namespace) -> int:
 def run_options(command: argparse.ArgumentParser) -> None:
     """What `tundish run` takes."""
     add_json(command)
-    command.add_argument("--detach", action="store_true", help="return once the run is started")
+    command.add_argument("--detach", action="store_true", help="return as soon as the run has started")
     command.add_argument("file", metavar="FILE", help="YAML file with the arguments of create()")
     command.add_argument(
         "arguments",
         nargs="*",
+        default=[],
         metavar="key=value",
-        help="arguments that replace the file's, such as training_duration=1ep, compute.devices_per_node=2 or "
+        help="arguments that replace those of the file, such as training_duration=1ep, compute.devices_per_node=2 or "
         "overrides.optimizer.lr=1e-5; the options below do the same",
     )
     add_create_options(
@@ -63,13 +64,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 def render_options(command: argparse.ArgumentParser) -> None:
     """What `tundish render` takes."""
-    command.add_argument("--launch", action="store_true", help="print what starts the run: sbatch script, or commands")
-    command.add_argument("--out", metavar="DIR", help="with --launch: make DIR, with data and a script for each host")
     command.add_argument(
-        "--master-addr", metavar="HOST", help="with --launch: the first host's address, as the others reach it"
+        "--launch", action="store_true", help="print what would start the run: an sbatch script, or commands"
     )
     command.add_argument(
-        "--master-port", metavar="PORT", type=whole, help=f"… a port of it that is free (default {FIRST_PORT})"
+        "--out", metavar="DIR", help="with --launch: create DIR with the prepared data and a script for each host"
+    )
+    command.add_argument(
+        "--master-addr", metavar="HOST", help="with --launch: address of the first host, as the other hosts reach it"
+    )
+    command.add_argument(
+        "--master-port",
+        metavar="PORT",
+        type=whole,
+        help=f"with --launch: a free port of the first host (default {FIRST_PORT})",
     )
     add_create_options(command, leave_out={"validate_inputs"})
 
@@ -80,23 +88,25 @@ def render(arguments: argparse.Namespace) -> int:
         return _launch(arguments)
     for option in ("out", "master_addr", "master_port"):
         if getattr(arguments, option) is not None:
-            raise SpecError(f"--{option.replace('_', '-')} is of no use without --launch. Add that, or leave it out.")
+            raise SpecError(
+                f"--{option.replace('_', '-')} has no effect without --launch. Add --launch, or leave it out."
+            )
     print(planning.render_only(create_arguments(arguments)), end="")
     return 0
 
 
 def _launch(arguments: argparse.Namespace) -> int:
-    """Print what starts the run, or make a folder of it."""
+    """Print what would start the run, or write it into a folder."""
     from tundish.runs import scripts
 
     port = FIRST_PORT if arguments.master_port is None else arguments.master_port
     if not 0 < port < 1 << 16:
-        raise SpecError(f"--master-port: found {port}; allowed is a number from 1 to 65535.")
-    given, where = create_arguments(arguments), (arguments.master_addr, port)
+        raise SpecError(f"--master-port must be from 1 to 65535, not {port}.")
+    values, master = create_arguments(arguments), (arguments.master_addr, port)
     if arguments.out is None:
-        print("\n".join(scripts.scripts(given, *where).values()), end="")
+        print("\n".join(scripts.scripts(values, *master).values()), end="")
         return 0
-    for host, script in enumerate(scripts.write(given, *where, local_path(arguments.out, "--out"))):
+    for host, script in enumerate(scripts.write(values, *master, local_path(arguments.out, "--out"))):
         print(f"On host {host}:  bash {shlex.quote(str(script))}")
     return 0
 
@@ -105,10 +115,8 @@ def resume_options(command: argparse.ArgumentParser) -> None:
     """What `tundish resume` takes."""
     add_json(command)
     add_run(command)
-    command.add_argument("--wait", action="store_true", help="show the run's progress until it has ended")
-    command.add_argument(
-        "--training-duration", metavar="D", help="a longer one than the run had: 2ep, 200ba, 2_000_000tok"
-    )
+    command.add_argument("--wait", action="store_true", help="show the progress of the run until it ends")
+    command.add_argument("--training-duration", metavar="D", help="train longer than before: 2ep, 200ba, 2_000_000tok")
     add_compute_options(command)
 
 

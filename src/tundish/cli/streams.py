@@ -1,4 +1,4 @@
-"""Standard output and error: closed ones, other encodings than UTF-8, readers that have gone, full disks."""
+"""Standard output and error: closed streams, encodings other than UTF-8, closed pipes, full disks."""
 
 import codecs
 import io
@@ -7,16 +7,16 @@ import select
 import sys
 
 PLAIN = str.maketrans("–—×·■□━’‘“”\xa0", "--x-#.-''\"\" ", "") | {ord("…"): "...", ord("→"): "->"}
-"""What stands for a character that the terminal does not have; a question mark for all others."""
+"""Replacements for characters that the terminal's encoding lacks; all others become a question mark."""
 
 
 def prepare() -> None:
-    """Make standard output and error take any text."""
+    """Make standard output and error accept any text."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # closed by the caller: the next file opened would take its number
+            os.open(os.devnull, os.O_RDWR)  # closed by the parent: the next open() would reuse its number
     sys.stdout = sys.stdout or open(1, "w")
     sys.stderr = sys.stderr or open(2, "w")
     codecs.register_error("tundish.plain", _replaced)
@@ -31,8 +31,8 @@ def _replaced(error: UnicodeError) -> tuple[str, int]:
     return "".join(letter if letter.isascii() else "?" for letter in text), error.end
 
 
-def takes(text: str) -> bool:
-    """Whether standard output has all characters of a text."""
+def can_encode(text: str) -> bool:
+    """Whether the encoding of standard output has all characters of a text."""
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
@@ -40,21 +40,19 @@ def takes(text: str) -> bool:
     return True
 
 
-def reader_is_gone() -> bool:
-    """Whether standard output is a pipe that nobody reads any more, as behind `| head`."""
+def reader_closed() -> bool:
+    """Whether standard output is a pipe whose reader has closed it, as `| head` does."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def flush() -> OSError | None:
-    """Print what is still to be printed, and tell why that is not possible; a reader that has gone has read enough.
-
-    Then the rest is dropped, as Python would try again when it ends.
-    """
+    """Flush standard output. Returns the error if that fails; a closed pipe is none, its reader has read enough."""
     try:
         sys.stdout.flush()
     except OSError as error:
+        # Drop the rest: Python would try again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return None if isinstance(error, BrokenPipeError) else error
     return None

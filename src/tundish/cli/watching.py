@@ -1,4 +1,4 @@
-"""The commands that look into a run: logs, metrics."""
+"""The commands that look inside a run: logs, metrics."""
 
 import argparse
 import os
@@ -15,13 +15,14 @@ from tundish.cli.parsing import Command, positive, whole
 from tundish.errors import Interrupted, RequestError, SpecError, did_you_mean
 from tundish.runs import selecting
 from tundish.runs.reading import find_run, read_run
+from tundish.runs.records import RunStatus
 
 LINES = 50
 POLL_SECONDS = 0.5
 TAIL_BYTES = 4 << 20
-"""Of a log's end, in which its last lines are looked for; a training log may have gigabytes."""
+"""How much of the end of a log is searched for its last lines; a training log may have gigabytes."""
 NOT_STAGES = ("supervisor", "close")
-"""Logs of what goes on around the stages; shown when asked for by name."""
+"""Logs of what happens around the stages; shown only if named."""
 
 
 def logs_options(command: argparse.ArgumentParser) -> None:
@@ -31,24 +32,24 @@ def logs_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--stage",
         metavar="STAGE",
-        help="prepare, train, export, register or supervisor (default: the stage that wrote last)",
+        help="prepare, train, export, register or supervisor (default: the stage that wrote to its log last)",
     )
-    command.add_argument("--rank", type=whole, metavar="N", help="what rank N printed while training (default 0)")
+    command.add_argument("--rank", type=whole, metavar="N", help="log of rank N of the training (default 0)")
     command.add_argument(
-        "-n", "--lines", type=positive, default=LINES, metavar="N", help=f"last lines (default {LINES})"
+        "-n", "--lines", type=positive, default=LINES, metavar="N", help=f"show the last N lines (default {LINES})"
     )
-    command.add_argument("-f", "--follow", action="store_true", help="show new lines until the run has ended")
+    command.add_argument("-f", "--follow", action="store_true", help="show new lines until the run ends")
 
 
 def logs(arguments: argparse.Namespace) -> int:
     """`tundish logs [--follow]`."""
     if arguments.json and arguments.follow:
-        raise SpecError("--follow shows lines as they come, and --json prints one document. Choose one of them.")
+        raise SpecError("--follow and --json cannot be combined. Choose one of them.")
     if arguments.rank is not None and arguments.rank < 0:
-        raise SpecError(f"--rank: found {arguments.rank}; ranks are counted from 0.")
+        raise SpecError(f"--rank must be at least 0, not {arguments.rank}.")
     name = selecting.named(arguments.run)
-    paths = find_run(name)
-    log = _log(paths, arguments.stage, arguments.rank)
+    run = find_run(name)
+    log = _log(run, arguments.stage, arguments.rank)
     if arguments.json:
         lines = [] if log is None else _last_lines(log, arguments.lines)[0]
         return print_json({"run": name, "log": log, "lines": lines})
@@ -59,35 +60,35 @@ def logs(arguments: argparse.Namespace) -> int:
         _show(log, _last_lines(log, arguments.lines)[0]) if log else None
         return 0
     try:
-        return _follow(paths, arguments)
+        return _follow(run, arguments)
     except KeyboardInterrupt:
         if read_run(name).status.is_terminal():
             raise
         raise Interrupted(name) from None
 
 
-def _log(paths: RunFolder, stage: str | None, rank: int | None) -> Path | None:
-    """The log that is asked for; None where the run has none yet.
+def _log(run: RunFolder, stage: str | None, rank: int | None) -> Path | None:
+    """The log to show; None if the run has no logs yet.
 
     Raises:
-        RequestError: the run has others, but not this one.
+        RequestError: the run has logs, but not this one.
     """
-    found = {log.stem: log for log in sorted(paths.logs.glob("*.log"), key=lambda log: log.stem)}
+    logs = {log.stem: log for log in sorted(run.logs.glob("*.log"), key=lambda log: log.stem)}
     if stage is None and rank is None:
-        stages = [log for name, log in found.items() if name not in NOT_STAGES and "-rank" not in name]
-        # Several nodes have no log of the launcher that rank 0 could print to.
-        return max(stages or found.values(), key=lambda log: log.stat().st_mtime_ns, default=None)
-    wanted = stage or "train"
-    if rank is not None and (rank > 0 or f"{wanted}-rank0" in found):
-        wanted = f"{wanted}-rank{rank}"
-    if wanted in found or not found:
-        return found.get(wanted)
-    near = did_you_mean(wanted, found)
-    raise RequestError(f"{paths.folder.name} has no log of {wanted}; it has {', '.join(found)}.{near}")
+        stages = [log for name, log in logs.items() if name not in NOT_STAGES and "-rank" not in name]
+        # On several nodes there is no log of the launcher, to which rank 0 prints otherwise.
+        return max(stages or logs.values(), key=lambda log: log.stat().st_mtime_ns, default=None)
+    name = stage or "train"
+    if rank is not None and (rank > 0 or f"{name}-rank0" in logs):
+        name = f"{name}-rank{rank}"
+    if name in logs or not logs:
+        return logs.get(name)
+    near = did_you_mean(name, logs)
+    raise RequestError(f"Run {run.folder.name} has no log of {name}; it has logs of {', '.join(logs)}.{near}")
 
 
 def _last_lines(log: Path, count: int, *, whole: bool = False) -> tuple[list[str], int]:
-    """The last lines of a log, with `whole` without one that is still being written, and where they end."""
+    """The last lines of a log, and the position of their end; with `whole`, without a line that is not complete yet."""
     with open(log, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
         data = file.read()
@@ -96,7 +97,7 @@ def _last_lines(log: Path, count: int, *, whole: bool = False) -> tuple[list[str
 
 
 def _lines(data: bytes) -> list[str]:
-    """Lines as a terminal would leave them: of a progress bar, its last state."""
+    """Lines as a terminal would show them: of a progress bar, its last state."""
     return [printable(line.rstrip("\r").rpartition("\r")[2]) for line in data.decode(errors="replace").splitlines()]
 
 
@@ -105,14 +106,15 @@ def _show(log: Path, lines: list[str]) -> None:
     print("".join(f"{line}\n" for line in lines), end="", flush=True)
 
 
-def _follow(paths: RunFolder, arguments: argparse.Namespace) -> int:
-    """Show what is written until the run has ended; without a stage, also that of the stages that come."""
+def _follow(run: RunFolder, arguments: argparse.Namespace) -> int:
+    """Show what is written until the run ends; without `--stage`, also the logs of the stages that follow."""
     shown: Path | None = None
     position = 0
     while True:
-        run = read_run(paths.folder.name)  # first: what is written before its end is shown
-        ended = run.status.is_terminal()
-        log = _log(paths, arguments.stage, arguments.rank)
+        # Before the log: what is written before the run ends must be shown.
+        status = read_run(run.folder.name).status
+        ended = status.is_terminal()
+        log = _log(run, arguments.stage, arguments.rank)
         if log is not None and log != shown:
             lines, position = _last_lines(log, arguments.lines, whole=not ended)
             _show(log, lines)
@@ -120,12 +122,12 @@ def _follow(paths: RunFolder, arguments: argparse.Namespace) -> int:
         elif log is not None:
             position = _show_written(log, position, rest=ended)
         if ended:
-            return 1 if run.status.value == "FAILED" else 0
+            return 1 if status is RunStatus.FAILED else 0
         time.sleep(POLL_SECONDS)
 
 
 def _show_written(log: Path, position: int, *, rest: bool) -> int:
-    """Print the lines that were written since `position`, and return where they end; with `rest`, half a line too."""
+    """Print the lines written after `position`, with `rest` incomplete ones too; returns the position of their end."""
     with open(log, "rb") as file:
         file.seek(position if position <= file.seek(0, os.SEEK_END) else 0)
         while data := file.read(TAIL_BYTES):
@@ -141,8 +143,8 @@ def metrics_options(command: argparse.ArgumentParser) -> None:
     """What `tundish metrics` takes."""
     add_json(command)
     add_run(command)
-    command.add_argument("--key", metavar="KEY", help="all points of this metric, such as loss/train/total")
-    command.add_argument("--plot", metavar="FILE", help="draw training and evaluation loss (.png, .svg, .pdf, .jpg)")
+    command.add_argument("--key", metavar="KEY", help="show all points of this metric, such as loss/train/total")
+    command.add_argument("--plot", metavar="FILE", help="plot training and evaluation loss (.png, .svg, .pdf, .jpg)")
 
 
 def metrics(arguments: argparse.Namespace) -> int:
@@ -155,9 +157,9 @@ def metrics(arguments: argparse.Namespace) -> int:
     if arguments.json:
         return print_json([dict(zip(points.columns, row, strict=True)) for row in points.itertuples(index=False)])
     if points.empty:
-        print(f"Run {run.name} has logged no metrics yet. Follow it with:  tundish events {run.name} --follow")
+        print(f"Run {run.name} has no metrics yet. Follow it with:  tundish events {run.name} --follow")
     elif arguments.key:
-        rows = [(one.step, f"{one.time:%Y-%m-%d %H:%M:%S}", f"{one.value:.6g}") for one in points.itertuples()]
+        rows = [(point.step, f"{point.time:%Y-%m-%d %H:%M:%S}", f"{point.value:.6g}") for point in points.itertuples()]
         print_table(["STEP", "TIME (UTC)", "VALUE"], rows)
     else:
         rows = [
@@ -166,7 +168,7 @@ def metrics(arguments: argparse.Namespace) -> int:
         ]
         print_table(["METRIC", "POINTS", "LAST STEP", "FIRST", "LAST"], rows)
     if file:
-        print(f"Losses drawn: {file}")
+        print(f"Plot: {file}")
     return 0
 
 
