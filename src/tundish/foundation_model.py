@@ -162,17 +162,17 @@ def create(
 
 
 def _use_store_of(run: RunRecord, *, aloud: bool = False) -> None:
-    """Let MLflow in this process find the run, where its user has chosen no store."""
+    """Point MLflow in this process to the store of the run, if the user has not chosen one."""
     notebook = in_notebook()
     if run.tracking_uri and this_process.use(run.tracking_uri, run.registry_uri) and (aloud or notebook):
-        text = f"MLflow in this process looks at {run.tracking_uri}, where the run is"
+        text = f"MLflow in this process now uses {run.tracking_uri}, the store of the run"
         text += f" ({this_process.VARIABLE} was not set)."
-        # What a script prints is its own.
+        # The standard output of a script is its own.
         print(text, file=sys.stdout if notebook else sys.stderr)
 
 
 def validate(model: str, train_data_path: str, register_to: str | None = None, **others: Any) -> "Validation":
-    """Check every row as `create()` does, without creating a run; what is prepared on the way, a run will reuse.
+    """Check every row as `create()` does, without creating a run. A later run reuses the data that this prepares.
 
     Args:
         model: as in `create()`.
@@ -181,17 +181,19 @@ def validate(model: str, train_data_path: str, register_to: str | None = None, *
         others: as in `create()`.
 
     Returns:
-        A report: `.ok`, `.reports` with problems and warnings, `.save(path)` for all of it as JSON.
+        A report: `.ok`, `.reports` with problems and warnings, and `.save(path)`, which writes all of it as JSON.
 
     Raises:
         SpecError: an argument is wrong.
-        DataError: there is no sample in the data, or compressed data is damaged.
+        DataError: the data has no samples, or compressed data is damaged.
     """
     return planning.validate(_bound(model, train_data_path, register_to, others), progress_bar)
 
 
 def estimate(model: str, train_data_path: str, register_to: str | None = None, **others: Any) -> "Estimate":
-    """What a run would train on: samples, tokens, rows, steps, lengths; of large data from a sample, with its margin.
+    """Estimate what a run would train on: samples, tokens, rows, steps and lengths.
+
+    Large data is sampled, and the estimate has a margin of error.
 
     Args:
         model: as in `create()`.
@@ -201,13 +203,13 @@ def estimate(model: str, train_data_path: str, register_to: str | None = None, *
 
     Raises:
         SpecError: an argument is wrong.
-        DataError: there is no good sample in the data.
+        DataError: the data has no valid samples.
     """
     return planning.estimate(_bound(model, train_data_path, register_to, others), progress_bar)
 
 
 def _bound(model: str, train_data_path: str, register_to: str | None, others: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `create()`, defaults included; a TypeError for those that it does not have."""
+    """The arguments of `create()` with its defaults; a TypeError for arguments that it does not have."""
     bound = inspect.signature(create).bind(model, train_data_path, register_to or "main.default", **others)
     bound.apply_defaults()
     return dict(bound.arguments)
@@ -238,19 +240,21 @@ def list(
     """Runs of this machine, newest first.
 
     Args:
-        training_runs: only these.
+        training_runs: only these runs, by name or object.
         experiment_id: only runs of this MLflow experiment.
-        statuses: only runs with one of these.
+        statuses: only runs with one of these statuses.
         user_emails: only runs created by one of these users.
         before: only runs created before this time (`Y-m-d`, `m-d-Y`, with or without a time, or a datetime).
-        after: only runs created at this time or after it.
-        include_details: False leaves events and submitted_config out.
-        limit: at most so many.
+        after: only runs created at or after this time.
+        include_details: False leaves out `events` and `submitted_config`.
+        limit: maximum number of runs; None for all.
     """
     names = None if training_runs is None else {selecting.name_of(run) for run in training_runs}
-    # Notebooks fill these from widgets, whose empty texts mean nothing.
-    wanted = selecting.Filter.parse(names, experiment_id or None, statuses, user_emails, before or None, after or None)
-    runs = selecting.select(wanted, limit=limit, include_details=include_details)
+    # Notebooks fill these from widgets, whose empty texts mean "not set".
+    condition = selecting.Filter.parse(
+        names, experiment_id or None, statuses, user_emails, before or None, after or None
+    )
+    runs = selecting.select(condition, limit=limit, include_details=include_details)
     if runs:
         _use_store_of(runs[0])
     return ObjectList(map(_training_run, runs), TrainingRun.COLUMNS, TrainingRun.MORE_COLUMNS)
@@ -259,10 +263,10 @@ def list(
 def cancel(
     runs: str | TrainingRun | Sequence[str] | Sequence[TrainingRun] | None = None, experiment_id: str | None = None
 ) -> int:
-    """Stop runs, by name or object, or all of an MLflow experiment. Checkpoints stay.
+    """Stop runs, given by name or object, or all runs of an MLflow experiment. Their checkpoints are kept.
 
     Returns:
-        How many were stopped; what was done is printed.
+        The number of runs that were stopped; a summary is printed.
 
     Raises:
         RequestError: neither or both were given.
@@ -278,20 +282,20 @@ def resume(
     training_duration: str | None = None,
     compute: Mapping[str, Any] | None = None,
 ) -> TrainingRun:
-    """Go on with a run that has failed, was canceled or was killed, or train one longer; returns at once.
+    """Continue a run that failed, was canceled or was killed, or train one for longer. Returns at once.
 
-    Stages that are done are not done again. Training goes on from its newest complete checkpoint with the same batches
-    in the same order, optimizer, schedule and random state in place.
+    Finished stages are not repeated. Training resumes from the newest complete checkpoint, with its optimizer, schedule
+    and random state, and with the same batches in the same order.
 
     Args:
         training_run: name or object.
-        training_duration: a longer one than the run had, such as `2ep` instead of `1ep`, for completed runs too: from
-            its newest checkpoint on, the learning rate is that of a run of the whole new duration. The export is
-            replaced, and a new version registered.
-        compute: other devices than the run had, as in `create()`; the batches stay the same.
+        training_duration: a longer duration than before, such as `2ep` instead of `1ep`; completed runs can be
+            extended as well. From the newest checkpoint on, the learning rate follows the schedule of the whole new
+            duration. The export is replaced, and a new version is registered.
+        compute: other devices than before, as in `create()`; the batches stay the same.
 
     Raises:
-        RequestError: the run is still going on, or is completed and no longer duration was given.
+        RequestError: the run is still active, or it is completed and no longer duration was given.
         SpecError: `training_duration` or `compute` is wrong.
     """
     run = control.resume(selecting.name_of(training_run), compute, training_duration)
@@ -304,7 +308,7 @@ def get_events(training_run: str | TrainingRun, follow: bool = False) -> ObjectL
 
     Args:
         training_run: name or object.
-        follow: print each new event until the run has ended; in a notebook, redraw the table.
+        follow: print new events until the run ends; in a notebook, redraw the table.
     """
     name = selecting.name_of(training_run)
     if follow:
@@ -313,7 +317,7 @@ def get_events(training_run: str | TrainingRun, follow: bool = False) -> ObjectL
 
 
 def get_checkpoints(training_run: str | TrainingRun) -> builtins.list[str]:
-    """Full paths of the complete `ep…` folders, oldest first; prints a note when there are none."""
+    """Full paths of the complete `ep…` folders, oldest first; prints a note if there are none."""
     paths = selecting.checkpoints(selecting.name_of(training_run))
     if not paths:
         print("No checkpoints created yet for this run. Please try again later.")

@@ -1,7 +1,7 @@
-"""Tiny base models and a task that they can learn on a CPU: for the demo, and for CI that proves a recipe.
+"""Tiny base models and a task that they can learn on a CPU: for the demo, and for CI that tests a recipe.
 
-The task: a written date ("Friday, 11 March 1977") becomes an ISO date ("1977-03-11"). A model has to copy digits, to
-look up months and to fill in zeros; guessing scores nothing.
+The task: convert a date in words ("Friday, 11 March 1977") to ISO format ("1977-03-11"). A model has to copy digits,
+look up months and fill in zeros; guessing scores nothing.
 """
 
 import json
@@ -25,7 +25,7 @@ TINY_LLAMA: Mapping[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": 1024,
-    # The usual 0.02 starts so small a model too flat: with this it learns the dates.
+    # With the usual 0.02, a model of this size does not learn the dates.
     "initializer_range": 0.06,
 }
 """0.4 million parameters with the demo's vocabulary."""
@@ -37,11 +37,11 @@ def make_base_model(
     """A Llama with random weights, and a byte-level BPE tokenizer trained on `texts`, as a Hugging Face folder.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
         texts: what the tokenizer learns its merges from; digits stay single tokens.
-        vocabulary: tokens at most; 261 are bytes and control tokens.
-        seed: of the weights.
-        config: `LlamaConfig` arguments in place of TINY_LLAMA's.
+        vocabulary: maximum number of tokens, of which 261 are bytes and control tokens.
+        seed: random seed of the weights.
+        config: `LlamaConfig` arguments that replace those of TINY_LLAMA.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -88,7 +88,7 @@ def _train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
 
 
 def date_pairs(count: int, seed: int) -> list[tuple[str, str]]:
-    """`count` different dates between 1900 and 2099, written and in ISO form."""
+    """`count` different dates from 1900 to 2099, in words and in ISO format."""
     first = date(1900, 1, 1)
     days = random.Random(seed).sample(range((date(2100, 1, 1) - first).days), count)
     dates = [first + timedelta(days=day) for day in days]
@@ -96,7 +96,7 @@ def date_pairs(count: int, seed: int) -> list[tuple[str, str]]:
 
 
 def write_chats(path: Path | str, pairs: Iterable[tuple[str, str]]) -> Path:
-    """A .jsonl file of one-turn chats: question from the user, answer from the assistant."""
+    """Write a .jsonl file of chats with one turn: a question from the user, an answer from the assistant."""
     lines = (
         json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
         for question, answer in pairs
@@ -106,8 +106,8 @@ def write_chats(path: Path | str, pairs: Iterable[tuple[str, str]]) -> Path:
 
 
 EXAMPLE_YAML = """\
-# Arguments of create(), one a line. `tundish run chat.yaml` starts the run; `tundish run chat.yaml learning_rate=1e-4`
-# replaces one of them.
+# Arguments of create(), one per line. `tundish run chat.yaml` starts the run;
+# `tundish run chat.yaml learning_rate=1e-4` replaces one of them.
 # Paths are relative to this file.
 model: ./my-model
 train_data_path: ./train.jsonl
@@ -121,20 +121,20 @@ context_length: 256
 
 
 def write_example(folder: Path | str) -> list[Path]:
-    """What somebody needs who wants to try the commands: a tiny model, chats to train and to evaluate, and a YAML file.
+    """Write what is needed to try the commands: a tiny model, chats for training and evaluation, and a YAML file.
 
     Returns:
-        What was made: `my-model`, `train.jsonl`, `eval.jsonl`, `chat.yaml`.
+        The paths: `my-model`, `train.jsonl`, `eval.jsonl`, `chat.yaml`.
 
     Raises:
-        SpecError: one of these is there already; nothing is written.
+        SpecError: one of them already exists; nothing is written.
     """
     folder = Path(folder)
     model, train, evaluation, experiment = (
         folder / name for name in ("my-model", "train.jsonl", "eval.jsonl", "chat.yaml")
     )
-    if there := [str(path) for path in (model, train, evaluation, experiment) if os.path.lexists(path)]:
-        raise SpecError(f"{', '.join(there)} already there. Name another folder: `tundish example DIR`.")
+    if existing := [str(path) for path in (model, train, evaluation, experiment) if os.path.lexists(path)]:
+        raise SpecError(f"{', '.join(existing)} already exists. Choose another folder: `tundish example DIR`.")
     folder.mkdir(parents=True, exist_ok=True)
     pairs = date_pairs(2_100, seed=1)
     make_base_model(model, (text for pair in pairs for text in pair))
@@ -145,7 +145,7 @@ def write_example(folder: Path | str) -> list[Path]:
 
 
 def answer(model_folder: Path | str, questions: Sequence[str], max_new_tokens: int = 24) -> list[str]:
-    """What the model in a Hugging Face folder answers to each question, by plain transformers and greedy decoding."""
+    """The answers of the model in a Hugging Face folder, generated by plain transformers with greedy decoding."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

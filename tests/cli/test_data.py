@@ -24,7 +24,7 @@ def test_good_data_is_exit_code_0(options: list[str], capsys: Capture) -> None:
     """CI would refuse good data."""
     assert main(["validate", *options]) == 0
     shown = capsys.readouterr().out
-    assert "train.jsonl, 3 lines, 3 samples" in shown and "The data is good." in shown
+    assert "train.jsonl, 3 lines, 3 samples" in shown and "The data is valid." in shown
     assert "<|assistant|>[[4</s>" in shown
 
 
@@ -73,7 +73,7 @@ def test_prepared_shards_are_copied_where_asked(options: list[str], capsys: Capt
     rows = LocalDataset(str(out / "train"))
     assert sum(len(rows[number]["segments"]) for number in range(len(rows))) == 3
     assert main(["prepare", *options, "--out", str(out)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_bad_data_is_not_prepared(options: list[str], capsys: Capture, tmp_path: Path, write_lines: WriteLines) -> None:

@@ -37,10 +37,10 @@ def test_errors_are_documents_too(line: list[str], kind: str, code: int, problem
     ("error", "code", "found"),
     [
         (OSError(13, "Permission denied", "/x/y"), 1, "/x/y: Permission denied. Check that the path"),
-        (KeyError("x"), 1, "this is a fault of tundish, not yours: KeyError: 'x' ("),
-        (RecursionError("deep"), 1, "this is a fault of tundish, not yours: RecursionError: deep ("),
-        (KeyboardInterrupt(), 130, "stopped.\n"),
-        (Interrupted("ift-1"), 130, "Run ift-1 goes on. Watch it with:  tundish events ift-1 --follow\n"),
+        (KeyError("x"), 1, "this is a bug in tundish: KeyError: 'x' ("),
+        (RecursionError("deep"), 1, "this is a bug in tundish: RecursionError: deep ("),
+        (KeyboardInterrupt(), 130, "interrupted.\n"),
+        (Interrupted("ift-1"), 130, "Run ift-1 continues. Follow it with:  tundish events ift-1 --follow\n"),
         (BrokenPipeError(32, "Broken pipe"), 1, "Broken pipe. Check"),
     ],
 )
@@ -62,7 +62,7 @@ def test_ctrl_c_waits_for_what_belongs_together() -> None:
     """A run would be left with its folder and without its supervisor."""
     done = list[str]()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    with pytest.raises(Interrupted, match="Run ift-1 goes on"), interrupt_waits(Interrupted("ift-1")):
+    with pytest.raises(Interrupted, match="Run ift-1 continues"), interrupt_waits(Interrupted("ift-1")):
         os.kill(os.getpid(), signal.SIGINT)
         done.append("all of it")
     assert done == ["all of it"] and signal.signal(signal.SIGINT, before) is signal.default_int_handler
@@ -95,4 +95,4 @@ def test_a_report_that_could_not_be_written_is_told_first(tmp_path: Path, capsys
     """Hours of validation would end in a message about a folder."""
     for option, command in (("--report", "validate"), ("--plot", "estimate")):
         assert main([command, "--model", "x", "--train-data-path", "y", option, str(tmp_path)]) == 2
-        assert capsys.readouterr().err.startswith(f"tundish: {option}: {tmp_path} cannot be written.")
+        assert capsys.readouterr().err.startswith(f"tundish: {option}: {tmp_path} is not writable.")

@@ -16,13 +16,13 @@ Capture = pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("craete", "there is no command 'craete'. Did you mean create? `tundish --help` lists them."),
+        ("craete", "unknown command 'craete'. Did you mean create? `tundish --help` lists the commands."),
         ("create --modle x", "`tundish create` has no option --modle. Did you mean --model"),
         ("create --train-data x", "`tundish create` has no option --train-data. Did you mean --train-data-path"),
-        ("export RUN --dtype half", "argument --dtype: found 'half'; allowed is bfloat16 or float32."),
-        ("list chat-1", "found 'chat-1', which `tundish list` does not take."),
-        ("create --context-length 12x", "argument --context-length: found '12x'; allowed is a whole number."),
-        ("list --limit 0", "argument --limit: found '0'; allowed is a whole number from 1."),
+        ("export RUN --dtype half", "argument --dtype: must be bfloat16 or float32, not 'half'."),
+        ("list chat-1", "`tundish list` takes no argument 'chat-1'."),
+        ("create --context-length 12x", "argument --context-length: must be an integer, not '12x'."),
+        ("list --limit 0", "argument --limit: must be an integer of at least 1, not '0'."),
         ("get", "the following arguments are required: RUN"),
     ],
 )

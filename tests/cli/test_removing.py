@@ -56,7 +56,7 @@ def test_where_nobody_can_answer_yes_must_be_said(
     assert main(["rm", "chat-1", "--local", "--yes", "--json"]) == 0
     assert not run.folder.exists()
     shown = capsys.readouterr()
-    assert "nobody can be asked here" in shown.err and "Did you mean chat-1?" in shown.err
+    assert "cannot ask for confirmation here" in shown.err and "Did you mean chat-1?" in shown.err
     assert json.loads(shown.out[shown.out.index("{") :])["runs"][0]["run"] == "chat-1"
 
 
@@ -64,13 +64,15 @@ def test_where_nobody_can_answer_yes_must_be_said(
 def test_an_age_that_is_none_is_refused(age: str, run: RunFolder, capsys: Capture) -> None:
     """All runs would be old enough."""
     assert main(["rm", f"--older-than={age}", "--yes"]) == 2
-    assert f"--older-than: found {age!r}; allowed is a whole number and one of m (minutes)" in capsys.readouterr().err
+    assert (
+        f"--older-than must be an integer and a unit, such as 30d, not {age!r}. Units: m (" in capsys.readouterr().err
+    )
 
 
 def test_old_runs_are_chosen_by_their_end(run: RunFolder, capsys: Capture) -> None:
     """A run of today would be removed."""
     assert main(["rm", "--older-than", "30d", "--yes"]) == 0
-    assert capsys.readouterr().out == "No run has ended more than 30d ago.\n" and run.folder.exists()
+    assert capsys.readouterr().out == "No run ended more than 30d ago.\n" and run.folder.exists()
     assert main(["rm", "--older-than", "0m", "--local", "--yes"]) == 0 and not run.folder.exists()
     assert main(["rm", "--yes"]) == 2
 
@@ -80,7 +82,7 @@ def test_clean_shows_what_goes_and_what_stays(
 ) -> None:
     """The user would not know what the disk is full of."""
     assert main(["clean"]) == 0
-    assert capsys.readouterr().out == f"There is nothing to remove in {home}; 0 bytes are in use.\n"
+    assert capsys.readouterr().out == f"Nothing to remove in {home}; 0 bytes are in use.\n"
     unused = prepared_dir() / ("a" * 24)
     unused.mkdir(parents=True)
     (unused / "shard.mds").write_bytes(bytes(3_000_000))

@@ -38,7 +38,7 @@ def test_an_empty_list_says_so_and_what_to_do(make_run: MakeRun, home: Path, cap
     assert shown.startswith(f"No runs yet in {home / 'runs'}. `tundish create --help`")
     make_run("chat-1", ("COMPLETED", "done"))
     assert main(["list", "--status", "failed"]) == 0
-    assert capsys.readouterr().out == "No run is FAILED. `tundish list` shows all.\n"
+    assert capsys.readouterr().out == "No run is FAILED. `tundish list` shows all runs.\n"
 
 
 def test_every_command_knows_a_run_by_its_first_letters(make_run: MakeRun, capsys: Capture) -> None:
@@ -98,7 +98,7 @@ def test_ctrl_c_while_a_run_goes_on_says_so(alive: RunFolder, tmp_path: Path, wa
         process.send_signal(signal.SIGINT)
         told = process.stderr.read().splitlines()[-1]
         assert process.wait(60) == 130
-    assert told == "tundish: Run chat-1 goes on. Watch it with:  tundish events chat-1 --follow"
+    assert told == "tundish: Run chat-1 continues. Follow it with:  tundish events chat-1 --follow"
 
 
 def test_ctrl_c_before_there_is_a_run_says_so(tmp_path: Path, home: Path) -> None:
@@ -113,7 +113,7 @@ def test_ctrl_c_before_there_is_a_run_says_so(tmp_path: Path, home: Path) -> Non
             process.send_signal(signal.SIGINT)
             shown = process.communicate()
         limit.cancel()
-        assert (process.returncode, shown) == (130, ("", "tundish: stopped. No run was created.\n"))
+        assert (process.returncode, shown) == (130, ("", "tundish: interrupted. No run was created.\n"))
     assert not home.exists()
 
 

@@ -111,7 +111,7 @@ def test_metrics_are_shown_drawn_and_given_as_json(
     paths = make_run("chat-1", ("CREATED", "waits"), ("FAILED", "in train"))
     open_tracking("chat-1", "/Users/me/chat-1", {}).write(paths)
     assert main(["metrics", "chat-1"]) == 0
-    assert "has logged no metrics yet" in capsys.readouterr().out
+    assert "has no metrics yet" in capsys.readouterr().out
     tracking = paths.read_tracking()
     for step, loss in enumerate([3.0, 2.0, 1.5]):
         MlflowClient(tracking.tracking_uri).log_metric(tracking.run_id, "loss/train/total", loss, step=step)

@@ -89,7 +89,7 @@ def test_an_earlier_checkpoint_is_exported_by_its_path(
 def test_nothing_is_written_over(tmp_path: Path, capsys: Capture) -> None:
     """`--out .` would empty a folder."""
     assert main(["export", "ift-1", "--out", str(tmp_path)]) == 2
-    assert "exists already. Name a new folder" in capsys.readouterr().err
+    assert "already exists. Choose a new folder" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_no_run_has_made_needs_its_model(

@@ -170,5 +170,5 @@ def test_waiting_ends_with_the_run_or_the_timeout(make_run: MakeRun) -> None:
     assert wait("ift-1").status is RunStatus.COMPLETED
     paths = make_run("ift-2", ("TRAIN_STARTED", "go"))
     _supervised_by(paths, os.getpid())
-    with pytest.raises(TimeoutError, match=r"ift-2: still RUNNING after 0 s \(go\)\. It goes on"):
+    with pytest.raises(TimeoutError, match=r"ift-2: still RUNNING after 0 s \(go\)\. It continues"):
         wait("ift-2", timeout=0)

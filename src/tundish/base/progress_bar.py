@@ -5,24 +5,23 @@ import importlib
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+
+from tundish.base.progress import Progress
 
 REDRAW_SECONDS = 0.5
 """Between two states of a notebook's bar: each one is a message to the browser."""
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Show a bar for as long as the context lasts, where a person sees it; elsewhere nothing.
-
-    Yields:
-        A function that takes how much is done so far, and of how much (None: unknown).
-    """
+def progress_bar(title: str) -> Iterator[Progress]:
+    """Show a bar while the context lasts, on a terminal or in a notebook; elsewhere nothing."""
     if in_notebook():
         with _notebook_bar(title) as update:
             yield update
@@ -30,18 +29,18 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int | None], None]]:
     console = Console(stderr=True)
     columns = (spinner(console), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     hidden = not console.is_terminal
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=hidden) as bar:
+    with RichProgress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def spinner(console: Console) -> SpinnerColumn:
-    """A spinner in characters that the terminal's encoding has; rich sees to that for bars, but not for spinners."""
+    """A spinner in characters that the terminal's encoding has; rich checks that for bars, but not for spinners."""
     return SpinnerColumn("dots" if console.encoding.startswith("utf") else "line")
 
 
 @contextmanager
-def _notebook_bar(title: str) -> Iterator[Callable[[int, int | None], None]]:
+def _notebook_bar(title: str) -> Iterator[Progress]:
     # rich and tqdm need ipywidgets here, which few notebooks have; an HTML progress element needs nothing.
     from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]  installed in every notebook
 

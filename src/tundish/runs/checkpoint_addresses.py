@@ -1,4 +1,4 @@
-"""Where the checkpoint is that a user names: a path of this machine, a URI, or an MLflow run's artifact."""
+"""Where a checkpoint is that a user names: a path on this machine, a URI, or an artifact of an MLflow run."""
 
 from tundish.base.home import default_tracking_uri
 from tundish.base.mlflow_client import artifact_address, open_client, told
@@ -12,11 +12,11 @@ from tundish.tracking.experiment import tracking_uri
 def checkpoint_address(address: Address) -> str:
     """The path or URI of a checkpoint, a `.symlink` or a `.pt` file.
 
-    `dbfs:/databricks/mlflow-tracking/<experiment>/<run>/artifacts/…` is where that run's checkpoints are, wherever its
-    save_folder was; for a run that this machine does not know, the tracking server is asked.
+    `dbfs:/databricks/mlflow-tracking/<experiment>/<run>/artifacts/…` leads to the checkpoints of that run, wherever its
+    save_folder is; for a run that is not of this machine, the tracking server is asked.
 
     Raises:
-        SpecError: it names an MLflow run that nobody knows.
+        SpecError: it names an MLflow run that is unknown.
     """
     if address.kind != "artifact":
         return address.text
@@ -25,17 +25,17 @@ def checkpoint_address(address: Address) -> str:
 
 
 def model_of_run(address: str) -> str | None:
-    """The model that a checkpoint's run started from; None where no run of this machine has saved it."""
-    for paths, tracking in trackings():
+    """The model that the run of a checkpoint started from; None if no run of this machine saved it."""
+    for run, tracking in trackings():
         if tracking.save_folder == address.rstrip("/").rpartition("/")[0]:
-            return RunSpec.read(paths).model
+            return RunSpec.read(run).model
     return None
 
 
 def _of_run(mlflow_run: str, path: str) -> str | None:
-    """In the save_folder of the run of this machine that has the MLflow run."""
-    for paths, tracking in trackings():
-        below = f"{paths.folder.name}/checkpoints/"
+    """The address in the save_folder of the run of this machine that has this MLflow run."""
+    for run, tracking in trackings():
+        below = f"{run.folder.name}/checkpoints/"
         if tracking.run_id == mlflow_run and path.startswith(below):
             return f"{tracking.save_folder}/{path.removeprefix(below)}"
     return None
@@ -43,7 +43,7 @@ def _of_run(mlflow_run: str, path: str) -> str | None:
 
 def _of_store(given: str, mlflow_run: str, path: str) -> str:
     try:
-        # Not a checkpoint in particular: whatever lies in the default store's folders.
+        # "file", not "checkpoint": any artifact in the folders of the default store.
         return Address.parse(given, "file").text
     except SpecError as missing:
         if tracking_uri() == default_tracking_uri():

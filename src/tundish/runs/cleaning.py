@@ -1,4 +1,4 @@
-"""What lies in `$TUNDISH_HOME` that no run needs: prepared data, downloads, copies of checkpoints, drafts of runs."""
+"""What no run needs in `$TUNDISH_HOME`: prepared data, downloads, copies of checkpoints, drafts of runs."""
 
 import os
 import re
@@ -19,12 +19,12 @@ from tundish.runs.reading import read_run, run_names
 from tundish.runs.removing import remove_folder, tree_bytes
 
 NAME = re.compile(r"(?P<half>\.)?(?P<name>[0-9a-f]{24})(?(half)\.tmp)")
-"""Of a folder of prepared data, of downloads, or of copies: the beginning of a hash; hidden while half written."""
-HALF, DRAFT = "half written or removed", "draft"
+"""Folders of prepared data, downloads and copies: the beginning of a hash; with a dot and .tmp while incomplete."""
+INCOMPLETE, DRAFT = "incomplete", "draft"
 NEEDED = ("prepared data", "download", "checkpoints")
-"""Kinds of which a run may need some."""
+"""Kinds that a run may need."""
 IDLE_SECONDS = 3600.0
-"""What has no lock and was not touched for so long is of a process that was killed."""
+"""Something without a lock that has not changed for this long was left by a process that was killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,63 +35,63 @@ class Leftover:
     path: Path
     bytes: int
     locks: Sequence[Path]
-    """Held by whoever uses it."""
+    """Held by the process that uses it."""
 
 
 @dataclass(slots=True)
 class Needs:
-    """What the runs need."""
+    """What runs need."""
 
     folders: set[Path] = field(default_factory=set[Path])
     """Prepared data and copies of checkpoints."""
     preparing: bool = False
-    """Whether a run that goes on has yet to say which data it takes."""
+    """Whether an active run has not recorded yet which prepared data it uses."""
     unknown: bool = False
-    """Whether a run is damaged, so that nobody knows where its checkpoints are."""
+    """Whether a damaged run may need checkpoints that cannot be told from others."""
 
     def has(self, kind: str, path: Path) -> bool:
-        """Whether a run needs this, or may."""
+        """Whether a run needs this, or may need it."""
         return path in self.folders or (self.unknown if kind == "checkpoints" else self.preparing)
 
 
 def leftovers() -> tuple[list[Leftover], int]:
-    """What may be removed, the largest first, and how many bytes are in use by runs or by somebody else."""
-    needs, found, used = needs_of_runs(), list[Leftover](), 0
-    for one in _all():
-        if (one.kind in NEEDED and needs.has(one.kind, one.path)) or _is_used(one):
-            used += one.bytes
+    """What can be removed, the largest first, and how many bytes are in use by runs or other processes."""
+    needs, unused, used_bytes = needs_of_runs(), list[Leftover](), 0
+    for candidate in _all():
+        if (candidate.kind in NEEDED and needs.has(candidate.kind, candidate.path)) or _is_used(candidate):
+            used_bytes += candidate.bytes
         else:
-            found.append(one)
-    return sorted(found, key=lambda one: one.bytes, reverse=True), used
+            unused.append(candidate)
+    return sorted(unused, key=lambda leftover: leftover.bytes, reverse=True), used_bytes
 
 
-def remove(one: Leftover) -> bool:
-    """Remove it, unless somebody has come to use it."""
-    if one.kind == DRAFT:
-        drafts.undo_left()  # what was made in MLflow, too
-        return not one.path.exists()
+def remove(leftover: Leftover) -> bool:
+    """Remove it, unless it came into use. Returns whether it was removed."""
+    if leftover.kind == DRAFT:
+        drafts.undo_left()  # its MLflow run as well
+        return not leftover.path.exists()
     with ExitStack() as held:
-        for lock in one.locks:
+        for lock in leftover.locks:
             try:
                 held.enter_context(locked(lock, timeout=0, temporary=True))
             except LockHeldError:
                 return False
-        # Under the lock: who has taken the data in between is a run that prepares, or has a link to it.
-        if one.kind in NEEDED and needs_of_runs().has(one.kind, one.path):
+        # A run may have come to need it before the lock was acquired.
+        if leftover.kind in NEEDED and needs_of_runs().has(leftover.kind, leftover.path):
             return False
-        remove_folder(one.path)
+        remove_folder(leftover.path)
     return True
 
 
 def needs_of_runs() -> Needs:
-    """What all runs of this machine need, damaged ones too."""
+    """What all runs of this machine need, damaged ones included."""
     needs = Needs()
     for name in list(run_names()):
-        paths = RunFolder(runs_dir() / name)
-        links = [paths.data(split) for split in ("train", "eval")]
+        run = RunFolder(runs_dir() / name)
+        links = [run.data(split) for split in ("train", "eval")]
         needs.folders.update(Path(os.readlink(link)) for link in links if link.is_symlink())
         try:
-            spec, save_folder = RunSpec.read(paths), paths.read_tracking().save_folder
+            spec, save_folder = RunSpec.read(run), run.read_tracking().save_folder
             needs.folders.add(SaveFolder(save_folder).local)
             if spec.custom_weights_path:
                 needs.folders.add(save_folder_of(spec.custom_weights_path)[0].local)
@@ -107,18 +107,18 @@ def needs_of_runs() -> Needs:
 def _all() -> Iterator[Leftover]:
     for kind, parent, lock in (("prepared data", prepared_dir(), ".{}.lock"), ("download", downloads_dir(), "{}.lock")):
         for folder, name, whole in _folders(parent):
-            yield _leftover(kind if whole else HALF, folder, [parent / lock.format(name)])
+            yield _leftover(kind if whole else INCOMPLETE, folder, [parent / lock.format(name)])
     for folder, _, whole in _folders(copies_dir()):
         locks = [*folder.glob(".*.lock"), *(folder / READ).glob(".*.lock")]
-        yield _leftover("checkpoints" if whole else HALF, folder, locks)
+        yield _leftover("checkpoints" if whole else INCOMPLETE, folder, locks)
     for folder in runs_dir().glob(".*"):
         if folder.is_dir() and not folder.is_symlink():
             draft = folder.suffix == ".draft"
-            yield _leftover(DRAFT if draft else HALF, folder, [folder.with_suffix(".lock")] if draft else [])
+            yield _leftover(DRAFT if draft else INCOMPLETE, folder, [folder.with_suffix(".lock")] if draft else [])
 
 
 def _folders(parent: Path) -> Iterator[tuple[Path, str, bool]]:
-    """Folders named by a hash, their names, and whether they are whole."""
+    """Folders named by a hash, with their names and whether they are complete."""
     for path in sorted(parent.iterdir()) if parent.is_dir() else ():
         if (match := NAME.fullmatch(path.name)) and path.is_dir() and not path.is_symlink():
             yield path, match["name"], not match["half"]

@@ -1,4 +1,4 @@
-"""`tundish export` and `tundish checkpoints`: earlier checkpoints, of a run or of another program."""
+"""`tundish export` and `tundish checkpoints`: existing checkpoints, of runs or of other programs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,85 +22,87 @@ from tundish.runs.reading import find_run, run_names, trackings
 
 @dataclass(frozen=True, slots=True)
 class Exportable:
-    """A checkpoint on this machine and what it is a checkpoint of."""
+    """A checkpoint on this machine, and what is needed to export it."""
 
     checkpoint: Path
     model: str
     task_type: TaskType
     name: str
-    """Of its run, or of the folder that it lies in."""
+    """Name of its run, or of the folder that it is in."""
 
 
 def find_exportable(given: str, model: str | None = None) -> Exportable:
-    """The checkpoint that is meant by a run's name (its newest) or by a checkpoint's path or URI.
+    """The newest checkpoint of a run, or the checkpoint at a path or URI.
 
     Args:
-        given: one of them.
-        model: name or folder of the base model; needed where no run of this machine has made the checkpoint.
+        given: name of the run, path or URI.
+        model: name or folder of the base model; required if no run of this machine made the checkpoint.
 
     Raises:
-        RunNotFoundError: there is neither run nor path.
-        RunDamagedError: the run's folder does not say what it trains.
-        SpecError: there is no such checkpoint, or its model is not known.
-        CheckpointError: it is damaged, or cannot be fetched.
+        RunNotFoundError: there is neither a run nor a path of that name.
+        RunDamagedError: the spec of the run is damaged.
+        SpecError: there is no such checkpoint, or its base model is unknown.
+        CheckpointError: it is damaged, or cannot be downloaded.
     """
     address = ""
     if given in run_names():
-        paths = find_run(given)
-        checkpoint = SaveFolder(paths.read_tracking().save_folder).newest()
+        run = find_run(given)
+        checkpoint = SaveFolder(run.read_tracking().save_folder).newest()
         if checkpoint is None:
-            raise CheckpointError(f"{given}: has no complete checkpoint yet. Wait for its first CHECKPOINT_SAVED.")
+            raise CheckpointError(f"{given} has no complete checkpoint yet. Wait for its first CHECKPOINT_SAVED event.")
     else:
         address = _address(given)
         checkpoint = fetch_weights(address)
-        paths = _run_with(save_folder_of(address)[0].address)
-    if paths is None and model is None:
+        run = _run_with(save_folder_of(address)[0].address)
+    if run is None and model is None:
         raise SpecError(
-            f"{given}: no run of this machine has made it, so its model is not known. Give --model: name or folder of "
-            "the model that the training started from."
+            f"{given} was not made by a run of this machine, so its base model is unknown. Give --model, the name or "
+            "folder of the model that the training started from."
         )
-    spec = None if paths is None else RunSpec.read(paths)
+    spec = None if run is None else RunSpec.read(run)
     return Exportable(
         checkpoint=checkpoint,
         model=model or (spec.model if spec else ""),
-        # Without a run, the tokenizer stays as the model has it.
+        # This task leaves the tokenizer of the model unchanged.
         task_type=spec.task_type if spec else "INSTRUCTION_FINETUNE",
         name=spec.run_name if spec else _name(address),
     )
 
 
-def export_checkpoint(found: Exportable, out: Path, dtype: ExportDtype, progress: Progress | None = None) -> None:
-    """Write a Hugging Face folder of the checkpoint.
+def export_checkpoint(exportable: Exportable, out: Path, dtype: ExportDtype, progress: Progress | None = None) -> None:
+    """Export a checkpoint as a Hugging Face folder.
 
     Raises:
-        SpecError: `out` is there already.
-        CheckpointError: the checkpoint is damaged, or of another model.
+        SpecError: `out` already exists.
+        CheckpointError: the checkpoint is damaged, or does not fit the model.
     """
-    if found.checkpoint.suffix == ".pt":
-        raise SpecError(f"{found.checkpoint}: is one file; allowed is an ep…-ba… folder. Load it with transformers.")
-    export(found.checkpoint, found.model, found.task_type, out, dtype, progress)
+    if exportable.checkpoint.suffix == ".pt":
+        raise SpecError(
+            f"{exportable.checkpoint} is a single file; an ep…-ba… folder is expected. Load the file with transformers."
+        )
+    export(exportable.checkpoint, exportable.model, exportable.task_type, out, dtype, progress)
 
 
 def local_checkpoints(given: str) -> Iterator[tuple[str, Path | CheckpointError]]:
-    """The checkpoints that are meant by a run's name, a save_folder or a checkpoint: name, and path on this machine.
+    """The checkpoints of a run, in a save_folder, or at a path or URI: names, and run on this machine.
 
-    What is kept elsewhere is copied anew, and the copy removed before the next one; or what is wrong with it is told.
+    One in an object store is downloaded, and the copy removed before the next one; if that fails, the error is yielded.
 
     Raises:
-        RunNotFoundError: there is neither run nor path.
-        RunDamagedError: the run's folder does not say what it trains.
-        CheckpointError: the store cannot be asked.
+        RunNotFoundError: there is neither a run nor a path of that name.
+        RunDamagedError: the file that says where the run's checkpoints are is damaged.
+        CheckpointError: the object store cannot be reached.
     """
     if is_run := given in run_names():
         place = SaveFolder(find_run(given).read_tracking().save_folder)
     else:
         place = SaveFolder(_address(given).rstrip("/"))
     if not place.is_remote:
-        # Damaged ones too, which a list of complete ones leaves out.
+        # Incomplete ones as well: they are to be checked.
         if not place.local.is_dir() and not is_run:
-            raise SpecError(f"{given}: there is no such folder. Copy the path from get_checkpoints().")
-        found_here = in_order(place.local.iterdir()) if place.local.is_dir() else []
-        yield from ((path.name, path) for path in found_here or ([] if is_run else [place.local]))
+            raise SpecError(f"{given}: the folder does not exist. Copy the path from get_checkpoints().")
+        local = in_order(place.local.iterdir()) if place.local.is_dir() else []
+        yield from ((path.name, path) for path in local or ([] if is_run else [place.local]))
         return
     names = [address.rpartition("/")[2] for address in place.list()]
     if not names and not is_run:
@@ -109,25 +111,25 @@ def local_checkpoints(given: str) -> Iterator[tuple[str, Path | CheckpointError]
     for name in names:
         with TemporaryDirectory(dir=make_folder(copies_dir()), prefix=".verify-") as scratch:
             try:
-                found: Path | CheckpointError = place.copy(name, Path(scratch))
+                copy: Path | CheckpointError = place.copy(name, Path(scratch))
             except CheckpointError as error:
-                found = error
-            yield name, found
+                copy = error
+            yield name, copy
 
 
 def _address(given: str) -> str:
     if "/" not in given and not Path(given).exists():
-        find_run(given)  # says which names are near
+        find_run(given)  # its error suggests similar names
         raise RunNotFoundError(f"there is no run {given!r}.")
     return checkpoint_address(Address.parse(given, "checkpoint"))
 
 
 def _name(address: str) -> str:
-    """Of the folder that somebody's checkpoints are in."""
-    above = [part for part in address.split("/")[:-1] if part not in ("", ".", "checkpoints")]
-    return above[-1] if above else "checkpoint"
+    """A name for the checkpoints of another program: that of their folder."""
+    parents = [part for part in address.split("/")[:-1] if part not in ("", ".", "checkpoints")]
+    return parents[-1] if parents else "checkpoint"
 
 
 def _run_with(save_folder: str) -> RunFolder | None:
-    """The run of this machine that saves there."""
-    return next((paths for paths, tracking in trackings() if tracking.save_folder == save_folder), None)
+    """The run of this machine that saves its checkpoints there."""
+    return next((run for run, tracking in trackings() if tracking.save_folder == save_folder), None)

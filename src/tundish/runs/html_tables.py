@@ -1,27 +1,27 @@
-"""Records as HTML tables, for notebooks. Everything that comes from people is escaped."""
+"""Records as HTML tables, for notebooks. All text is escaped."""
 
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-# Notebooks align cells to the right, which is for numbers, and fold lines, which messages with several problems need.
+# Notebooks align cells to the right and join lines; messages may have several lines.
 CELL = 'style="text-align: left; vertical-align: top; white-space: pre-wrap"'
 TITLE = 'style="text-align: left; vertical-align: top; white-space: nowrap"'
 NOTHING = "-"
 SHORT = 40
-"""Characters of a value that stays in one line: names and models, which would be folded at their hyphens."""
+"""Values up to this many characters are not wrapped: names would be wrapped at their hyphens."""
 
 
 def horizontal(items: Sequence[object], columns: Mapping[str, str], more: Mapping[str, str] = {}) -> str:
-    """A row an item.
+    """A table with one row per item.
 
     Args:
-        items: what is shown.
+        items: what to show.
         columns: attribute name → title.
-        more: further columns, each left out where no item has a value for it.
+        more: further columns, each left out if no item has a value for it.
 
-    An item may have `links`: attribute name → address, or None.
+    An item may have `links`: attribute name → URL, or None.
     """
     filled = {name: title for name, title in more.items() if any(_is_given(getattr(item, name)) for item in items)}
     columns = {**columns, **filled}
@@ -39,7 +39,7 @@ def _cell(item: object, name: str) -> str:
 
 
 def vertical(values: Mapping[str, str]) -> str:
-    """One item, a row an attribute that has a value: title → HTML."""
+    """A table of one item, with a row for each attribute that has a value: title → HTML."""
     values = {title: value for title, value in values.items() if value != NOTHING}
     rows = (f"<th {TITLE}>{html.escape(title)}</th><td {CELL}>{value}</td>" for title, value in values.items())
     body = "".join(f"<tr>{row}</tr>" for row in rows)
@@ -48,7 +48,7 @@ def vertical(values: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A text that leads somewhere, where an address is known."""
+    """A text, linked if its URL is known."""
 
     label: str
     address: str | None
@@ -67,7 +67,7 @@ def duration(value: timedelta) -> str:
 
 
 def text(value: object) -> str:
-    """A value as HTML: times are local, seconds are the last digit, what is not there is a dash."""
+    """A value as HTML: times are local and without fractions of seconds, a missing value is a dash."""
     if isinstance(value, Link):
         shown = text(value.label)
         if value.address is None or not value:
@@ -80,7 +80,7 @@ def text(value: object) -> str:
     if isinstance(value, datetime):
         return text(f"{value.astimezone():%Y-%m-%d %H:%M:%S}")
     if isinstance(value, list):
-        return "<br>".join(text(one) for one in value) or NOTHING
+        return "<br>".join(text(item) for item in value) or NOTHING
     if not _is_given(value):
         return NOTHING
     shown = html.escape(str(value))

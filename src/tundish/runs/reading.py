@@ -1,4 +1,4 @@
-"""Reading a run back: its record from the files of its folder, and whether its supervisor lives."""
+"""Reading a run: its record, from the files in its folder and the state of its supervisor."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from tundish.runs.records import ObjectList, RunRecord, RunStatus, TrainingEvent
 
 log = logging.getLogger(__name__)
 START_SECONDS = 30.0
-"""Between a run's first event and its supervisor's start."""
+"""How long after its first event a run may have no supervisor yet."""
 STATUS_OF = {
     "CREATED": RunStatus.PENDING,
     "CHECK_PASSED": RunStatus.PENDING,
@@ -29,42 +29,40 @@ STATUS_OF = {
     "CANCELED": RunStatus.STOPPED,
     "FAILED": RunStatus.FAILED,
 }
-"""What an event means for the status; every other one means RUNNING."""
-
-
+"""Latest event → status; all other events mean RUNNING."""
 BEFORE_STAGES = ("STARTED", "TRAIN_FINISHED")
-"""Events after which a stage that may take long writes none until it is done."""
+"""Events that are followed by a long stage without events."""
 
 
 def run_names() -> list[str]:
-    """The names of all runs on this machine, damaged ones too."""
+    """The names of all runs on this machine, damaged ones included."""
     try:
-        # What is being made or removed is hidden.
+        # Runs that are being created or removed have a dot.
         return [name for name in os.listdir(runs_dir()) if not name.startswith(".")]
     except FileNotFoundError:
         return []
 
 
 def trackings() -> Iterator[tuple[RunFolder, Tracking]]:
-    """Each run of this machine with what it has in MLflow; the log tells which ones are damaged."""
+    """Each run of this machine and where it is in MLflow; damaged runs are logged and skipped."""
     for name in run_names():
-        paths = RunFolder(runs_dir() / name)
+        run = RunFolder(runs_dir() / name)
         try:
-            yield paths, paths.read_tracking()
+            yield run, run.read_tracking()
         except RunNotFoundError:
-            continue  # removed meanwhile
+            continue  # removed in the meantime
         except RunDamagedError as error:
-            log.warning("Left out a damaged run: %s", error.message)
+            log.warning("Skipped a damaged run: %s", error.message)
 
 
-def read_events(paths: RunFolder) -> ObjectList[TrainingEvent]:
-    """The run's events; of TRAIN_UPDATED the latest.
+def read_events(run: RunFolder) -> ObjectList[TrainingEvent]:
+    """The events of a run; of TRAIN_UPDATED only the latest.
 
     Raises:
         RunDamagedError: they cannot be read.
     """
-    found = (TrainingEvent(e.type, e.time, e.message, e.cause) for e in paths.read_events())
-    return ObjectList(found, TrainingEvent.COLUMNS)
+    happened = (TrainingEvent(e.type, e.time, e.message, e.cause) for e in run.read_events())
+    return ObjectList(happened, TrainingEvent.COLUMNS)
 
 
 def read_run(name: str) -> RunRecord:
@@ -72,17 +70,17 @@ def read_run(name: str) -> RunRecord:
 
     Raises:
         RunNotFoundError: there is none.
-        RunDamagedError: a file of its folder cannot be read.
+        RunDamagedError: a file in its folder cannot be read.
     """
-    paths = find_run(name)
-    spec, tracking = RunSpec.read(paths), paths.read_tracking()
-    found, life = _lived(paths)
-    status, details = _status(found, life)
-    if status in (RunStatus.STARTING, RunStatus.RUNNING) and found[-1].type in BEFORE_STAGES:
-        details = paths.read_doing() or details
-    facts = {name: value for event in found for name, value in event.facts.items()}
-    times = {event.type: event.time for event in found}
-    end, eta = _estimated_end(found, status)
+    run = find_run(name)
+    spec, tracking = RunSpec.read(run), run.read_tracking()
+    happened, life = _lived(run)
+    status, details = _status(happened, life)
+    if status in (RunStatus.STARTING, RunStatus.RUNNING) and happened[-1].type in BEFORE_STAGES:
+        details = run.read_doing() or details
+    facts = {name: value for event in happened for name, value in event.facts.items()}
+    times = {event.type: event.time for event in happened}
+    end, eta = _estimated_end(happened, status)
     return RunRecord(
         name=spec.run_name,
         status=status,
@@ -105,12 +103,12 @@ def read_run(name: str) -> RunRecord:
         started_at=times.get("STARTED"),
         estimated_end_time=end,
         formatted_eta=eta,
-        completed_at=found[-1].time if status.is_terminal() else None,
+        completed_at=happened[-1].time if status.is_terminal() else None,
         submitted_config=spec,
-        events=ObjectList((TrainingEvent(e.type, e.time, e.message, e.cause) for e in found), TrainingEvent.COLUMNS),
+        events=ObjectList((TrainingEvent(e.type, e.time, e.message, e.cause) for e in happened), TrainingEvent.COLUMNS),
         experiment_id=tracking.experiment_id,
         run_id=tracking.run_id,
-        run_dir=paths.folder,
+        run_dir=run.folder,
         tracking_uri=tracking.tracking_uri,
         registry_uri=tracking.registry_uri,
         train_loss=facts.get("loss"),
@@ -118,26 +116,26 @@ def read_run(name: str) -> RunRecord:
         tokens_per_second=facts.get("tokens_per_s"),
         registered_name=facts.get("name"),
         registered_version=facts.get("version"),
-        cause=(found[-1].cause or life.cause) if status is RunStatus.FAILED else None,
-        last_seen=(None if status.is_terminal() else paths.last_beat()) or found[-1].time,
+        cause=(happened[-1].cause or life.cause) if status is RunStatus.FAILED else None,
+        last_seen=(None if status.is_terminal() else run.last_beat()) or happened[-1].time,
     )
 
 
-def _lived(paths: RunFolder) -> tuple[list[events.Event], Life]:
-    """The run's events, and what its launcher says of it; who has said its end is not asked for."""
-    found = paths.read_events()
-    if found[-1].type in events.TERMINAL_TYPES:
-        return found, Life(alive=False)
-    life = launch.state(paths)
-    if life is None:  # create() is just about to start it, or was killed before it could
-        recent = (datetime.now(UTC) - found[-1].time).total_seconds() < START_SECONDS
-        return found, Life(alive=recent)
-    # Read again: who has ended in between has written its last event by then.
-    return (found if life.alive else paths.read_events()), life
+def _lived(run: RunFolder) -> tuple[list[events.Event], Life]:
+    """A run's events and the state of its supervisor; after a terminal event, the launcher is not asked."""
+    happened = run.read_events()
+    if happened[-1].type in events.TERMINAL_TYPES:
+        return happened, Life(alive=False)
+    life = launch.state(run)
+    if life is None:  # create() is about to start it, or was killed before it could
+        recent = (datetime.now(UTC) - happened[-1].time).total_seconds() < START_SECONDS
+        return happened, Life(alive=recent)
+    # Read again: a supervisor that exited in the meantime wrote its last event first.
+    return (happened if life.alive else run.read_events()), life
 
 
 def damaged_run(name: str, error: RunDamagedError) -> RunRecord:
-    """What a list shows of a run that cannot be read."""
+    """The record of a run that cannot be read, for lists."""
     return RunRecord(
         name=name,
         status=RunStatus.UNKNOWN,
@@ -153,46 +151,46 @@ def find_run(name: str) -> RunFolder:
     """The folder of an existing run.
 
     Raises:
-        RunNotFoundError: there is none of that name; near names are listed.
-        RunDamagedError: it is no folder.
+        RunNotFoundError: there is none of that name; similar names are suggested.
+        RunDamagedError: it is not a folder.
     """
     if (RUN_NAME.fullmatch(name) and os.path.lexists(runs_dir() / name)) or name in (names := run_names()):
-        paths = RunFolder(runs_dir() / name)
-        paths.check()
-        return paths
+        run = RunFolder(runs_dir() / name)
+        run.check()
+        return run
     hint = did_you_mean(name, names) or " `tundish list` shows the runs."
     raise RunNotFoundError(f"there is no run {name!r} in {runs_dir()}.{hint}")
 
 
 def wait(name: str, timeout: float | None = None) -> RunRecord:
-    """The run once it has ended.
+    """Wait for a run to end, and return it.
 
     Raises:
-        TimeoutError: after `timeout` seconds.
+        TimeoutError: it did not end within `timeout` seconds.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     while not (run := read_run(name)).status.is_terminal():
         if deadline is not None and time.monotonic() > deadline:
-            raise TimeoutError(f"{name}: still {run.status} after {timeout:g} s ({run.details}). It goes on.")
+            raise TimeoutError(f"{name}: still {run.status} after {timeout:g} s ({run.details}). It continues.")
         time.sleep(0.5)
     return run
 
 
-def _status(found: list[events.Event], life: Life) -> tuple[RunStatus, str]:
-    last = found[-1]
-    status, said = STATUS_OF.get(last.type, RunStatus.RUNNING), last.message.partition("\n")[0]
+def _status(happened: list[events.Event], life: Life) -> tuple[RunStatus, str]:
+    last = happened[-1]
+    status, message = STATUS_OF.get(last.type, RunStatus.RUNNING), last.message.partition("\n")[0]
     if status.is_terminal():
-        return status, said
+        return status, message
     if life.alive:
-        return (RunStatus.QUEUED, life.waiting) if life.waiting else (status, life.unknown or said)
-    how = life.end or f"The supervisor ended without a word after {last.type}; its log may say why."
+        return (RunStatus.QUEUED, life.waiting) if life.waiting else (status, life.unknown or message)
+    how = life.end or f"The supervisor exited without an event after {last.type}; its log may say why."
     return (RunStatus.STOPPED if life.canceled else RunStatus.FAILED), f"{how} `tundish resume` continues it."
 
 
-def _estimated_end(found: list[events.Event], status: RunStatus) -> tuple[datetime | None, str | None]:
-    latest = next((event for event in reversed(found) if event.type == "TRAIN_UPDATED"), None)
-    # A run that is trained longer has finished training before.
-    ended = latest is not None and any(event.type == "TRAIN_FINISHED" for event in found[found.index(latest) :])
+def _estimated_end(happened: list[events.Event], status: RunStatus) -> tuple[datetime | None, str | None]:
+    latest = next((event for event in reversed(happened) if event.type == "TRAIN_UPDATED"), None)
+    # An earlier TRAIN_FINISHED does not count: the run may have been extended since.
+    ended = latest is not None and any(event.type == "TRAIN_FINISHED" for event in happened[happened.index(latest) :])
     if latest is None or status.is_terminal() or ended:
         return None, None
     try:

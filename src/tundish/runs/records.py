@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class RunStatus(Enum):
-    """Where a run is; comparable, UNKNOWN before all others."""
+    """Status of a run. Ordered; UNKNOWN comes before all others."""
 
     PENDING = "PENDING"
     QUEUED = "QUEUED"
@@ -39,9 +39,9 @@ class RunStatus(Enum):
         return self.value
 
     def _comes_after(self, other: object) -> int:
-        """By how many places; a TypeError for what is no status."""
+        """By how many places; a TypeError if `other` is not a status."""
         if not isinstance(other, RunStatus):
-            raise TypeError(f"found {other!r}; a status is compared with a RunStatus, such as RunStatus.COMPLETED.")
+            raise TypeError(f"a RunStatus can only be compared with another RunStatus, not with {other!r}.")
         return RunStatus.order.index(other) - RunStatus.order.index(self)
 
     def __lt__(self, other: "RunStatus") -> bool:
@@ -65,7 +65,7 @@ class RunStatus(Enum):
         return self > other or (inclusive and self is other)
 
     def is_terminal(self) -> bool:
-        """Whether nothing will change any more."""
+        """Whether the run has ended."""
         return self >= RunStatus.COMPLETED
 
     @property
@@ -92,13 +92,13 @@ class ObjectList(Generic[T]):
         self.display_columns = columns
         """Attribute name → column title."""
         self.more_columns = more_columns or {}
-        """The same of what the original client did not have."""
+        """The same for columns that the original client did not have."""
 
     def __repr__(self) -> str:
         return f"List{self.data}"
 
     def __str__(self) -> str:
-        """A line an item."""
+        """One line per item."""
         return "\n".join(str(item) for item in self.data) or "None yet."
 
     def __iter__(self) -> Iterator[T]:
@@ -141,7 +141,7 @@ class ObjectList(Generic[T]):
 
 @dataclass
 class TrainingEvent:
-    """One thing that happened to a run."""
+    """An event of a run."""
 
     type: str
     time: datetime
@@ -151,7 +151,7 @@ class TrainingEvent:
     COLUMNS: ClassVar[dict[str, str]] = {"type": "Type", "time": "Time", "message": "Message"}
 
     def is_terminal_state(self) -> bool:
-        """Whether the run has ended with this event."""
+        """Whether the run ended with this event."""
         return self.type in TERMINAL_TYPES
 
     def __str__(self) -> str:
@@ -213,23 +213,23 @@ class RunRecord:
     run_dir: Path | None = None
     """The run's folder on this machine."""
     tracking_uri: str | None = None
-    """The MLflow store that has the run."""
+    """The MLflow tracking store of the run."""
     registry_uri: str | None = None
-    """The model registry; None: the tracking store is it."""
+    """The model registry; None if it is the tracking store."""
     damaged_file: Path | None = None
-    """The file that is damaged, where the run cannot be read; `details` says more."""
+    """The damaged file, if the run cannot be read; `details` says more."""
     train_loss: float | None = field(default=None, compare=False)
-    """The latest, in nats per target token."""
+    """Latest loss, in nats per target token."""
     eval_loss: float | None = field(default=None, compare=False)
     tokens_per_second: float | None = field(default=None, compare=False)
-    """Of training so far, over all devices; evaluation does not count."""
+    """Training throughput so far, over all devices, without evaluation."""
     registered_name: str | None = field(default=None, compare=False)
-    """Of the registered model, once there is a version."""
+    """Name of the registered model, once there is a version."""
     registered_version: str | None = field(default=None, compare=False)
     cause: FailureCause | None = field(default=None, compare=False)
     """Why the run failed; `details` says it in words."""
     last_seen: datetime | None = field(default=None, compare=False)
-    """The last sign of life: while it trains, of the rank that has been silent longest; else the latest event."""
+    """Latest sign of life: while training, of the rank that has been silent longest; else the latest event."""
     COLUMNS: ClassVar[dict[str, str]] = {
         "name": "Name",
         "run_progress": "Status",
@@ -252,15 +252,15 @@ class RunRecord:
         return f"{type(self).__name__}(name={self.name!r}, status={self.status}, details={self.details!r})"
 
     def __str__(self) -> str:
-        """One line: what it is, how it stands, what came out of it."""
+        """One line: name, status, details, losses and duration."""
         numbers = [("train loss", self.train_loss), ("eval loss", self.eval_loss)]
-        said = [f"{title} {value:.4g}" for title, value in numbers if value is not None]
-        said += [f"took {html_tables.duration(self.took)}"] if self.took else []
-        return "  ".join([self.name, self.run_progress, *([self.details] if self.details else []), *said])
+        results = [f"{title} {value:.4g}" for title, value in numbers if value is not None]
+        results += [f"took {html_tables.duration(self.took)}"] if self.took else []
+        return "  ".join([self.name, self.run_progress, *([self.details] if self.details else []), *results])
 
     @property
     def run_progress(self) -> str:
-        """`RUNNING ■■■□□□□□□□(30%)` while an end is in sight, else the status; `DAMAGED` where it cannot be read."""
+        """`RUNNING ■■■□□□□□□□(30%)` while the end can be estimated, else the status; `DAMAGED` if it cannot be read."""
         if self.damaged_file is not None:
             return "DAMAGED"
         if self.status is RunStatus.RUNNING and self.started_at and self.estimated_end_time:
@@ -284,22 +284,22 @@ class RunRecord:
 
     @property
     def mlflow_url(self) -> str | None:
-        """Address of the run's page, where an MLflow server has it."""
+        """URL of the run's page, if it is on an MLflow server."""
         return self._page(self.tracking_uri, f"experiments/{self.experiment_id}/runs/{self.run_id}")
 
     @property
     def model_uri(self) -> str | None:
-        """`models:/<name>/<version>`, which MLflow loads, once the model is registered."""
+        """`models:/<name>/<version>` for MLflow, once the model is registered."""
         return f"models:/{self.registered_name}/{self.registered_version}" if self.registered_version else None
 
     @property
     def took(self) -> timedelta | None:
-        """From the start to the end, or until now."""
+        """Time from the start to the end, or until now."""
         return (self.completed_at or datetime.now(UTC)) - self.started_at if self.started_at else None
 
     @property
     def links(self) -> dict[str, str | None]:
-        """Attribute name → page that tables lead to, where a server has one."""
+        """Attribute name → URL that tables link to, if it is on a server."""
         version = f"models/{self.registered_name}/versions/{self.registered_version}"
         return {
             "experiment_path": self.mlflow_url,
@@ -312,15 +312,16 @@ class RunRecord:
 
     @property
     def export_dir(self) -> Path | None:
-        """The Hugging Face folder, once it is there."""
+        """The exported Hugging Face folder, once it exists."""
         folder = RunFolder(self.run_dir).export if self.run_dir else None
-        return folder if folder and os.path.isdir(folder) else None  # no, too, where it may not be looked at
+        return folder if folder and os.path.isdir(folder) else None  # false, too, if it may not be read
 
     def _repr_html_(self) -> str:
         shown = {
             "Name": self.name,
             "Status": self.run_progress,
             "Details": self.details,
+            "Cause": self.cause,
             "Train Loss": self.train_loss,
             "Eval Loss": self.eval_loss,
             "Tokens per Second": None if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f}",
@@ -329,7 +330,7 @@ class RunRecord:
             "Started": self.started_at,
             "Estimated End": self.estimated_end_time,
             "Completed": self.completed_at,
-            "Last sign of life": None if self.completed_at else self.last_seen,
+            "Last Seen": None if self.completed_at else self.last_seen,
             "Took": self.took,
             "Model": self.model,
             "Task Type": self.task_type,

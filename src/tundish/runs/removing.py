@@ -1,4 +1,4 @@
-"""Removing runs for good: what goes, what stays, and the removal itself, which may be interrupted and done again."""
+"""Removing runs: what is removed, what is kept, and the removal itself, which can be interrupted and repeated."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ from tundish.runs.records import RunRecord
 
 DAMAGED = "DAMAGED"
 LOCK_SECONDS = 10.0
-"""How long a removal waits for somebody who cancels or resumes the run."""
+"""How long a removal waits for another process that cancels or resumes the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,101 +35,101 @@ class Removal:
     status: str
     ended_at: datetime | None
     folders: Sequence[Path]
-    """On this machine; the run's own is the last."""
+    """On this machine; the run's own folder is last."""
     bytes: int
-    """That they take."""
+    """Their size on disk."""
     elsewhere: str | None
-    """Where its checkpoints are on another machine, if they are removed."""
+    """URI of its checkpoints in an object store, if they are removed."""
     mlflow: Tracking | None
-    """Its MLflow run, if that is deleted."""
+    """Its MLflow run, if that is deleted as well."""
     notes: Sequence[str]
-    """What else there is to know, a sentence each."""
+    """What else the user should know, a sentence each."""
 
 
 def plan(names: Iterable[str], *, local: bool = False) -> list[Removal]:
-    """What the removal of runs would take.
+    """What removing runs would remove.
 
     Args:
         names: of the runs.
-        local: only what is on this machine; neither MLflow nor an object store is asked.
+        local: only what is on this machine; neither MLflow nor an object store is contacted.
 
     Raises:
         RunNotFoundError: there is no run of a name.
-        RequestError: a run goes on, or another one begins with its checkpoints; MLflow does not answer. All that is in
-            the way is told at once.
+        RequestError: a run is active, an active run starts from its checkpoints, or MLflow does not answer; all
+            problems are reported together.
     """
-    found, problems = list[Removal](), list[str]()
+    removals, problems = list[Removal](), list[str]()
     for name in dict.fromkeys(names):
         try:
-            found.append(_plan_one(find_run(name), local))
+            removals.append(_plan_one(find_run(name), local))
         except RequestError as error:
             problems.append(error.message)
     if problems:
         raise RequestError(" ".join(problems))
-    return found
+    return removals
 
 
 def ended_before(moment: datetime) -> list[str]:
-    """The runs that had ended by then, oldest first; damaged ones, of which that is not known, are left out."""
+    """The runs that had ended by then, oldest first, without damaged ones, whose end is unknown."""
     ended = {run.name: run.completed_at or run.created_at for run in _all_runs() if run.status.is_terminal()}
     return sorted((name for name, end in ended.items() if end and end < moment), key=lambda name: str(ended[name]))
 
 
 def remove(removal: Removal) -> None:
-    """Remove a run. Its own folder goes last: what was interrupted is still there as a run, and can be removed again.
+    """Remove a run. Its own folder is removed last, so that an interrupted removal can be repeated.
 
     Raises:
-        RequestError: it goes on meanwhile, or MLflow does not answer.
-        CheckpointError: the store does not let its checkpoints be removed.
+        RequestError: it was resumed in the meantime, or MLflow does not answer.
+        CheckpointError: the object store does not allow removing its checkpoints.
     """
-    paths = find_run(removal.name)
-    with locked(paths.folder, LOCK_SECONDS):  # nobody resumes it meanwhile
-        _refuse_going_on(paths)
+    run_folder = find_run(removal.name)
+    with locked(run_folder.folder, LOCK_SECONDS):  # so that it cannot be resumed in the meantime
+        _refuse_active(run_folder)
         if removal.elsewhere is not None:
             SaveFolder(removal.elsewhere).clear()
         for folder in removal.folders[:-1]:
             remove_folder(folder)
-            if folder.parent.name == removal.name:  # made for the checkpoints alone
+            if folder.parent.name == removal.name:  # it was made for the checkpoints
                 with contextlib.suppress(OSError):
                     folder.parent.rmdir()
         if removal.mlflow is not None:
             with _asking(removal.mlflow) as client:
                 client.delete_run(removal.mlflow.run_id)
-        release_devices(paths)
+        release_devices(run_folder)
         remove_folder(removal.folders[-1])
 
 
 def tree_bytes(folder: Path) -> int:
-    """What a folder takes of its disk; links are not followed."""
+    """Size of a folder on disk; links are not followed."""
     entries = [os.path.join(root, name) for root, _, files in os.walk(folder) for name in files]
     total = 0
     for entry in entries:
-        with contextlib.suppress(OSError):  # gone meanwhile
+        with contextlib.suppress(OSError):  # removed in the meantime
             total += os.lstat(entry).st_blocks * 512
     return total
 
 
-def _plan_one(paths: RunFolder, local: bool) -> Removal:
-    _refuse_going_on(paths)
-    name, folders, notes = paths.folder.name, [paths.folder], list[str]()
-    run, tracking = _known(paths)
+def _plan_one(run_folder: RunFolder, local: bool) -> Removal:
+    _refuse_active(run_folder)
+    name, folders, notes = run_folder.folder.name, [run_folder.folder], list[str]()
+    run, tracking = _known(run_folder)
     if tracking is None:
-        notes.append("Where its checkpoints and its MLflow run are cannot be read: they stay.")
+        notes.append("Its checkpoints and its MLflow run are kept: the file that says where they are cannot be read.")
         return _removal(run, folders, notes)
     _refuse_needed(name, tracking.save_folder)
     place, elsewhere = SaveFolder(tracking.save_folder), None
     if place.local.parent.name == name or place.is_remote:
         folders.insert(0, place.local)
     else:
-        notes.append(f"Its checkpoints stay: {place.local} is not a folder that tundish makes.")
+        notes.append(f"Its checkpoints are kept: {place.local} is not a folder that tundish created.")
     if place.is_remote and local:
-        notes.append(f"Its checkpoints stay in {place.address}.")
+        notes.append(f"Its checkpoints in {place.address} are kept.")
     elif place.is_remote:
         elsewhere = place.address
-        notes.append(f"Its checkpoints in {place.address} are removed too: {len(place.list())} complete ones.")
+        notes.append(f"Its {len(place.list())} complete checkpoints in {place.address} are removed too.")
     if local or run.submitted_config is None:
-        why = "" if local else " What it was registered as cannot be read."
-        notes.append(f"Its MLflow run {tracking.run_id} stays.{why}")
+        why = "" if local else ": the name that it was registered under cannot be read"
+        notes.append(f"Its MLflow run {tracking.run_id} is kept{why}.")
         return _removal(run, folders, notes, elsewhere)
     from tundish.export.registry import version_of
 
@@ -137,10 +137,10 @@ def _plan_one(paths: RunFolder, local: bool) -> Removal:
         name = run.submitted_config.registered_name
         version, there = version_of(client, name, tracking.run_id), _is_active(client, tracking.run_id)
     if version:
-        notes.append(f"{name} version {version} stays, and with it the MLflow run that it was logged in.")
+        notes.append(f"{name} version {version} is kept, and with it the MLflow run that it was logged in.")
         return _removal(run, folders, notes, elsewhere)
     if there:
-        notes.append("Its MLflow run is deleted too: MLflow keeps it in its trash until `mlflow gc`.")
+        notes.append("Its MLflow run is deleted too; MLflow can restore it until `mlflow gc`.")
     for artifacts in mlflow_artifacts_dir().glob(f"*/{tracking.run_id}"):
         folders.insert(0, artifacts)
     return _removal(run, folders, notes, elsewhere, tracking if there else None)
@@ -166,41 +166,41 @@ def _removal(
     )
 
 
-def _known(paths: RunFolder) -> tuple[RunRecord, Tracking | None]:
-    """The run, damaged or not, and what can be read of where it is in MLflow."""
+def _known(run_folder: RunFolder) -> tuple[RunRecord, Tracking | None]:
+    """The run, damaged or not, and where it is in MLflow if that can be read."""
     try:
-        run = read_run(paths.folder.name)
+        run = read_run(run_folder.folder.name)
     except RunDamagedError as error:
-        run = damaged_run(paths.folder.name, error)
+        run = damaged_run(run_folder.folder.name, error)
     try:
-        return run, paths.read_tracking()
+        return run, run_folder.read_tracking()
     except RunDamagedError:
         return run, None
 
 
-def _refuse_going_on(paths: RunFolder) -> None:
-    """Raise a RequestError where something of the run goes on."""
-    name = paths.folder.name
+def _refuse_active(run_folder: RunFolder) -> None:
+    """Raise a RequestError if the run or a process of it is still active."""
+    name = run_folder.folder.name
     try:
-        run, said = read_run(name), paths.read_events()[-1].type
-        ended = run.status.is_terminal()
-        at_rest = ended and (said in TERMINAL_TYPES or _has_no_process(paths))
+        ended = read_run(name).status.is_terminal()
+        # Without a terminal event its supervisor was killed, and processes of a stage may have survived it.
+        active = not ended or (run_folder.read_events()[-1].type not in TERMINAL_TYPES and _has_process(run_folder))
     except RunDamagedError:
-        at_rest = not is_held(paths.lock) and _has_no_process(paths)
-    if not at_rest:
-        raise RequestError(f"{name} has not ended. `tundish cancel {name}` stops it; then remove it.")
+        active = is_held(run_folder.lock) or _has_process(run_folder)
+    if active:
+        raise RequestError(f"{name} is still active. Stop it with `tundish cancel {name}`, then remove it.")
 
 
-def _has_no_process(paths: RunFolder) -> bool:
-    return not paths.processes()
+def _has_process(run_folder: RunFolder) -> bool:
+    return bool(run_folder.processes())
 
 
 def _refuse_needed(name: str, save_folder: str) -> None:
-    """Raise a RequestError where a run that goes on begins with the run's weights."""
+    """Raise a RequestError if an active run starts from a checkpoint of this one."""
     for other in _all_runs():
-        begins = (other.custom_weights_path or "").startswith(f"{save_folder}/")
-        if begins and other.name != name and not other.status.is_terminal():
-            raise RequestError(f"{other.name} begins with a checkpoint of {name}. Wait for its end.")
+        starts_from_it = (other.custom_weights_path or "").startswith(f"{save_folder}/")
+        if starts_from_it and other.name != name and not other.status.is_terminal():
+            raise RequestError(f"{other.name} starts from a checkpoint of {name}. Wait until it ends, or cancel it.")
 
 
 def _all_runs() -> Iterator[RunRecord]:
@@ -222,7 +222,7 @@ def _is_active(client: Any, run_id: str) -> bool:
 
 @contextmanager
 def _asking(tracking: Tracking) -> Iterator[Any]:
-    """A client of the run's store; what it says becomes a RequestError."""
+    """A client of the run's store, whose errors become RequestErrors."""
     try:
         client = open_client(tracking.tracking_uri, tracking.registry_uri or tracking.tracking_uri)
         with told(tracking.tracking_uri), quiet(), impatient():
@@ -230,12 +230,12 @@ def _asking(tracking: Tracking) -> Iterator[Any]:
     except StoreError as error:
         raise RequestError(
             f"MLflow does not answer for run {tracking.run_id}: {error.message} "
-            "--local removes only what is on this machine."
+            "Use --local to remove only what is on this machine."
         ) from error
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, and what is left of it from a removal that was interrupted."""
+    """Remove a folder, and what an interrupted removal has left of it."""
     if os.path.lexists(folder):
         remove_at_once([folder])
     shutil.rmtree(hidden(folder), ignore_errors=True)

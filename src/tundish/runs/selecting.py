@@ -1,4 +1,4 @@
-"""Which runs a call means: by name or object, by filter."""
+"""Which runs a call means: by name, by object, or by filter."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ from tundish.runs.records import RunRecord, RunStatus
 log = logging.getLogger(__name__)
 
 CANDIDATES = 8
-"""Of the runs that a beginning may mean, told at most."""
+"""How many runs a message lists at most."""
 DATE_FORMATS = [
     date + time
     for date in ("%Y-%m-%d", "%m-%d-%Y", "%Y/%m/%d", "%m/%d/%Y")
@@ -30,56 +30,57 @@ def name_of(training_run: object) -> str:
     """The run's name.
 
     Raises:
-        RequestError: it is neither a name nor a run.
+        RequestError: it is neither a name nor a run object.
     """
     if isinstance(training_run, RunRecord):
         return training_run.name
     if isinstance(training_run, str):
         return training_run
-    raise RequestError(f"found {type(training_run).__name__}; a run is given by its name or as a TrainingRun.")
+    raise RequestError(f"a run must be given as its name or a TrainingRun, not as {type(training_run).__name__}.")
 
 
 LAST = "@last"
 
 
-def named(given: str) -> str:
-    """The name of the run that somebody means at a terminal: by its name, its first letters, or `@last`, the newest.
+def named(text: str) -> str:
+    """The name of the run that a user means on the command line: its name, its first letters, or `@last` (the newest).
 
-    Only there: a program that asks for a run by name must not get another one because the first is gone.
+    The Python API takes whole names only: a program must not get another run because the one it names was removed.
 
     Raises:
         RunNotFoundError: there is none.
-        RequestError: there are several that begin so.
+        RequestError: several runs begin with these letters.
     """
-    if given == LAST:
+    if text == LAST:
         newest = _newest_first(None)
         if not newest:
             raise RunNotFoundError(
-                f"there is no run yet in {runs_dir()}. `tundish create --help` shows how to start one."
+                f"there are no runs yet in {runs_dir()}. `tundish create --help` shows how to start one."
             )
         return newest[0]
     names = set(run_names())
-    near = [given] if given in names else sorted(name for name in names if given and name.startswith(given))
-    if len(near) > 1:
-        shown = ", ".join(near[:CANDIDATES]) + (f" and {len(near) - CANDIDATES} more" if len(near) > CANDIDATES else "")
-        raise RequestError(f"{given!r} is the beginning of {len(near)} runs: {shown}. Give more letters.")
-    return near[0] if near else find_run(given).folder.name
+    matches = [text] if text in names else sorted(name for name in names if text and name.startswith(text))
+    if len(matches) > 1:
+        more = f" and {len(matches) - CANDIDATES} more" if len(matches) > CANDIDATES else ""
+        shown = ", ".join(matches[:CANDIDATES]) + more
+        raise RequestError(f"{len(matches)} runs begin with {text!r}: {shown}. Give more letters.")
+    return matches[0] if matches else find_run(text).folder.name
 
 
-def all_named(given: Iterable[str], *, exactly: bool = False) -> list[str]:
-    """The names of several runs; where one is not found, all such are told.
+def all_named(texts: Iterable[str], *, exactly: bool = False) -> list[str]:
+    """The names of several runs; all that are not found are reported together.
 
     Args:
-        given: as for `named`.
-        exactly: only whole names count.
+        texts: as for `named`.
+        exactly: accept whole names only.
 
     Raises:
-        RunNotFoundError: there is none of a name, or several begin so.
+        RunNotFoundError: a run does not exist, or several begin with the same letters.
     """
     names, problems = list[str](), list[str]()
-    for each in given:
+    for text in texts:
         try:
-            names.append(find_run(each).folder.name if exactly else named(each))
+            names.append(find_run(text).folder.name if exactly else named(text))
         except (RunNotFoundError, RequestError) as error:
             problems.append(error.message)
     if problems:
@@ -87,14 +88,14 @@ def all_named(given: Iterable[str], *, exactly: bool = False) -> list[str]:
     return names
 
 
-def named_or_address(given: str) -> str:
-    """The same, where a checkpoint's path or URI may be meant too."""
-    return given if "/" in given or Path(given).exists() else named(given)
+def named_or_address(text: str) -> str:
+    """Like `named`, but paths and URIs of checkpoints are returned as they are."""
+    return text if "/" in text or Path(text).exists() else named(text)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Filter:
-    """What a run must be to be listed; None = anything."""
+    """Conditions that a run must meet; None accepts every run."""
 
     names: set[str] | None = None
     experiment_id: str | None = None
@@ -113,7 +114,7 @@ class Filter:
         before: str | datetime | None,
         after: str | datetime | None,
     ) -> "Filter":
-        """The filter that the arguments of `list()` mean."""
+        """The filter that the arguments of `list()` describe."""
         return cls(
             names=names,
             experiment_id=experiment_id,
@@ -123,10 +124,10 @@ class Filter:
             after=parse_time("after", after),
         )
 
-    def takes(self, run: RunRecord) -> bool:
-        """Whether the run is wanted."""
+    def matches(self, run: RunRecord) -> bool:
+        """Whether a run meets all conditions."""
         created = run.created_at
-        if created is None:  # it is damaged: neither its user nor its time are known
+        if created is None:  # damaged: its user, time and experiment are unknown
             known = self.users is None and self.before is None and self.after is None and self.experiment_id is None
             return known and (self.statuses is None or run.status in self.statuses)
         return (
@@ -138,78 +139,79 @@ class Filter:
         )
 
 
-def parse_status(given: str | RunStatus) -> RunStatus:
-    """The status of that name, in any case.
+def parse_status(status: str | RunStatus) -> RunStatus:
+    """Read a status, in upper or lower case.
 
     Raises:
-        SpecError: there is none; the list would be empty, as if there were no such run.
+        SpecError: it is unknown; the list would be empty, as if no run had it.
     """
-    if isinstance(given, RunStatus):
-        return given
-    known = [status.value for status in RunStatus]
-    if given.upper() not in known:
-        near = did_you_mean(given.upper(), known)
-        raise SpecError(f"status: found {given!r}; allowed is {', '.join(known)}.{near}")
-    return RunStatus(given.upper())
+    if isinstance(status, RunStatus):
+        return status
+    known = [known.value for known in RunStatus]
+    if status.upper() not in known:
+        near = did_you_mean(status.upper(), known)
+        raise SpecError(f"status must be one of {', '.join(known)}, not {status!r}.{near}")
+    return RunStatus(status.upper())
 
 
-def parse_time(argument: str, given: str | datetime | None) -> datetime | None:
-    """A time with zone; text without one is local time.
+def parse_time(argument: str, value: str | datetime | None) -> datetime | None:
+    """Read a time; one without a time zone is local time.
 
     Raises:
-        SpecError: the text is no date.
+        SpecError: the text is not a date.
     """
-    if given is None or isinstance(given, datetime):
-        return given.astimezone() if given else None
+    if value is None or isinstance(value, datetime):
+        return value.astimezone() if value else None
     for form in DATE_FORMATS:
         try:
-            return datetime.strptime(given, form).astimezone()
+            return datetime.strptime(value, form).astimezone()
         except ValueError:
             continue
     try:
-        return datetime.fromisoformat(given).astimezone()
+        return datetime.fromisoformat(value).astimezone()
     except ValueError:
-        text = f"{argument}: found {given!r}; allowed is a datetime, or text like '2026-11-21' or '11-21-2026 14:30'."
+        text = f"{argument} must be a datetime, or text like '2026-11-21' or '11-21-2026 14:30', not {value!r}."
         raise SpecError(text) from None
 
 
-def select(wanted: Filter, *, limit: int | None = None, include_details: bool = True) -> list[RunRecord]:
-    """The wanted runs, newest first."""
-    found: list[RunRecord] = []
-    for name in _newest_first(wanted.names):
-        if limit is not None and len(found) >= limit:
+def select(condition: Filter, *, limit: int | None = None, include_details: bool = True) -> list[RunRecord]:
+    """The runs that match, newest first; `limit` of them at most."""
+    runs: list[RunRecord] = []
+    for name in _newest_first(condition.names):
+        if limit is not None and len(runs) >= limit:
             break
         try:
             run = read_run(name)
         except RunNotFoundError:
-            continue  # removed meanwhile
+            continue  # removed in the meantime
         except RunDamagedError as error:
             run = damaged_run(name, error)
-            if not wanted.takes(run):
-                log.warning("The filter left out a damaged run: %s", error.message)
-        if wanted.takes(run):
-            found.append(run if include_details else replace(run, events=None, submitted_config=None))
-    return found
+            if not condition.matches(run):
+                log.warning("Skipped a damaged run that the filter cannot judge: %s", error.message)
+        if condition.matches(run):
+            runs.append(run if include_details else replace(run, events=None, submitted_config=None))
+    return runs
 
 
 def _newest_first(names: set[str] | None) -> list[str]:
-    """The runs' names, those given or all, by when their specs were written: the last file that `create()` writes."""
-    root, spec, made = f"{runs_dir()}/", f"/{RunFolder(runs_dir()).spec.name}", dict[str, int]()
+    """Names of runs, these or all, by the time of their spec: the last file that `create()` writes."""
+    # Strings, not Paths: there may be tens of thousands of runs.
+    root, spec, created = f"{runs_dir()}/", f"/{RunFolder(runs_dir()).spec.name}", dict[str, int]()
     for name in run_names() if names is None else names.intersection(run_names()):
         try:
-            made[name] = os.stat(f"{root}{name}{spec}").st_mtime_ns
+            created[name] = os.stat(f"{root}{name}{spec}").st_mtime_ns
         except OSError:
-            with contextlib.suppress(OSError):  # damaged, or removed meanwhile
-                made[name] = os.lstat(f"{root}{name}").st_mtime_ns
-    return sorted(made, key=lambda name: made[name], reverse=True)
+            with contextlib.suppress(OSError):  # damaged, or removed in the meantime
+                created[name] = os.lstat(f"{root}{name}").st_mtime_ns
+    return sorted(created, key=lambda name: created[name], reverse=True)
 
 
 def checkpoints(name: str) -> list[str]:
-    """Full paths, or URIs, of the run's complete checkpoints, oldest first.
+    """Full paths or URIs of a run's complete checkpoints, oldest first.
 
     Raises:
         RunNotFoundError: there is no such run.
-        RunDamagedError: its folder does not say where they are.
-        CheckpointError: they are on another machine that cannot be asked.
+        RunDamagedError: the file that says where they are is damaged.
+        CheckpointError: they are in an object store that cannot be reached.
     """
     return SaveFolder(find_run(name).read_tracking().save_folder).list()
