@@ -57,6 +57,6 @@ def test_an_example_is_written_once_and_never_over_somebodys_files(tmp_path: Pat
     train, evaluation = (path.read_text().splitlines() for path in made[1:3])
     assert (len(train), len(evaluation)) == (2000, 100) and not set(train) & set(evaluation)
     (tmp_path / "train.jsonl").write_text("mine")
-    with pytest.raises(SpecError, match=r"train\.jsonl already there"):
+    with pytest.raises(SpecError, match=r"train\.jsonl already exists"):
         tiny.write_example(tmp_path)
     assert (tmp_path / "train.jsonl").read_text() == "mine" and not (tmp_path / "my-model").exists()

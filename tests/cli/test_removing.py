@@ -40,7 +40,7 @@ def test_a_run_is_removed_after_a_yes(
     assert main(["rm", "cha", "--local"]) == code
     shown = capsys.readouterr().out
     assert asked[0].startswith("Remove 1 run, 5") and asked[0].endswith(" kB? [y/N] ")
-    assert "Its MLflow run id-of-chat-1 stays." in shown and ("Removed chat-1" in shown) == (code == 0)
+    assert "Its MLflow run id-of-chat-1 is kept." in shown and ("Removed chat-1" in shown) == (code == 0)
     assert run.folder.exists() == (code == 1)
 
 

@@ -51,7 +51,7 @@ def test_a_log_that_is_not_there_is_told_with_those_that_are(run: RunFolder, cap
     for options, found in ((["--stage", "tain"], "of tain"), (["--rank", "7"], "of train-rank7")):
         assert main(["logs", "chat-1", *options]) == 2
         shown = capsys.readouterr().err
-        assert f"no log {found}; it has prepare, supervisor, train, train-rank1." in shown and "Did you mean" in shown
+        assert f"no log {found}; it has logs of prepare, supervisor, train, train-rank1." in shown and "Did you mean" in shown
     assert main(["logs", "chat-1", "--lines", "0"]) == 2
     assert main(["logs", "chat-1", "--rank", "-1"]) == 2
 
@@ -118,7 +118,7 @@ def test_metrics_are_shown_drawn_and_given_as_json(
     picture = tmp_path / "loss.png"
     assert main(["metrics", "chat-1", "--plot", str(picture)]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert shown[1].split() == ["loss/train/total", "3", "2", "3", "1.5"] and shown[2] == f"Losses drawn: {picture}"
+    assert shown[1].split() == ["loss/train/total", "3", "2", "3", "1.5"] and shown[2] == f"Plot: {picture}"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main(["metrics", "chat-1", "--key", "loss/train/total", "--json"]) == 0
     assert [point["value"] for point in json.loads(capsys.readouterr().out)] == [3.0, 2.0, 1.5]

@@ -51,7 +51,7 @@ def test_what_no_run_needs_goes_with_its_size_told_before(home: Path, make_run: 
     found, used = cleaning.leftovers()
     assert used == cleaning.tree_bytes(needed) >= 50_000
     assert sum(one.bytes for one in found) == 5 * used
-    assert _clean() == ["download", "draft", cleaning.HALF, cleaning.HALF, "prepared data"]
+    assert _clean() == ["download", "draft", cleaning.INCOMPLETE, cleaning.INCOMPLETE, "prepared data"]
     assert needed.exists() and not any(path.exists() for path in (unused, download, half, removed, draft))
     assert cleaning.leftovers()[0] == []
 

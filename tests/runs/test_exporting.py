@@ -99,7 +99,7 @@ def test_a_checkpoint_that_no_run_has_made_needs_its_model(
     foreign = tmp_path / "theirs" / "ep1-ba10"
     shutil.copytree(Path(run.read_tracking().save_folder) / "ep1-ba10", foreign)
     (foreign / "manifest.json").unlink()
-    with pytest.raises(SpecError, match=r"no run of this machine has made it.*Give --model"):
+    with pytest.raises(SpecError, match=r"was not made by a run of this machine.*Give --model"):
         find_exportable(str(foreign))
     assert main(["export", str(foreign), "--model", str(tiny_model), "--out", str(tmp_path / "out")]) == 0
     assert "ep1-ba10 of theirs" in capsys.readouterr().out and _value(tmp_path / "out")[1] == 0.75
@@ -110,7 +110,7 @@ def test_what_is_not_there_is_told(make_run: MakeRun, tmp_path: Path, tiny_model
     make_run("ift-2", ("CREATED", "waits"))
     with pytest.raises(RunNotFoundError, match="Did you mean ift-2"):
         find_exportable("ift-22")
-    with pytest.raises(CheckpointError, match="ift-2: has no complete checkpoint yet"):
+    with pytest.raises(CheckpointError, match="ift-2 has no complete checkpoint yet"):
         find_exportable("ift-2")
     with pytest.raises(SpecError, match="there is nothing there"):
         find_exportable(f"{tmp_path}/none/ep1-ba1", str(tiny_model))
@@ -130,7 +130,7 @@ def test_verifying_reads_every_byte(run: RunFolder, capsys: Capture) -> None:
     shard.write_bytes(content)
     assert main(["checkpoints", str(folder), "--verify"]) == 1
     shown = capsys.readouterr().out
-    assert f"ep0-ba5: DAMAGED, {_size(folder / 'ep0-ba5'):,} bytes (SHA-256 of its manifest)" in shown
+    assert f"ep0-ba5: DAMAGED, {_size(folder / 'ep0-ba5'):,} bytes (by SHA-256 from the manifest)" in shown
     assert f"{shard}: its content is not what was written (SHA-256 differs)." in shown and "ep1-ba10: OK" in shown
     # Without a manifest, the checksums of the tensors are left.
     (shard.parent / "manifest.json").unlink()

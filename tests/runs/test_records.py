@@ -179,7 +179,9 @@ def test_lists_can_be_changed() -> None:
 def test_a_status_is_compared_with_statuses_only() -> None:
     """`run.status < "COMPLETED"` would be an answer, and a wrong one."""
     assert RunStatus.order[0] is RunStatus.FAILED and RunStatus.order[-1] is RunStatus.UNKNOWN
-    with pytest.raises(TypeError, match="found 'COMPLETED'; a status is compared with a RunStatus"):
+    with pytest.raises(
+        TypeError, match="a RunStatus can only be compared with another RunStatus, not with 'COMPLETED'"
+    ):
         assert RunStatus.RUNNING < "COMPLETED"  # pyright: ignore[reportOperatorIssue]
 
 

@@ -65,7 +65,7 @@ def test_a_registered_version_stays_and_so_does_what_it_is_read_from(make_run: M
     client.create_registered_model("main.lab.chat-1")
     client.create_model_version("main.lab.chat-1", model.as_uri(), run_id=tracking.run_id)
     (plan,) = removing.plan(["chat-1"])
-    assert plan.notes == ["main.lab.chat-1 version 1 stays, and with it the MLflow run that it was logged in."]
+    assert plan.notes == ["main.lab.chat-1 version 1 is kept, and with it the MLflow run that it was logged in."]
     removing.remove(plan)
     assert client.get_run(tracking.run_id).info.lifecycle_stage == "active" and model.exists()
     assert client.get_model_version("main.lab.chat-1", "1").run_id == tracking.run_id
@@ -76,7 +76,9 @@ def test_a_run_that_goes_on_is_not_removed(make_run: MakeRun) -> None:
     """Its processes would write into nothing; all that is in the way must be told at once."""
     for name in ("chat-1", "chat-2"):  # just created: its supervisor is about to start
         events.append(make_run(name).events, "CREATED", "waits")
-    with pytest.raises(RequestError, match=r"chat-1 has not ended. `tundish cancel chat-1` .*chat-2 has not ended"):
+    with pytest.raises(
+        RequestError, match=r"chat-1 is still active. Stop it with `tundish cancel chat-1`.*chat-2 is still active"
+    ):
         removing.plan(["chat-1", "chat-2"], local=True)
 
 
@@ -85,7 +87,7 @@ def test_a_run_that_is_resumed_meanwhile_stays(make_run: MakeRun) -> None:
     paths = make_run("chat-1", *ENDED)
     (plan,) = removing.plan(["chat-1"], local=True)
     events.append(paths.events, "REQUEUED", "Run resumed by user.")
-    with pytest.raises(RequestError, match="chat-1 has not ended"):
+    with pytest.raises(RequestError, match="chat-1 is still active"):
         removing.remove(plan)
     assert paths.spec.exists()
 
@@ -96,7 +98,7 @@ def test_checkpoints_that_another_run_begins_with_stay(make_run: MakeRun) -> Non
     checkpoint = f"{paths.read_tracking().save_folder}/ep1-ba2"
     user = make_run("chat-2", custom_weights_path=checkpoint)
     events.append(user.events, "CREATED", "waits")
-    with pytest.raises(RequestError, match="chat-2 begins with a checkpoint of chat-1"):
+    with pytest.raises(RequestError, match="chat-2 starts from a checkpoint of chat-1"):
         removing.plan(["chat-1"], local=True)
     events.append(user.events, "COMPLETED", "done")
     assert removing.plan(["chat-1"], local=True)
@@ -112,8 +114,10 @@ def test_a_damaged_run_can_be_removed(make_run: MakeRun, broken: str, local: boo
     file.write_text('{"cut": ')
     (plan,) = removing.plan(["chat-1"], local=local)
     assert plan.status == "DAMAGED" and plan.mlflow is None
-    assert ("cannot be read: they stay" in " ".join(plan.notes)) == (broken == "tracking")
-    with locked(paths.lock), pytest.raises(RequestError, match="has not ended"):
+    assert ("are kept: the file that says where they are cannot be read" in " ".join(plan.notes)) == (
+        broken == "tracking"
+    )
+    with locked(paths.lock), pytest.raises(RequestError, match="is still active"):
         removing.remove(plan)
     removing.remove(plan)
     assert not paths.folder.exists()
@@ -126,7 +130,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(make_run: MakeRun, tmp_path: Pa
     content = {field: getattr(paths.read_tracking(), field) for field in Tracking.__slots__}
     Tracking(**content | {"save_folder": str(mine)}).write(paths)
     (plan,) = removing.plan(["chat-1"], local=True)
-    assert plan.notes[0] == f"Its checkpoints stay: {mine} is not a folder that tundish makes."
+    assert plan.notes[0] == f"Its checkpoints are kept: {mine} is not a folder that tundish created."
     removing.remove(plan)
     assert mine.exists() and not paths.folder.exists()
 
@@ -139,11 +143,11 @@ def test_a_store_that_is_away_keeps_the_run_unless_it_is_not_asked(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     content = {field: getattr(paths.read_tracking(), field) for field in Tracking.__slots__}
     Tracking(**content | {"tracking_uri": "http://127.0.0.1:9"}).write(paths)
-    with pytest.raises(RequestError, match=r"does not answer for run id-of-chat-1: .*--local removes only"):
+    with pytest.raises(RequestError, match=r"does not answer for run id-of-chat-1: .*Use --local to remove only"):
         removing.plan(["chat-1"])
     assert paths.spec.exists()
     (plan,) = removing.plan(["chat-1"], local=True)
-    assert plan.notes == ["Its MLflow run id-of-chat-1 stays."]
+    assert plan.notes == ["Its MLflow run id-of-chat-1 is kept."]
     removing.remove(plan)
     assert not paths.folder.exists()
 

@@ -90,11 +90,11 @@ def test_names_and_addresses_of_hosts_are_taken(arguments: dict[str, Any], addre
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        (["--master-addr=10.0.0.1"], "--master-addr is of no use without --launch"),
-        (["--master-port=1"], "--master-port is of no use without --launch"),
-        (["--out=x"], "--out is of no use without --launch"),
+        (["--master-addr=10.0.0.1"], "--master-addr has no effect without --launch"),
+        (["--master-port=1"], "--master-port has no effect without --launch"),
+        (["--out=x"], "--out has no effect without --launch"),
         (["--launch", "--master-addr=10.0.0.1"], "--master-addr is of no use without several --nodes"),
-        (["--launch", "--master-port=70000"], "--master-port: found 70000; allowed is a number from 1 to 65535"),
+        (["--launch", "--master-port=70000"], "--master-port must be from 1 to 65535, not 70000"),
     ],
 )
 def test_options_without_use_are_refused(
