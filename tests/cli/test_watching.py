@@ -123,5 +123,5 @@ def test_metrics_are_shown_drawn_and_given_as_json(
     assert main(["metrics", "chat-1", "--key", "loss/train/total", "--json"]) == 0
     assert [point["value"] for point in json.loads(capsys.readouterr().out)] == [3.0, 2.0, 1.5]
     assert main(["metrics", "chat-1", "--plot", str(tmp_path / "loss.foo")]) == 2
-    assert "ends in .png or .svg" in capsys.readouterr().err
+    assert "end in one of .png, .svg" in capsys.readouterr().err
     assert main(["metrics", "chat-1", "--key", "loss"]) == 2

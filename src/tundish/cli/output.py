@@ -58,7 +58,7 @@ def new_file(option: str, given: str | None, kinds: Sequence[str] = ()) -> Path 
     if file.is_dir() or not os.access(file.parent, os.W_OK):
         raise SpecError(f"{option}: {file} is not writable. Choose a file in a folder that you can write to.")
     if kinds and file.suffix.lower() not in kinds:
-        raise SpecError(f"{option} must end in {' or '.join(kinds)}, not {given!r}.")
+        raise SpecError(f"{option} must end in one of {', '.join(kinds)}, not {given!r}.")
     return file
 
 
