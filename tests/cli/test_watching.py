@@ -51,7 +51,10 @@ def test_a_log_that_is_not_there_is_told_with_those_that_are(run: RunFolder, cap
     for options, found in ((["--stage", "tain"], "of tain"), (["--rank", "7"], "of train-rank7")):
         assert main(["logs", "chat-1", *options]) == 2
         shown = capsys.readouterr().err
-        assert f"no log {found}; it has logs of prepare, supervisor, train, train-rank1." in shown and "Did you mean" in shown
+        assert (
+            f"no log {found}; it has logs of prepare, supervisor, train, train-rank1." in shown
+            and "Did you mean" in shown
+        )
     assert main(["logs", "chat-1", "--lines", "0"]) == 2
     assert main(["logs", "chat-1", "--rank", "-1"]) == 2
 
