@@ -207,7 +207,7 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C while waiting for a run that was started; the run continues."""
 
     def __init__(self, run_name: str) -> None:
-        super().__init__(f"Run {run_name} goes on.")
+        super().__init__(f"Run {run_name} continues.")
         self.run_name = run_name
 
 
