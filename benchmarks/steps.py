@@ -51,7 +51,7 @@ def _speeds(clock: Any, skip: int) -> Facts:
 def _trainer(file: str) -> Any:
     from omegaconf import OmegaConf
 
-    from tundish.train.__main__ import build_trainer
+    from tundish.train.trainer import build_trainer
 
     return build_trainer(OmegaConf.load(file))  # pyright: ignore[reportArgumentType]
 

@@ -54,7 +54,7 @@ def test_a_host_that_is_cut_off_ends_the_other_which_goes_on_alone(
     started = [event.message for event in events.read(out / "events.jsonl") if event.type == "TRAIN_STARTED"]
     assert started == [
         "Training started on 2 device(s).",
-        f"Training started on 1 device(s). It goes on from batch {newest}.",
+        f"Training started on 1 device(s). It resumes from batch {newest}.",
     ]
 
 

@@ -81,8 +81,8 @@ def test_a_run_survives_the_death_of_all_its_processes(
     assert done.status.display_name == "Completed", done.details
 
     messages = [event.message for event in fm.get_events(run) if event.type == "TRAIN_STARTED"]
-    assert len(messages) == 3 and "goes on from batch" not in messages[0]
-    assert all("goes on from batch" in message for message in messages[1:])
+    assert len(messages) == 3 and "resumes from batch" not in messages[0]
+    assert all("resumes from batch" in message for message in messages[1:])
     assert _count(run, "DATA_VALIDATED") == 1, "what was done is not done again"
     assert "Registered as version 1 of main.lab." in str(done.details)
     assert not _ranks(paths)
@@ -108,7 +108,7 @@ def _train_longer(run: TrainingRun) -> None:
     assert done.status.display_name == "Completed", done.details
     assert done.training_duration == "125ba" and f"Registered as version 2 of {name}." in str(done.details)
     started = [event.message for event in fm.get_events(run) if event.type == "TRAIN_STARTED"]
-    assert started[-1].endswith("It goes on from batch 120.")
+    assert started[-1].endswith("It resumes from batch 120.")
     assert fm.get_checkpoints(run)[-1].endswith("-ba125")
     second = tensors(paths.export)
     assert first.keys() == second.keys() and any(not first[key].equal(second[key]) for key in first)

@@ -100,7 +100,7 @@ def test_a_run_survives_kills_of_all_ranks_at_any_moment(
                 os.kill(pid, signal.SIGKILL)
         codes = ranks.wait(tmp_path / f"{attempt} out").codes
         assert set(codes) <= {0, -signal.SIGKILL}, codes
-    assert any("goes on from batch" in event.message for event in read(file.parent / "events.jsonl"))
+    assert any("resumes from batch" in event.message for event in read(file.parent / "events.jsonl"))
     last = ranks.train(file, 2, tmp_path / "last")
     assert last.ok, last.log[-3000:]
     assert last.losses == {at: loss for at, loss in expected.losses.items() if at in last.losses}

@@ -77,8 +77,8 @@ TAMPERED: dict[str, tuple[Callable[[Path, Path], None], str]] = {
         _entry("state.algorithms", _algorithms),
         "was trained with the algorithms ['GatedLinearUnits'], this run has []",
     ),
-    "a text for the batch": (_entry(BATCH, lambda _: "many"), "cannot be gone on from"),
-    "a text for the random state": (_entry("rng.0.python", lambda _: "x"), "cannot be gone on from"),
+    "a text for the batch": (_entry(BATCH, lambda _: "many"), "cannot be resumed"),
+    "a text for the random state": (_entry("rng.0.python", lambda _: "x"), "cannot be resumed"),
 }
 
 

@@ -1,4 +1,4 @@
-"""What keeps packed samples from seeing each other, in the form that each attention takes."""
+"""The mask that keeps packed samples from attending to each other, in the form that each attention takes."""
 
 import torch
 
@@ -9,10 +9,10 @@ def attention_mask(segment_ids: torch.Tensor, attention: str, sliding_window: in
     Args:
         segment_ids: int64 [B, T]; 1, 2, … for the samples of a row, 0 for padding.
         attention: `sdpa` and `eager` take a float mask [B, 1, T, T] that is added to the scores; `flex_attention`
-            takes the segment ids themselves; `flash_attention_2` finds the samples by their restarted positions and
-            must be given no mask.
-        sliding_window: tokens that a token sees, itself included; None = all. A mask of ours takes the place of
-            transformers' own, which would have it.
+            takes the segment ids themselves; `flash_attention_2` takes no mask and finds the samples by their restarted
+            positions.
+        sliding_window: how many tokens a token sees, itself included; None = all. It must be in this mask, which
+            replaces transformers' own.
 
     Raises:
         ValueError: packed samples cannot be isolated in this attention.
@@ -23,13 +23,13 @@ def attention_mask(segment_ids: torch.Tensor, attention: str, sliding_window: in
         return segment_ids
     if attention not in ("sdpa", "eager"):
         raise ValueError(
-            f"model.attn_implementation: found {attention!r}, which cannot isolate packed samples; "
-            "allowed are sdpa, eager, flex_attention and flash_attention_2."
+            f"model.attn_implementation must be sdpa, eager, flex_attention or flash_attention_2, not {attention!r}, "
+            "which cannot isolate packed samples."
         )
     position = torch.arange(segment_ids.shape[1], device=segment_ids.device)
     distance = position[:, None] - position[None, :]
     near = (distance >= 0) & (distance < (sliding_window or len(position)))
-    # Padding looks at padding, so that no row of the softmax is empty.
+    # Padding attends to padding: a row of the softmax with nothing in it would be NaN.
     allowed = (near & (segment_ids[:, :, None] == segment_ids[:, None, :]))[:, None]
     mask = torch.zeros(allowed.shape, device=segment_ids.device)
     return mask.masked_fill_(~allowed, torch.finfo(torch.float32).min)

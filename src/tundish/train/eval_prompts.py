@@ -1,7 +1,7 @@
-"""What the model says to the eval prompts at every checkpoint, logged to MLflow with its step.
+"""The model's answers to the eval prompts at every checkpoint, logged to MLflow with their step.
 
 Composer's own `Generate` logs no step and leaves the tokenizer changed when generation fails. This one leaves
-training as it found it: mode, random state and tokenizer.
+training unchanged: mode, random state and tokenizer.
 """
 
 import dataclasses
@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from composer import Logger, State
+from composer import Callback, Logger, State
+from composer.callbacks import CheckpointSaver
 from composer.core import get_precision_context
 from composer.utils import dist, reproducibility
 from torch.distributed.fsdp import FSDPModule
 
 from tundish.plan.spec import ANSWER_TOKENS
-from tundish.train.at_checkpoints import AtCheckpoints
 from tundish.train.saver import checkpoint_name
 
 log = logging.getLogger(__name__)
@@ -26,30 +26,48 @@ log = logging.getLogger(__name__)
 GENERATION = {"max_new_tokens": ANSWER_TOKENS, "do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 0.95}
 """The managed service's settings."""
 SEED = 17
-NO_ANSWER = "[not answered: the prompts before took all the time]"
+NO_ANSWER = "[not answered: earlier prompts took all the time]"
 
 
-class EvalPrompts(AtCheckpoints):
-    """Registered with LLM Foundry as the callback `tundish_eval_prompts`.
+class EvalPrompts(Callback):
+    """Registered with LLM Foundry as the callback `tundish_eval_prompts`; works with Composer's saver as well.
 
     Args:
-        prompts: texts to go on from.
-        max_seconds: for all of them together at one checkpoint: weights that are spread over many devices are gathered
-            for every token. What is not answered by then says so, and training goes on.
+        prompts: texts to continue.
+        max_seconds: for all prompts together at one checkpoint. Weights that are spread over many devices are gathered
+            for every token, which may take long; later prompts get NO_ANSWER, and training continues.
     """
 
     def __init__(self, prompts: Sequence[str] = (), max_seconds: float = 300) -> None:
-        super().__init__()
         self.prompts, self.max_seconds = list(prompts), max_seconds
+        self._answered_batch: int | None = None
+        """The latest batch whose checkpoint was answered for."""
 
-    def at_checkpoint(self, state: State, logger: Logger) -> None:
-        """Generate on every rank (a sharded model needs all of them), log from rank 0."""
-        if not self.prompts:
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Move behind the saver, which LLM Foundry sorts to the end."""
+        state.callbacks = [callback for callback in state.callbacks if callback is not self] + [self]
+        if int(state.timestamp.batch):
+            self._answered_batch = int(state.timestamp.batch)  # before the run was killed
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Answer where the saver has just saved this batch."""
+        self._answer_if_saved(state, logger)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Answer where the saver has just saved this batch."""
+        self._answer_if_saved(state, logger)
+
+    def _answer_if_saved(self, state: State, logger: Logger) -> None:
+        saver = next((callback for callback in state.callbacks if isinstance(callback, CheckpointSaver)), None)
+        batch = int(state.timestamp.batch)
+        if not self.prompts or saver is None or saver.last_checkpoint_batch != batch or self._answered_batch == batch:
             return
+        self._answered_batch = batch
         started = time.monotonic()
+        # On every rank: a sharded model generates on all of them together. Rank 0 logs.
         outputs = generate(state, self.prompts, self.max_seconds)
         name = checkpoint_name(state.timestamp)
-        rows = [[int(state.timestamp.batch), name, *pair] for pair in zip(self.prompts, outputs, strict=True)]
+        rows = [[batch, name, *pair] for pair in zip(self.prompts, outputs, strict=True)]
         # Rows of later checkpoints are appended to the same table.
         logger.log_table(columns=["step", "checkpoint", "prompt", "output"], rows=rows, name="eval_prompts")
         answered = sum(output != NO_ANSWER for output in outputs)
@@ -57,7 +75,7 @@ class EvalPrompts(AtCheckpoints):
 
 
 def generate(state: State, prompts: list[str], max_seconds: float) -> list[str]:
-    """The model's continuation of each prompt, special tokens left out; the same at any world size.
+    """The model's continuation of each prompt, without special tokens; the same at any world size.
 
     An answer that is not complete after `max_seconds` is cut off; later prompts have NO_ANSWER.
     """
@@ -72,7 +90,7 @@ def generate(state: State, prompts: list[str], max_seconds: float) -> list[str]:
             if left <= 0:
                 outputs.append(NO_ANSWER)
                 continue
-            # A prompt that was made by a chat template has the beginning's token already.
+            # A prompt that a chat template made begins with the bos token already.
             begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
             encoded = tokenizer(prompt, add_special_tokens=not begun)["input_ids"]
             ids = state.device.tensor_to_device(torch.tensor([encoded]))
@@ -85,22 +103,22 @@ def generate(state: State, prompts: list[str], max_seconds: float) -> list[str]:
 
 
 def _of_first_rank(seconds: float) -> float:
-    """Every rank must answer the same prompts, and clocks differ."""
-    found = [seconds]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    """Clocks differ, and every rank must answer the same prompts."""
+    shared = [seconds]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 @contextmanager
 def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode and a fixed seed on every rank; mode and random state as before afterwards, whatever happens."""
+    """Evaluation mode and a fixed seed on every rank; restores mode and random state, also after an error."""
     mode, random_state = model.training, reproducibility.get_rng_state()[dist.get_global_rank()]
     config: Any = getattr(model, "config", None)
     attention = getattr(config, "_attn_implementation", None)
     model.eval()
     reproducibility.seed_all(SEED)
     if attention == "flex_attention":
-        # Its block mask is not made for decoding token by token from a cache.
+        # Its block mask does not support decoding token by token from a cache.
         config._attn_implementation = "sdpa"
     try:
         yield
@@ -113,20 +131,19 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _inputs_as_given(model: torch.nn.Module) -> Iterator[None]:
-    """FSDP2 hands each layer copies of its inputs, as another type: what a layer adds to a cache would be lost.
-
-    Nothing else changes: what one layer hands to the next has the type of the parameters already.
-    """
+    """Stop FSDP2 from casting, and so copying, the inputs of each layer."""
+    # What a layer adds to a copy of the cache would be lost. Nothing else changes: what one layer passes to the next
+    # has the type of the parameters already.
     parts: list[Any] = [part for part in model.modules() if isinstance(part, FSDPModule)]
     states: list[Any] = [part._get_fsdp_state() for part in parts]
-    policies = [each._mp_policy for each in states]
-    for each, policy in zip(states, policies, strict=True):
-        each._mp_policy = dataclasses.replace(policy, cast_forward_inputs=False)
+    policies = [state._mp_policy for state in states]
+    for state, policy in zip(states, policies, strict=True):
+        state._mp_policy = dataclasses.replace(policy, cast_forward_inputs=False)
     try:
         yield
     finally:
-        for each, policy in zip(states, policies, strict=True):
-            each._mp_policy = policy
+        for state, policy in zip(states, policies, strict=True):
+            state._mp_policy = policy
 
 
 def _restore(state: dict[str, Any]) -> None:

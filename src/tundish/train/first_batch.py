@@ -1,4 +1,4 @@
-"""The run's first batch as the model sees it, for people: an MLflow artifact with the trained tokens marked."""
+"""The run's first batch as the model sees it: an HTML page in the MLflow artifacts, with trained tokens marked."""
 
 import html
 import logging
@@ -27,7 +27,7 @@ class FirstBatch(Callback):
     """Registered with LLM Foundry as the callback `tundish_first_batch`; rank 0's part of the batch is shown."""
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Only of a run's very first batch; the run's MLflow run is in the environment."""
+        """Write the page, for the very first batch of a run only."""
         if int(state.timestamp.batch) or dist.get_global_rank():
             return
         model: Any = state.model.module if state.is_model_ddp else state.model
@@ -40,14 +40,14 @@ class FirstBatch(Callback):
 
 
 def _upload(text: str, run_id: Any) -> None:
-    """Where nobody sends on what was written to the disk: under the stock `llmfoundry train`."""
+    """Log to MLflow directly: under the stock `llmfoundry train`, nothing uploads what is on the disk."""
     from mlflow import MlflowClient
 
     try:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / NAME).write_text(text, encoding="utf-8")
             MlflowClient().log_artifact(run_id, str(Path(folder) / NAME))
-    except Exception:  # a picture is no reason to lose a run
+    except Exception:  # a missing page must not end the run
         log.warning("The first batch could not be logged to MLflow.", exc_info=True)
 
 

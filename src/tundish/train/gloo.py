@@ -1,4 +1,4 @@
-"""gloo, by which ranks on a CPU talk: the mean of their gradients, and the network between several nodes."""
+"""gloo, the backend between ranks on CPUs: the mean of gradients, and which network the ranks use."""
 
 import os
 import socket
@@ -13,22 +13,21 @@ from torch.distributed import TCPStore
 
 LOOPBACK = "127.0.0.1"
 ANYWHERE = "192.0.2.1"
-"""An address that nobody has (RFC 5737): on the way to it is the default route."""
+"""An address that is assigned to no host (RFC 5737): the way to it is the default route."""
 
 
 class GlooMean(Callback):
-    """FSDP2 asks for the mean of the ranks' gradients; gloo, of PyTorch 2.7, gives their sum and does not say so.
+    """Divides gradients by the world size: FSDP2 asks gloo for their mean, and with PyTorch 2.7 gets the sum."""
 
-    Lion sees only signs, but its momentum would have another scale in a run that goes on with more or fewer ranks.
-    """
+    # Lion uses only signs, but its momentum would have another scale in a run that resumes on more or fewer ranks.
 
     @classmethod
     def where_needed(cls) -> list[Callback]:
-        """The callback, where ranks talk through gloo."""
+        """The callback, where ranks communicate through gloo."""
         return [cls()] if dist.get_world_size() > 1 and torch.distributed.get_backend() == "gloo" else []
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        """All microbatches are done, and the optimizer has not looked yet."""
+        """After the last microbatch and before the optimizer."""
         for group in state.optimizers[0].param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -36,11 +35,13 @@ class GlooMean(Callback):
 
 
 def name_interface() -> None:
-    """Choose the network by which ranks talk: on one machine its loopback, where nobody else can connect.
+    """Choose the network interface between ranks.
 
-    Between several, that by which the first one is reached, where nobody has chosen: gloo asks for the address of this
-    machine's own name, which is often a loopback address; rank 1 then fails at once, and rank 0 waits without end.
+    On one machine it is the loopback, where no other machine can connect; between several, the interface that reaches
+    the first machine, unless GLOO_SOCKET_IFNAME is set.
     """
+    # gloo's own choice is the address of this machine's host name, often a loopback address: rank 1 then fails at once,
+    # and rank 0 waits without end.
     if _one_machine():
         if name := interface_to(LOOPBACK):
             os.environ |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
@@ -49,10 +50,10 @@ def name_interface() -> None:
 
 
 def meet_on_loopback(timeout: float) -> None:
-    """Let several ranks of one machine find each other; PyTorch's own way would listen on every network.
+    """Connect the ranks of one machine on its loopback; PyTorch's own rendezvous listens on every network.
 
     Args:
-        timeout: seconds that a rank waits for the others, now and in every exchange.
+        timeout: seconds that a rank waits for the others, here and in every exchange.
     """
     world, rank = dist.get_world_size(), dist.get_global_rank()
     if world == 1 or not _one_machine():
@@ -60,7 +61,7 @@ def meet_on_loopback(timeout: float) -> None:
     port, patience, listener = int(os.environ["MASTER_PORT"]), timedelta(seconds=timeout), None
     if rank == 0:
         listener = socket.create_server((LOOPBACK, port), backlog=world).detach()
-    # PyTorch's newer store takes no socket that was made for it.
+    # Without libuv: that store does not accept a socket made outside of it.
     store = TCPStore(LOOPBACK, port, world, rank == 0, patience, master_listen_fd=listener, use_libuv=False)
     backend = get_device(None).dist_backend
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
@@ -74,13 +75,13 @@ def interface_to(host: str) -> str | None:
     """The network interface by which this machine reaches a host."""
     own = _own_address(host)
     if own is not None and ip_address(own).is_loopback and host != own:
-        own = _own_address(ANYWHERE)  # many systems have their own name in /etc/hosts as 127.0.1.1
+        own = _own_address(ANYWHERE)  # many systems list their host name in /etc/hosts as 127.0.1.1
     interfaces = psutil.net_if_addrs().items()
-    return next((name for name, known in interfaces if any(one.address == own for one in known)), None)
+    return next((name for name, known in interfaces if any(address.address == own for address in known)), None)
 
 
 def _own_address(host: str) -> str | None:
-    """The address of this machine from which it would talk to a host; None where it cannot."""
+    """This machine's address on the way to a host; None where there is no way."""
     family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         try:

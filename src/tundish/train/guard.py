@@ -1,4 +1,4 @@
-"""What the loss says: logged under the names that people know; a run that learns nothing is stopped, or has failed."""
+"""Watches the loss: logs it under its usual names, and fails a run whose loss diverges or that learns nothing."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from tundish.errors import FailureCause, StageError
 
 METRICS = "metrics/train/Language"
 LARGEST = 700
-"""A loss whose perplexity is a number still."""
+"""The largest loss whose perplexity is finite."""
 
 
 class LossGuard(Callback):
@@ -28,23 +28,23 @@ class LossGuard(Callback):
         """Digest of the weights at the beginning, until one of them has changed."""
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """The weights are those of the base model, or of the checkpoint that the run goes on from."""
+        """The weights are those of the base model, or of the checkpoint that the run resumes from."""
         if not int(state.timestamp.batch) and (mark := _mark()) is not None and dist.get_global_rank() == 0:
-            mark.unlink(missing_ok=True)  # of a try whose weights are lost
-        # The first rank's answer, as all compare or none: what a shared disk tells others may be old.
+            mark.unlink(missing_ok=True)  # left by an attempt whose weights are lost
+        # Rank 0's answer, since all ranks compare or none does: on a shared disk, others may see an old state.
         learned = [bool(int(state.timestamp.batch)) and has_learned()]
         dist.broadcast_object_list(learned, src=0)
         if not learned[0]:
             self._begun = digest(state.model)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """After the step, before a checkpoint of it."""
+        """After the step and before its checkpoint."""
         losses = getattr(state, "total_loss_dict", {})
         if (loss := losses.get("loss/train/total")) is None:
             return
         check_loss(loss, int(state.timestamp.batch), max(group["lr"] for group in state.optimizers[0].param_groups))
-        # The loss is the mean over targets: measured once more from the scores, as Composer's metrics do, it takes
-        # their memory again and a twentieth of a small model's step.
+        # Derived from the loss, the mean over targets. Composer's metrics compute it once more from the logits: their
+        # memory again, and a twentieth of a small model's step.
         metrics = {f"{METRICS}CrossEntropy": loss, f"{METRICS}Perplexity": math.exp(min(loss, LARGEST))}
         # Composer counts the batch only after it has logged the loss.
         logger.log_metrics(metrics, step=int(state.timestamp.batch) - 1)
@@ -52,23 +52,23 @@ class LossGuard(Callback):
             self._compare(state, self._begun)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Before training is said to be finished."""
+        """Fail before training is reported as finished."""
         if self._begun is not None:
             raise nothing_learned(state)
 
     def _compare(self, state: State, begun: torch.Tensor) -> None:
-        """Until the first step that changes a weight on any rank: the usual run does it once."""
+        """Look for a changed weight on any rank; usually the first step changes one, and this is not called again."""
         changed = state.device.tensor_to_device(torch.tensor(int(not digest(state.model).equal(begun))))
         dist.all_reduce(changed, "MAX")
         if changed:
             self._begun = None
             if (mark := _mark()) is not None and dist.get_global_rank() == 0:
-                mark.parent.mkdir(exist_ok=True)  # a YAML that is trained by hand has events alone
+                mark.parent.mkdir(exist_ok=True)  # a YAML that is trained by hand has no such folder yet
                 mark.touch()
 
 
 def digest(model: torch.nn.Module) -> torch.Tensor:
-    """A sum of the bits of each parameter, as far as this rank has it: int64 [parameters]."""
+    """A sum of the bits of this rank's part of each parameter: int64 [parameters]."""
     sums: list[torch.Tensor] = []
     for parameter in model.parameters():
         local = parameter.detach()
@@ -79,18 +79,17 @@ def digest(model: torch.nn.Module) -> torch.Tensor:
 
 
 def has_learned() -> bool:
-    """Whether training has changed a weight before; of a file that is trained by hand, nobody knows."""
+    """Whether training has ever changed a weight; assumed for a YAML that is trained by hand."""
     mark = _mark()
     return mark is None or mark.exists()
 
 
 def nothing_learned(state: State) -> StageError:
-    """What is said of a run whose weights are those that it began with."""
+    """The error of a run that ends with the weights it began with."""
     rates = [group.get("initial_lr", group["lr"]) for group in cast(Any, state.optimizers[0]).param_groups]
     return StageError(
-        f"training changed no weight in {int(state.timestamp.batch):,} batch(es): the result would be the model that "
-        f"it began with. Raise learning_rate (it is {max(rates):g}), or look at the overrides of optimizer and "
-        "scheduler.",
+        f"training changed no weight in {int(state.timestamp.batch):,} batch(es): the result would be the base model. "
+        f"Raise learning_rate (it is {max(rates):g}), or check the overrides of optimizer and scheduler.",
         failure=FailureCause.NOTHING_LEARNED,
     )
 
@@ -101,7 +100,7 @@ def _mark() -> Path | None:
 
 
 def check_loss(loss: float, batch: int, learning_rate: float) -> None:
-    """Refuse a loss that no training goes on from.
+    """Refuse a loss from which training cannot recover.
 
     Raises:
         StageError: it is NaN, infinite, or exactly 0.
@@ -109,14 +108,13 @@ def check_loss(loss: float, batch: int, learning_rate: float) -> None:
     if math.isfinite(loss) and loss != 0:
         return
     cause = (
-        "Either no token is a target, or the model knows every one with certainty: look at first_batch.html among the "
-        "run's MLflow artifacts, and at what the samples repeat."
+        "Either no token is a target, or the model predicts every target with certainty: check first_batch.html among "
+        "the run's MLflow artifacts, and the data for repeated samples."
         if loss == 0
-        else f"Lower learning_rate (it is {learning_rate:g} at this batch); if the loss is so from the first batch on, "
-        "look at the weights that the run began with."
+        else f"Lower learning_rate (it is {learning_rate:g} at this batch); if it is so from the first batch on, "
+        "check the weights that the run started from."
     )
     raise StageError(
-        f"batch {batch}: the loss is {loss:g}; allowed is a finite number above 0. {cause} "
-        "Checkpoints saved before are kept.",
+        f"batch {batch}: the loss is {loss:g}, but must be finite and above 0. {cause} Earlier checkpoints are kept.",
         failure=FailureCause.DIVERGED,
     )

@@ -1,7 +1,7 @@
-"""LLM Foundry's DecoupledLionW for many tensors at a time.
+"""LLM Foundry's DecoupledLionW, applied to many tensors at a time.
 
-It asks each sharded tensor for its part once, instead of having PyTorch find it anew for each of four operations, which
-takes longer than the operations of a small model; on a GPU, PyTorch also has one kernel for many tensors.
+The local part of each sharded tensor is looked up once a step, not once for each of four operations: in a small model
+the lookups take longer than the operations. On a GPU, PyTorch also has one kernel for many tensors.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,26 +19,26 @@ _sign_: Callable[..., Any] = torch._foreach_sign_  # pyright: ignore[reportPriva
 _add_: Callable[..., Any] = torch._foreach_add_  # pyright: ignore[reportPrivateUsage]
 
 CHUNK_BYTES = 256 << 20
-"""Of weights that are updated at once: the updates of no more than these are in memory."""
+"""Weights that are updated at once; their updates are in memory together."""
 
 
 class DecoupledLionW(FoundryLion):
     """Registered with LLM Foundry as the optimizer `tundish_decoupled_lionw`.
 
     The same updates (Chen et al., Symbolic Discovery of Optimization Algorithms, 2023), bit for bit on a CPU, and the
-    same state, so that checkpoints fit both. The name is the metrics' name too.
+    same state, so that checkpoints fit both. The class's name is part of metric names.
     """
 
     @torch.no_grad()  # pyright: ignore[reportUntypedFunctionDecorator]  torch's is not typed
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every weight that has a gradient; returns what `closure`, called first, does."""
+        """Update every weight that has a gradient; returns what `closure` returns, which is called first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            found = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameters in _chunks(found):
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameters in _chunks(trained):
                 self._update(parameters, group)
         return loss
 
@@ -60,7 +60,7 @@ class DecoupledLionW(FoundryLion):
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part, which a sharded tensor's operations would find anew for each."""
+    """This rank's part of a sharded tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

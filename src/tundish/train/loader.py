@@ -1,4 +1,4 @@
-"""Prepared rows → batches that say which sample each token belongs to.
+"""The data loader: prepared rows → batches that say which sample each token belongs to.
 
 Registered with LLM Foundry as the loader `tundish_packed`. Every row is in exactly one batch of an epoch; where rows do
 not divide evenly, the last batch is filled with rows that have no targets.
@@ -35,7 +35,7 @@ FILLER: Row = {
 
 
 class PackedRows(Dataset[Row]):
-    """The rows of a prepared folder by number; number -1 is a filler."""
+    """The rows of a prepared folder by number; -1 is FILLER."""
 
     def __init__(self, local: str) -> None:
         self.shards = LocalDataset(local)
@@ -48,7 +48,7 @@ class PackedRows(Dataset[Row]):
 
 
 class RowOrder(DistributedSampler[int]):
-    """Row numbers of one rank, the same global batches at any world size.
+    """Row numbers of one rank, with the same global batches at any world size.
 
     Batch b of an epoch is rows b·G … (b+1)·G of that epoch's order; rank r takes the r-th of its equal parts.
     Composer calls `set_epoch` before each epoch.
@@ -59,9 +59,9 @@ class RowOrder(DistributedSampler[int]):
         self.num_replicas, self.rank = dist.get_world_size(), dist.get_global_rank()
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
         self.done: tuple[int, int] = (0, 0)
-        """Epoch, and batches of it that a killed run has trained: Composer skips them, so they need not be read."""
-        # Composer takes what these two differ by for rows that are there twice, and drops them from evaluation; ours
-        # are fillers, which no metric counts.
+        """Epoch, and batches of it that were trained before a resume: Composer skips them, so they are not read."""
+        # Composer drops the difference of these two from evaluation, as rows that are there twice. Here they are equal:
+        # our surplus rows are fillers, which no metric counts.
         self.total_size = len(self) * self.num_replicas
         self.dataset = range(self.total_size)
 
@@ -110,7 +110,7 @@ class Collate:
             starts = np.cumsum(lengths) - lengths
             input_ids[i, :n] = tokens
             targets = row["loss_mask"].astype(bool)
-            # A sample's first token has nothing before it to be predicted from, least of all the sample before.
+            # A sample's first token is not predicted from the sample before it.
             targets[starts] = False
             labels[i, :n] = torch.where(torch.from_numpy(targets), tokens, IGNORE_INDEX)
             segment_ids[i, :n] = torch.from_numpy(np.repeat(np.arange(1, len(lengths) + 1), lengths))
@@ -126,12 +126,12 @@ class Collate:
 
 
 def count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
-    """Tokens that are not padding, and tokens that the loss is taken over."""
+    """`total`: tokens that are not padding; `loss_generating`: targets."""
     return {"total": sum(batch["total_tokens"]), "loss_generating": sum(batch["loss_generating_tokens"])}
 
 
 def _start_worker(rank: int, _number: int) -> None:
-    """The signals that ask ranks to end come to all processes: without its workers, a rank fails unsaved."""
+    # Signals that stop a run reach all of its processes. Without its workers, a rank would fail before its checkpoint.
     die_with(rank)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

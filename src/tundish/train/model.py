@@ -1,8 +1,4 @@
-"""LLM Foundry's `hf_causal_lm`, in which packed samples do not see each other and no batch has a loss of NaN.
-
-A rank whose share of the last batch is all filler rows still takes part in every step; a mean over no tokens would be
-NaN, and NaN times a weight of zero is NaN.
-"""
+"""LLM Foundry's `hf_causal_lm`, with packed samples kept apart, and a loss of 0 for batches without targets."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,23 +12,25 @@ from tundish.train.loader import IGNORE_INDEX
 
 
 def target_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over the targets, in float32; 0 where there are none.
+    """Mean cross-entropy over the targets, in float32 and nats; 0 where there are none.
 
     Args:
         logits: [B, T, vocabulary]; position t predicts token t+1.
         labels: int64 [B, T], -100 where a token is no target.
     """
-    # The labels are moved, not the scores: a slice of these would be copied, which takes gigabytes at a full context.
+    # The labels are shifted, not the logits: slicing those copies them, which takes gigabytes at a full context.
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)
     scores = logits.reshape(-1, logits.shape[-1]).float()
     total = cross_entropy(scores, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    # A rank whose part of the last batch is all fillers takes part in the step: a mean over nothing is NaN, and
+    # NaN times its weight of 0 is NaN.
     return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
 
 class CausalLM(ComposerHFCausalLM):
     """Registered with LLM Foundry as the model `tundish_causal_lm`."""
 
-    # The others that LLM Foundry takes follow from the loss: see `LossGuard`.
+    # Not LLM Foundry's other defaults: they follow from the loss, see `LossGuard`.
     default_train_metrics: tuple[str, ...] = ("token_accuracy",)
 
     def forward(self, batch: Mapping[str, Any]) -> Any:

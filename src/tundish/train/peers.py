@@ -1,4 +1,4 @@
-"""Which node was lost: a collective that times out tells that somebody is missing, but not who."""
+"""Names the node that was lost: a collective that times out does not say which rank is missing."""
 
 import os
 import platform
@@ -11,27 +11,28 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 from torch.distributed import DistError, TCPStore
 
-from tundish.train.heard import Heard
+from tundish.train.silent_nodes import SilentNodes
 
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 20.0
-"""Without a beat until a node is called lost; half of the collectives' time-out, where that is less."""
+"""Without a beat until a node is reported lost; half of the collectives' timeout, where that is less."""
 
 
 class Peers(Callback):
-    """The first rank of a node tells the others, through the store in which the ranks have met, that the node is there.
+    """Exchanges heartbeats between nodes through the store by which the ranks found each other.
 
-    A node that is silent is named in the log; after `timeout` seconds the rank ends, even where it waits without one.
+    Runs on the first rank of each node. A silent node is named in the log; after `timeout` seconds the rank exits, even
+    where it waits in an operation that has no timeout.
 
     Args:
-        timeout: seconds, as for collectives.
+        timeout: seconds, that of collectives.
     """
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
         self._closed = threading.Event()
         self._beats: dict[int, str] | None = None
-        self._told = 0.0
+        self._exchanged_s = 0.0
 
     @classmethod
     def where_needed(cls, timeout: float) -> list[Callback]:
@@ -41,17 +42,17 @@ class Peers(Callback):
         )
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """All ranks have met."""
+        """Start the exchange: all ranks are connected."""
         nodes, me = dist.get_world_size() // dist.get_local_world_size(), dist.get_node_rank()
-        # Two threads: one may wait for an answer through a cable that is cut for as long as TCP does.
-        for work in (self._tell, self._watch):
+        # Two threads: one may wait for an answer through a broken connection for as long as TCP does.
+        for work in (self._beat, self._watch):
             threading.Thread(target=work, args=(nodes, me), daemon=True).start()
 
     def close(self, state: State, logger: Logger) -> None:
-        """Whoever ends first is not lost."""
+        """A rank that ends first is not lost."""
         self._closed.set()
 
-    def _tell(self, nodes: int, me: int) -> None:
+    def _beat(self, nodes: int, me: int) -> None:
         count, last, store = 0, False, None
         while not last:
             last = self._closed.wait(BEAT_SECONDS)
@@ -59,31 +60,32 @@ class Peers(Callback):
             try:
                 store = store or _connected()
                 self._beats = _exchanged(store, me, nodes, "done" if last else str(count))
-                self._told = time.monotonic()
+                self._exchanged_s = time.monotonic()
             except (DistError, RuntimeError, OSError):
                 store = None
 
     def _watch(self, nodes: int, me: int) -> None:
-        heard = Heard({node: os.environ["MASTER_ADDR"] if node == 0 else "" for node in range(nodes) if node != me})
+        hosts = {node: os.environ["MASTER_ADDR"] if node == 0 else "" for node in range(nodes) if node != me}
+        others = SilentNodes(hosts)
         while not self._closed.wait(BEAT_SECONDS):
             now = time.monotonic()
-            beats = self._beats if now - self._told < 2 * BEAT_SECONDS else None
-            silent = heard.update(beats, now, min(SILENT_SECONDS, self.timeout / 2))
+            beats = self._beats if now - self._exchanged_s < 2 * BEAT_SECONDS else None
+            silent = others.update(beats, now, min(SILENT_SECONDS, self.timeout / 2))
             if silent and max(silent.values()) > self.timeout:
-                # Said as an exception is: it is the cause that is looked for in the log.
-                print(f"ConnectionError: {heard.text(silent)}", flush=True)
+                # In the form of an exception, which is how the supervisor finds the cause in the log.
+                print(f"ConnectionError: {others.text(silent)}", flush=True)
                 os._exit(1)
 
 
 def _connected() -> Any:
-    """A client of our own of the store in which the ranks have met: theirs may be waiting in it."""
+    """A second client of the ranks' store: the first one may be blocked in a wait."""
     patience = timedelta(seconds=BEAT_SECONDS)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return TCPStore(address, port, is_master=False, timeout=patience, wait_for_workers=False)
 
 
 def _exchanged(store: Any, me: int, nodes: int, beat: str) -> dict[int, str]:
-    """Tell this node's beat; what the others have told last, by node."""
+    """Publish this node's beat; returns the latest beats of the other nodes."""
     store.set(_key(me), f"{platform.node()} {beat}")
     return {node: store.get(_key(node)).decode() for node in range(nodes) if node != me and store.check([_key(node)])}
 

@@ -1,4 +1,4 @@
-"""The training events of a run: written by rank 0 after the deed, from the values used."""
+"""The training events of a run, written by rank 0 after each has happened."""
 
 import math
 import os
@@ -14,10 +14,11 @@ from tundish.base.run_folder import RUN_VARIABLE
 from tundish.train.saver import Saver
 
 PROGRESS_SECONDS = 2.0, 60.0
+"""Least and most seconds between two progress events."""
 SHOWN = {"loss": "Train loss: {:.4g}", "eval_loss": "Eval loss: {:.4g}", "tokens_per_s": "{:,.0f} tokens/s"}
-"""Facts of progress, and how people see them."""
+"""Facts of a progress event, and their form in its message."""
 PROGRESS_SHARE = 1 / 300
-"""Of the time since training began: a run of days writes thousands of lines, not a hundred thousand."""
+"""Of the time since training began, between two progress events: a run of days writes thousands, not 100,000."""
 
 
 class RunEvents(Callback):
@@ -31,22 +32,22 @@ class RunEvents(Callback):
         self.path = Path(events_path)
         self._started_s = self._started_done = 0.0
         self._progress, self._place = (0.0, 1.0), ""
-        """After the latest batch. While it is evaluated, the state has the evaluation's data."""
-        self._last_word = 0.0
+        """After the latest batch: during an evaluation, the state has the evaluation's data."""
+        self._last_report_s = 0.0
         self._tokens_before, self._evaluated_s, self._evaluation_began_s = 0, 0.0, 0.0
         self._facts: dict[str, float] = {}
         """Latest losses and speed."""
         self._savers: list[Saver] = []
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """The model and, where there is one, its checkpoint are loaded."""
+        """Report the model."""
         model = state.model
         name = getattr(getattr(model, "config", None), "_name_or_path", type(model).__name__)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         self._write("MODEL_INITIALIZED", f"Model initialized for base model {name}: {parameters:,} parameters.")
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Training begins, or goes on."""
+        """Report that training starts or resumes."""
         self._savers = [callback for callback in state.callbacks if isinstance(callback, Saver)]
         for saver in self._savers:
             saver.completed.append(self.checkpoint_saved)
@@ -55,54 +56,54 @@ class RunEvents(Callback):
         batch = int(state.timestamp.batch)
         if batch:
             self._facts = _facts_so_far(self.path)
-        where = f" It goes on from batch {batch}." if batch else ""
-        self._write("TRAIN_STARTED", f"Training started on {dist.get_world_size()} device(s).{where}")
+        resumed = f" It resumes from batch {batch}." if batch else ""
+        self._write("TRAIN_STARTED", f"Training started on {dist.get_world_size()} device(s).{resumed}")
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """At most one line in PROGRESS_SECONDS, less often the longer it lasts, and one for the last batch."""
+        """Report progress, less often the longer training lasts, and after the last batch."""
         self._progress, self._place = _progress(state), _place(state)
         done, total = self._progress
         least, most = PROGRESS_SECONDS
         elapsed = time.monotonic() - self._started_s
-        if time.monotonic() - self._last_word < min(most, max(least, elapsed * PROGRESS_SHARE)) and done < total:
+        if time.monotonic() - self._last_report_s < min(most, max(least, elapsed * PROGRESS_SHARE)) and done < total:
             return
-        self._tell(state)
+        self._report(state)
 
     def eval_start(self, state: State, logger: Logger) -> None:
-        """What evaluation takes does not count as training's."""
+        """Time of evaluations does not count in tokens_per_s."""
         self._evaluation_began_s = time.monotonic()
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Evaluations are rare, and each is told."""
+        """Report every evaluation: they are rare."""
         self._evaluated_s += time.monotonic() - self._evaluation_began_s
         if (loss := state.eval_metric_values.get("LanguageCrossEntropy")) is not None:
-            self._note("eval_loss", float(loss))
-            self._tell(state)
+            self._keep("eval_loss", float(loss))
+            self._report(state)
 
-    def _tell(self, state: State) -> None:
-        """How far training is, with the latest losses and its speed."""
-        self._last_word = now = time.monotonic()
+    def _report(self, state: State) -> None:
+        """Write a progress event with the latest losses and speed."""
+        self._last_report_s = now = time.monotonic()
         done, total = self._progress
         elapsed = now - self._started_s
         eta_s = elapsed / max(done - self._started_done, 1e-9) * max(0.0, total - done)
         if hasattr(state, "total_loss_dict"):
-            self._note("loss", state.total_loss_dict.get("loss/train/total", math.nan))
+            self._keep("loss", state.total_loss_dict.get("loss/train/total", math.nan))
         tokens = int(state.timestamp.token) - self._tokens_before
-        self._note("tokens_per_s", tokens / max(elapsed - self._evaluated_s, 1e-9))
+        self._keep("tokens_per_s", tokens / max(elapsed - self._evaluated_s, 1e-9))
         text = f"{self._place}[ETA={events.short_duration(eta_s)}] {_shown(self._facts)}"
         facts = {"eta_s": round(eta_s, 1), "batch": int(state.timestamp.batch), **self._facts}
         self._write("TRAIN_UPDATED", text, share=round(min(1.0, done / total), 4), **facts)
 
-    def _note(self, name: str, value: float) -> None:
+    def _keep(self, name: str, value: float) -> None:
         if math.isfinite(value):  # JSON has no other numbers
             self._facts[name] = float(f"{value:.6g}")
 
     def checkpoint_saved(self, address: str) -> None:
-        """The checkpoint at a path or URI is complete."""
+        """Report a complete checkpoint at a path or URI; called by the saver, from its thread."""
         self._write("CHECKPOINT_SAVED", f"Checkpoint {address.rpartition('/')[2]} saved.", checkpoint=address)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """All batches are done, and the last checkpoint is complete."""
+        """Report the end, once the last checkpoint is complete."""
         for saver in self._savers:
             saver.wait()
         batches, tokens = int(state.timestamp.batch), int(state.timestamp.token)
@@ -110,15 +111,15 @@ class RunEvents(Callback):
         self._write("TRAIN_FINISHED", text, **self._facts)
 
     def _write(self, type: str, message: str, **facts: object) -> None:
-        # Somebody who trains the run's file once more must not write into the run's history.
+        # Training a copy of the run's YAML by hand must not write into the run's events.
         if dist.get_global_rank() == 0 and os.environ.get(RUN_VARIABLE) == str(self.path):
             events.append(self.path, type, message, **facts)
 
 
 def _facts_so_far(path: Path) -> dict[str, float]:
-    """Latest losses and speed of a run that goes on."""
-    found = [event.facts for event in events.read(path) if event.type == "TRAIN_UPDATED"]
-    return {name: found[-1][name] for name in SHOWN if found and name in found[-1]}
+    """Latest losses and speed of a run that resumes."""
+    updates = [event.facts for event in events.read(path) if event.type == "TRAIN_UPDATED"]
+    return {name: updates[-1][name] for name in SHOWN if updates and name in updates[-1]}
 
 
 def _shown(facts: Mapping[str, float]) -> str:
@@ -126,7 +127,7 @@ def _shown(facts: Mapping[str, float]) -> str:
 
 
 def _progress(state: State) -> tuple[float, float]:
-    """How much is done and how much there is, in one unit."""
+    """Done and total, in one unit."""
     duration = state.max_duration
     assert duration is not None
     if duration.unit == TimeUnit.EPOCH:

@@ -1,4 +1,4 @@
-"""Checkpoints while training goes on: the state is copied, then written by a thread of each rank."""
+"""Saves checkpoints while training continues: the state is copied, then written by a thread of each rank."""
 
 import logging
 import threading
@@ -23,15 +23,20 @@ from tundish.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 COPY_SHARE = 0.5
-"""Of the free memory that copies of all ranks of a node may take; else training waits until all is written."""
+"""Of the free memory, for copies of all ranks of a node; where they need more, training waits for the writing."""
 PATIENCE = timedelta(days=1)
-"""For the slowest rank's writing, and for copies to and from a store."""
+"""Timeout for the slowest rank's writing, and for copies to and from a store."""
 
 
 class Saver(CheckpointSaver):
-    """Takes the place of Composer's saver, and of its arguments of the same names.
+    """Replaces Composer's saver. A checkpoint is complete or absent; the next one and the end of training wait for it.
 
-    A checkpoint is complete or absent, whatever happens; the next one, and the end of training, wait for it.
+    Args:
+        place: where checkpoints go.
+        interval: Composer's save_interval.
+        keep: how many checkpoints stay; less than 1: all.
+        ignore_keys: Composer's patterns of what is left out.
+        base_model: name or folder, recorded in the checkpoint.
 
     Attributes:
         completed: called on rank 0 with the path or URI of each complete checkpoint, from another thread.
@@ -42,7 +47,7 @@ class Saver(CheckpointSaver):
     ) -> None:
         folder = str(place.local)
         super().__init__(folder, save_interval=interval, ignore_keys=ignore_keys, remote_file_name=None)
-        self.folder = folder  # which Composer has taken for a URI: '#' and '?' would end it
+        self.folder = folder  # Composer parsed it as a URI, where '#' and '?' end the path
         self.place, self.keep, self.base_model = place, keep, base_model
         self.completed: list[Callable[[str], None]] = []
         self._group = patient_group()
@@ -50,37 +55,37 @@ class Saver(CheckpointSaver):
         self._error: Exception | None = None
 
     def init(self, state: State, logger: Logger) -> None:
-        """A file that is trained by hand may leave the MLflow run's id to Composer, which knows it by now."""
+        """Take the folder once Composer has filled in the MLflow run's id, which a YAML may leave open."""
         super().init(state, logger)
         if not self.place.is_remote:
             self.place = SaveFolder(self.folder)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """A run that goes on has the checkpoint of this batch: at the end of an epoch it would be saved once more."""
+        """Do not save again the checkpoint that the run resumes from, as Composer would at the end of an epoch."""
         if int(state.timestamp.batch):
             self.last_checkpoint_batch = state.timestamp.batch
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """A checkpoint that could not be written ends the run."""
+        """Fail if the checkpoint could not be written."""
         self._raise()
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """All is written before training is said to be over."""
+        """Wait, before training is reported as finished."""
         self.wait()
 
     def close(self, state: State, logger: Logger) -> None:
-        """All is written before the process ends."""
+        """Wait, before the process ends."""
         self.wait()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: what is complete is on the disk."""
+        """Empty: what is complete is on the disk."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """There is nothing to load."""
+        """Nothing to load."""
 
     def wait(self) -> None:
-        """Until the checkpoint before is complete.
+        """Wait until the previous checkpoint is complete.
 
         Raises:
             CheckpointError: it could not be written.
@@ -120,33 +125,35 @@ class Saver(CheckpointSaver):
         if self.ignore_keys:
             (self.ignore_keys if callable(self.ignore_keys) else glob_filter(self.ignore_keys))(content)
         if dist.get_global_rank():
-            content.pop("rng", None)  # the first rank has everybody's
+            content.pop("rng", None)  # rank 0 has that of all ranks
         return content
 
     def _write(self, staged: Staged) -> None:
         first = dist.get_global_rank() == 0
         try:
             write_checkpoint(staged, self.place, self._exchange, first)
-        except Exception as error:  # of another rank's death, too: raised where training looks
+        except Exception as error:  # also where another rank died; raised in the main thread by `wait` or `batch_end`
             self._error = error
             return
         if not first:
             return
         try:
-            for tell in self.completed:
-                tell(f"{self.place.address}/{staged.folder.name}")
+            for callback in self.completed:
+                callback(f"{self.place.address}/{staged.folder.name}")
             if self.keep > 0 and not self.place.is_remote:
                 self.place.keep_newest(self.keep)
         except (CheckpointError, OSError):
-            # It is complete; the next one tries to remove the old ones again.
-            log.warning("Checkpoint %s is complete, but not all is done after it.", staged.folder, exc_info=True)
+            # The next one tries again to remove the old ones.
+            log.warning(
+                "Checkpoint %s is complete, but what follows a checkpoint failed.", staged.folder, exc_info=True
+            )
 
-    def _exchange(self, given: Any) -> list[Any]:
+    def _exchange(self, value: Any) -> list[Any]:
         if self._group is None:
-            return [given]
-        found: list[Any] = [None] * dist.get_world_size()
-        torch.distributed.all_gather_object(found, given, group=self._group)
-        return found
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size()
+        torch.distributed.all_gather_object(values, value, group=self._group)
+        return values
 
 
 def checkpoint_name(timestamp: Timestamp) -> str:
@@ -155,20 +162,20 @@ def checkpoint_name(timestamp: Timestamp) -> str:
 
 
 def patient_group() -> Any:
-    """A process group of its own for what may take hours; None with one rank. Made by all ranks at once."""
+    """A process group for exchanges that may take hours; None with one rank. Must be called on all ranks."""
     if dist.get_world_size() == 1:
         return None
     return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def _has_room(content: Any) -> bool:
-    """Whether copies of every rank of this node fit into the memory that is free."""
-    wanted = _bytes(content) * dist.get_local_world_size()
-    return wanted <= COPY_SHARE * psutil.virtual_memory().available
+    """Whether copies of all ranks of this node fit into free memory."""
+    needed = _bytes(content) * dist.get_local_world_size()
+    return needed <= COPY_SHARE * psutil.virtual_memory().available
 
 
 def _bytes(content: Any) -> int:
-    """Of all tensors on this rank."""
+    """Of all tensors, as far as they are on this rank."""
     if isinstance(content, dict):
         return sum(map(_bytes, content.values()))
     if isinstance(content, DTensor):

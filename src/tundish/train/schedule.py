@@ -1,7 +1,7 @@
-"""Each optimizer step at the learning rate of its own time.
+"""Takes each optimizer step at the learning rate of its own time.
 
-Composer asks a schedule for the next step's rate before it counts the batch that was just trained: the first two steps
-would have the rate of the first, which is 0 at the beginning of a warm-up, and every later one that of the step before.
+Composer computes the next step's rate before it counts the batch that was just trained: the first two steps would have
+the rate of the first, 0 at the start of a warm-up, and every later step that of the one before.
 """
 
 import inspect
@@ -17,11 +17,11 @@ from tundish.train.loader import count_tokens
 
 
 class StepRates(Callback):
-    """Registered with LLM Foundry as the callback `tundish_schedule`, for whatever schedule the run has.
+    """Registered with LLM Foundry as the callback `tundish_schedule`; works with every schedule of Composer.
 
-    A step has the rate of the time at which it begins; in the warm-up, which begins at 0, of the time at which it ends.
-    With our own schedule over T, and a warm-up over W, a step from s to e is taken at the least of `e / W`,
-    `(T - s) / (T - W)` and 1 of the peak: no step is taken at 0, neither the first nor the last.
+    A step has the rate of its start; in the warm-up, which starts at 0, that of its end. With our default schedule
+    over T and a warm-up over W, a step from s to e has the smallest of `e / W`, `(T - s) / (T - W)` and 1, times the
+    peak: neither the first nor the last step is taken at 0.
     """
 
     def __init__(self) -> None:
@@ -30,10 +30,10 @@ class StepRates(Callback):
         self._used = 0.0
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """From now on Composer's own stepping, which comes after the step, sets what the step was taken at."""
+        """Replace the schedule's function: Composer, which sets it after the step, then logs the rate that was used."""
         (scheduler,) = state.schedulers
         (factor,) = scheduler.lr_lambdas
-        # Composer's schedules are functions of the state, wrapped for PyTorch.
+        # PyTorch's lambda is a closure around Composer's schedule, a function of the state.
         self._warm_up = getattr(inspect.getclosurevars(factor).nonlocals["scheduler"], "t_warmup", None)
         self._factor = factor
 
@@ -44,7 +44,7 @@ class StepRates(Callback):
         scheduler.lr_lambdas = [rate_used]
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """The batch is there, and its step not taken."""
+        """Set the rate of the step that follows."""
         assert self._factor is not None
         (scheduler,), now = state.schedulers, state.timestamp
         state.timestamp = _time_of_step(state, self._warm_up)
@@ -56,12 +56,12 @@ class StepRates(Callback):
             group["lr"] = peak * self._used
 
 
-def _time_of_step(state: State, given: str | Time[Any] | None) -> Timestamp:
-    """Where a step begins, after the warm-up; where it ends, but not behind the warm-up, in it."""
+def _time_of_step(state: State, warm_up_setting: str | Time[Any] | None) -> Timestamp:
+    """The start of a step after the warm-up; the end of a step within it, at most the warm-up's end."""
     now = state.timestamp
-    if given is None or now >= (warm_up := _convert_time(given, state)):
+    if warm_up_setting is None or now >= (warm_up := _convert_time(warm_up_setting, state)):
         return now
-    # Time.get() of all three units is of the whole run.
+    # In these units, Timestamp.get() counts from the start of the run.
     name = {TimeUnit.BATCH: "batch", TimeUnit.SAMPLE: "sample", TimeUnit.TOKEN: "token"}[warm_up.unit]
     end = int(now.get(warm_up.unit)) + _length(state, name)
     moved: dict[str, Any] = {name: min(end, int(warm_up))}
@@ -69,11 +69,11 @@ def _time_of_step(state: State, given: str | Time[Any] | None) -> Timestamp:
 
 
 def _length(state: State, unit: str) -> int:
-    """Of a step, over all ranks."""
+    """Of the current step over all ranks, in batches, samples or tokens."""
     if unit == "batch":
         return 1
     batch: Mapping[str, Any] = state.batch
     mine = count_tokens(batch)["total"] if unit == "token" else len(batch["input_ids"])
-    found = state.device.tensor_to_device(torch.tensor(mine))
-    dist.all_reduce(found, "SUM")
-    return int(found)
+    total = state.device.tensor_to_device(torch.tensor(mine))
+    dist.all_reduce(total, "SUM")
+    return int(total)

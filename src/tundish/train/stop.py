@@ -1,4 +1,4 @@
-"""Ranks that end before their time save a checkpoint first, when they are asked: by a signal or by the supervisor."""
+"""Stops a run early with a checkpoint, when a signal or the supervisor asks for it."""
 
 import logging
 import os
@@ -21,31 +21,29 @@ log = logging.getLogger(__name__)
 
 
 class StopWhenAsked(Callback):
-    """After the batch in which it is asked, saves a checkpoint and ends all ranks with exit code STOPPED.
+    """After the current batch, saves a checkpoint and ends all ranks with exit code STOPPED.
 
-    A cluster that preempts a run sends SIGTERM or SIGUSR1 to all of its processes; the supervisor, which may get the
-    signal alone, asks by a file.
+    A cluster that preempts a run sends SIGTERM or SIGUSR1 to all of its processes; the supervisor, which may be the
+    only one to get the signal, asks by a file.
 
     Args:
-        paths: of the run that the supervisor has; None = signals only.
-        publisher: sends on what was saved and logged; None = another rank's.
+        run: its folder, where the file appears; None = signals only.
+        publisher: uploads what was saved and logged; None on all ranks but the first.
     """
 
-    def __init__(self, paths: RunFolder | None, publisher: Publisher | None) -> None:
-        self.paths, self.publisher = paths, publisher
+    def __init__(self, run: RunFolder | None, publisher: Publisher | None) -> None:
+        self.run, self.publisher = run, publisher
         self._asked = False
         self._group = patient_group()
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Before, there is nothing to save, and a signal ends the process at once."""
+        """Handle signals from now on; before, there is nothing to save, and they end the process."""
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGUSR1, self._on_signal)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """All ranks look after every batch, and stop at the same one."""
-        asked = self._asked or (
-            dist.get_local_rank() == 0 and self.paths is not None and self.paths.stop_request.exists()
-        )
+        """Look for a request after every batch; all ranks stop at the same one."""
+        asked = self._asked or (dist.get_local_rank() == 0 and self.run is not None and self.run.stop_request.exists())
         done = state.get_elapsed_duration()
         if not self._agreed(asked) or (done is not None and done >= 1):
             return
@@ -55,29 +53,29 @@ class StopWhenAsked(Callback):
             saver.wait()
         if self.publisher is not None:
             self.publisher.finish(hurry=True)
-        log.warning("Stopped after batch %s, as asked; the checkpoint is complete.", int(state.timestamp.batch))
-        if self.paths is not None and dist.get_global_rank() == 0:
-            self.paths.work.mkdir(exist_ok=True)
-            self.paths.stopped.touch()
-        self._agreed(True)  # nobody ends while another one still writes
+        log.warning("Stopped after batch %s, as requested; the checkpoint is complete.", int(state.timestamp.batch))
+        if self.run is not None and dist.get_global_rank() == 0:
+            self.run.work.mkdir(exist_ok=True)
+            self.run.stopped.touch()
+        self._agreed(True)  # a barrier: no rank exits while another one still writes
         logging.shutdown()
         sys.stdout.flush()
-        os._exit(STOPPED)  # closing the loggers would call the run finished
+        os._exit(STOPPED)  # closing the loggers would set the MLflow run to FINISHED
 
     def _agreed(self, asked: bool) -> bool:
-        """Whether any rank was asked."""
+        """Whether any rank was asked; called on all ranks."""
         if self._group is None:
             return asked
-        found = torch.tensor(int(asked))
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self._group)
-        return bool(found)
+        any_asked = torch.tensor(int(asked))
+        torch.distributed.all_reduce(any_asked, torch.distributed.ReduceOp.MAX, group=self._group)
+        return bool(any_asked)
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        if _a_rank_is_gone():
-            os._exit(128 + signal.SIGTERM)  # the launcher ends those that wait for a rank that has crashed
+        if _a_rank_has_exited():
+            os._exit(128 + signal.SIGTERM)  # the launcher's own signal, to ranks that wait for one that crashed
         self._asked = True
 
 
-def _a_rank_is_gone() -> bool:
+def _a_rank_has_exited() -> bool:
     launcher: Any = psutil.Process().parent()
     return launcher is None or len(launcher.children()) < dist.get_local_world_size()

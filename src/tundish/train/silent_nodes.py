@@ -1,15 +1,15 @@
-"""When each node of a run was heard from last, and what is said of those that were lost; pure."""
+"""Which nodes of a run have gone silent, from the beats that were received; pure."""
 
 import logging
 
 log = logging.getLogger(__name__)
 
 
-class Heard:
-    """When each node was heard from last.
+class SilentNodes:
+    """When each node was last heard from; logs once when a node goes silent, and once when it is back.
 
     Args:
-        hosts: by node; empty where not known yet.
+        hosts: host by node number; empty where not known yet.
     """
 
     def __init__(self, hosts: dict[int, str]) -> None:
@@ -19,12 +19,15 @@ class Heard:
         self._lost: set[int] = set()
 
     def update(self, beats: dict[int, str] | None, now: float, patience: float) -> dict[int, float]:
-        """Take in what was heard; the seconds for which each lost node has been silent.
+        """Take in the latest beats; returns for how many seconds each silent node has been silent.
 
-        `beats` is None where the first node was not reached: through it all others are heard, so nothing is known of
-        them.
+        Args:
+            beats: `<host> <count>` by node, `<host> done` at its end; None where the first node was not reached.
+            now: seconds, of any clock.
+            patience: seconds without a new beat until a node counts as silent.
         """
         if beats is None:
+            # All others are heard through the first node: their silence says nothing.
             shift = now - max(self._times.values(), default=now)
             self._times = {node: at if node == 0 else at + shift for node, at in self._times.items()}
             beats = {}
@@ -44,5 +47,8 @@ class Heard:
 
     def text(self, silent: dict[int, float]) -> str:
         """The nodes by number and host, and for how long they have been silent."""
-        said = (f"node {node} ({self.hosts[node]}) has not been heard from for {s:.0f} s" for node, s in silent.items())
-        return ", ".join(said) + "."
+        # The supervisor looks for these words: see `supervise.causes.LOST_NODE`.
+        nodes = [
+            f"node {node} ({self.hosts[node]}) has not been heard from for {s:.0f} s" for node, s in silent.items()
+        ]
+        return ", ".join(nodes) + "."

@@ -1,4 +1,4 @@
-"""train/threads.py: gloo's threads start no others."""
+"""train/gloo_threads.py: gloo's threads start no others."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 COUNT = """
 import os, sys
 import torch, torch.distributed as dist
-from tundish.train.threads import single_out_gloo
+from tundish.train.gloo_threads import single_out_gloo
 
 torch.set_num_threads(2)
 port, called, rank, world = sys.argv[1:]

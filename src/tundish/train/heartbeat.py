@@ -1,4 +1,4 @@
-"""Each rank tells that it lives, and where it is, in a file of its own: the supervisor sees which one stands still."""
+"""Each rank's heartbeat and position, in a file of its own, by which the supervisor sees which rank hangs."""
 
 import platform
 import statistics
@@ -16,11 +16,11 @@ from tundish.base.run_folder import Beat
 BEAT_SECONDS = 2.0
 
 
-class Beats(Callback):
-    """Writes a beat every few seconds, from a thread of its own; a rank that hangs in a step still beats.
+class Heartbeat(Callback):
+    """Writes a beat every BEAT_SECONDS, from a thread of its own: a rank that hangs in a step still beats.
 
     Args:
-        folder: of the beats of all ranks.
+        folder: the beats of all ranks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,35 +32,35 @@ class Beats(Callback):
         self._seconds: deque[float] = deque(maxlen=16)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """All ranks have met."""
+        """Start beating: all ranks are connected."""
         self._batch = int(state.timestamp.batch)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        """A step begins with its batch being read."""
+        """A step begins by reading its batch."""
         self._batch, self._began = int(state.timestamp.batch), time.monotonic()
         self._move("reading")
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        """The batch is there; from here on, ranks wait for each other."""
+        """From here on, ranks wait for each other."""
         self._move("training")
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """The step is taken; evaluation, checkpoint and prompts may come."""
+        """The step is done; evaluation, checkpoint and eval prompts may follow."""
         self._seconds.append(time.monotonic() - self._began)
         self._move("finishing")
 
     def eval_batch_end(self, state: State, logger: Logger) -> None:
-        """Evaluation comes forward."""
+        """Evaluation makes progress."""
         self._move("finishing")
 
     def close(self, state: State, logger: Logger) -> None:
-        """Whoever ends first does not stand still."""
+        """Remove the beat: a rank that ends first does not hang."""
         self._closed.set()
         if self._thread is not None:
-            self._thread.join(BEAT_SECONDS)  # else its last beat might come after the file is gone
+            self._thread.join(BEAT_SECONDS)  # or its last beat might be written after the file was removed
         with suppress(OSError):
             self.file.unlink()
 
@@ -72,7 +72,7 @@ class Beats(Callback):
         while not self._closed.is_set():
             usual = statistics.median(self._seconds) if self._seconds else 0.0
             beat = Beat(host=host, count=count, moves=self._moves, batch=self._batch, doing=self._doing, usual_s=usual)
-            with suppress(OSError):  # a disk that is full, or away for a moment, is no reason to fall silent
+            with suppress(OSError):  # a full or briefly unavailable disk must not end the heartbeat
                 beat.write(self.file)
             count += 1
             self._closed.wait(BEAT_SECONDS)

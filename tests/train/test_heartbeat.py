@@ -1,4 +1,4 @@
-"""train/beats.py: a real rank that is stopped is the one that is named."""
+"""train/heartbeat.py: a real rank that is stopped is the one that is named."""
 
 import os
 import signal
@@ -32,9 +32,9 @@ def test_a_disk_that_is_away_for_a_moment_is_no_standstill(tmp_path: Path, monke
     """The rank would be called silent from then on, or after its end, when its last beat is written late."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from tundish.train import beats
-    monkeypatch.setattr(beats, "BEAT_SECONDS", 0.01)
-    rank = beats.Beats(tmp_path / "beats")
+        from tundish.train import heartbeat
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.01)
+    rank = heartbeat.Heartbeat(tmp_path / "beats")
     state: Any = SimpleNamespace(timestamp=SimpleNamespace(batch=0))
     logger: Any = None
     rank.fit_start(state, logger)
@@ -43,7 +43,7 @@ def test_a_disk_that_is_away_for_a_moment_is_no_standstill(tmp_path: Path, monke
     count = Beat.read_all(tmp_path / "away")[0].count
     rank.file.parent.mkdir()
     _until(lambda: any(beat.count > count for beat in Beat.read_all(rank.file.parent).values()))
-    monkeypatch.setattr(beats, "BEAT_SECONDS", 60.0)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 60.0)
     rank.close(state, logger)
     assert rank._thread is not None and not rank._thread.is_alive() and not rank.file.exists()
 
