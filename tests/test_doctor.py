@@ -21,11 +21,13 @@ from tundish.doctor.machine import (
     judge_shared_memory,
 )
 from tundish.doctor.packages import TorchBuild, judge_flash_attention, judge_packages, judge_torch, torch_build
-from tundish.doctor.services import judge_hub, judge_slurm
+from tundish.doctor.services import judge_hub
+from tundish.launch import slurm
+from tundish.plan.compute import Compute, Gpu
 
 Capture = pytest.CaptureFixture[str]
 NVIDIA_SMI = "| NVIDIA-SMI 550.54   Driver Version: 550.54.15   CUDA Version: {} |"
-H100 = ("NVIDIA H100", 80.0, 0.5)
+H100 = Gpu("NVIDIA H100", 80.0, 0.5)
 
 
 @pytest.fixture
@@ -122,28 +124,28 @@ def test_devices_are_counted_with_their_memory() -> None:
     """The user would not learn why a run sees fewer GPUs than there are, or that they are full."""
     memory = (8, 64 * GIB, 32 * GIB)
     assert judge_devices(0, [], *memory).found == (
-        "no GPU, runs train on the processor: 8 CPU cores, 64.0 GiB of memory (32.0 available)"
+        "no GPU, runs train on the CPU: 8 CPU cores, 64.0 GiB of memory (32.0 available)"
     )
-    assert "CUDA_VISIBLE_DEVICES hides the 1 there are" in judge_devices(0, [H100], *memory).found
+    assert "CUDA_VISIBLE_DEVICES hides all 1" in judge_devices(0, [H100], *memory).found
     assert judge_devices(2, [H100] * 2, *memory).found.startswith("2 x NVIDIA H100 of 80 GiB; 8 CPU")
-    some = judge_devices(1, [H100, ("NVIDIA H100", 80.0, 70.2)], *memory)
-    assert "(1 of them may be used)" in some.found and "GPU 1 has 70 GiB" in some.advice
+    some = judge_devices(1, [H100, Gpu("NVIDIA H100", 80.0, 70.2)], *memory)
+    assert "(1 of them usable)" in some.found and "GPU 1: 70 GiB" in some.advice
     assert judge_devices(2, [], *memory).found.startswith("2 GPUs, memory unknown")
 
 
 @pytest.mark.parametrize(
     ("told", "cuda", "usable", "state", "part"),
     [
-        (None, "12.6", 0, "absent", "needs none"),
+        (None, "12.6", 0, "absent", "a CPU needs none"),
         (None, "12.6", 2, "problem", "2 GPUs, but no nvidia-smi"),
-        (NVIDIA_SMI.format("12.6"), "12.6", 1, "ok", "550.54.15, runs CUDA up to 12.6"),
+        (NVIDIA_SMI.format("12.6"), "12.6", 1, "ok", "550.54.15, supports CUDA up to 12.6"),
         (NVIDIA_SMI.format("13.0"), "12.6", 1, "ok", "13.0"),
         (NVIDIA_SMI.format("12.10"), "12.6", 1, "ok", "12.10"),
         (NVIDIA_SMI.format("12.4"), "12.6", 1, "ok", "torch is built for CUDA 12.6"),
         (NVIDIA_SMI.format("11.8"), "12.6", 1, "problem", "torch is built for CUDA 12.6"),
         (NVIDIA_SMI.format("11.8"), None, 1, "ok", "11.8"),
         ("Failed to initialize NVML:\n version mismatch\n", "12.6", 1, "problem", "NVML: version mismatch"),
-        ("", "12.6", 1, "problem", "says: nothing"),
+        ("", "12.6", 1, "problem", "prints: nothing"),
     ],
 )
 def test_a_driver_must_run_what_torch_is_built_for(
@@ -208,7 +210,7 @@ def test_torch_must_fit_the_devices() -> None:
     """A run on GPUs would find none of them."""
     assert judge_torch(TorchBuild(None), 0).state == "problem"
     without = judge_torch(TorchBuild("2.7.0+cpu"), 2)
-    assert without.state == "problem" and "2.7.0+cpu, built without CUDA, beside 2 GPUs" in without.found
+    assert without.state == "problem" and "2.7.0+cpu, built without CUDA, on a machine with 2 GPUs" in without.found
     assert judge_torch(TorchBuild("2.7.0+cpu"), 0) == Finding("torch", "ok", "2.7.0+cpu, built without CUDA")
     assert judge_torch(TorchBuild("2.7.0", "12.6"), 2) == Finding("torch", "ok", "2.7.0, built for CUDA 12.6")
 
@@ -239,30 +241,8 @@ def test_the_hub_may_be_switched_off_and_wants_a_token() -> None:
     assert away.state == "problem" and "HF_HUB_OFFLINE=1" in away.advice
     assert "HF_TOKEN" in judge_hub("https://hub", "", offline="", token=False).advice
     assert judge_hub("https://hub", "", offline="", token=True) == Finding(
-        "model hub", "ok", "https://hub answers; there is a token"
+        "model hub", "ok", "https://hub answers; a token is set"
     )
-
-
-@pytest.mark.parametrize(
-    ("status", "rows", "complaint", "state", "part"),
-    [
-        (
-            0,
-            "gpu|4|idle\ngpu|1|down*\ncpu|2|mixed\n",
-            "",
-            "ok",
-            "slurm 23.11, nodes of gpu: 4 idle, 1 down*; cpu: 2 mixed",
-        ),
-        (0, "gpu|4|down*\n", "", "problem", "gpu: 4 down*"),
-        (0, "", "", "problem", "no partition"),
-        (1, "", "sinfo: fatal: Could not establish a configuration source", "absent", "no cluster is configured"),
-        (1, "", "sinfo: error: Unable to contact\n slurm controller", "problem", "Unable to contact slurm controller"),
-    ],
-)
-def test_slurm_is_told_in_brief(status: int, rows: str, complaint: str, state: str, part: str) -> None:
-    """A cluster without a usable node would look like a good one; a machine without Slurm like a broken one."""
-    finding = judge_slurm("slurm 23.11", status, rows, complaint)
-    assert finding.state == state and part in finding.found and bool(finding.advice) == (state == "problem")
 
 
 def _command(folder: Path, name: str, script: str) -> None:
@@ -270,8 +250,44 @@ def _command(folder: Path, name: str, script: str) -> None:
     (folder / name).chmod(0o755)
 
 
+@pytest.mark.parametrize(
+    ("rows", "complaint", "state", "part"),
+    [
+        (
+            "gpu|4|idle\ngpu|1|down*\ncpu|2|mixed\n",
+            "",
+            "ok",
+            "slurm 23.11, nodes of gpu: 4 idle, 1 down*; cpu: 2 mixed",
+        ),
+        ("gpu|4|down*\n", "", "problem", "gpu: 4 down*"),
+        ("", "", "problem", "no partition"),
+        ("", "sinfo: fatal: Could not establish a configuration source", "absent", "no cluster is configured"),
+        ("", "sinfo: error: Unable to contact\n slurm controller", "problem", "Unable to contact slurm controller"),
+    ],
+)
+def test_slurm_is_reported_in_brief(tmp_path: Path, rows: str, complaint: str, state: str, part: str) -> None:
+    """A cluster without a usable node would look like a good one; a machine without Slurm like a broken one."""
+    (tmp_path / "rows").write_text(rows)
+    (tmp_path / "complaint").write_text(complaint)
+    answer = f'while read line; do echo "$line"; done < {tmp_path}/rows'
+    if complaint:
+        answer = f'while read line; do echo "$line" >&2; done < {tmp_path}/complaint; echo "$line" >&2; exit 1'
+    _command(tmp_path, "sinfo", f'if [ "$1" = --version ]; then echo slurm 23.11; else {answer}; fi')
+    _command(tmp_path, "sbatch", "exit 1")
+    health = slurm.health()
+    assert health.state == state and part in health.text and bool(health.advice) == (state == "problem")
+
+
+def test_a_machine_that_submits_no_jobs_is_told_as_create_does(tmp_path: Path) -> None:
+    """The report would call the launcher usable, and `create()` refuse it."""
+    _command(tmp_path, "sinfo", 'if [ "$1" = --version ]; then echo slurm 23.11; else echo "gpu|4|idle"; fi')
+    (problem,) = slurm.problems(Compute(device="cpu", devices_per_node=1, launcher="slurm"))
+    health = slurm.health()
+    assert health.state == "problem" and slurm.NO_SBATCH in health.text and slurm.NO_SBATCH in problem
+
+
 def test_the_machine_s_own_tools_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What nvidia-smi and sinfo print would be asked for with options that they do not have, or be misread."""
+    """What nvidia-smi and sinfo print would be misread."""
     for module in ("machine", "packages"):
         monkeypatch.setattr(f"tundish.doctor.{module}.count_gpus", lambda: 2)
     asked = '[ "$*" = "--query-gpu=name,memory.total,memory.used --format=csv,noheader,nounits" ]'
@@ -280,10 +296,11 @@ def test_the_machine_s_own_tools_are_asked(tmp_path: Path, monkeypatch: pytest.M
     _command(tmp_path, "nvidia-smi", f"if {asked}; then {rows}; else echo '{banner}'; fi")
     listed = "printf 'gpu|2|idle\\ngpu|1|allocated\\n'"
     _command(tmp_path, "sinfo", f'if [ "$1" = --version ]; then echo slurm 23.11.4; else {listed}; fi')
+    _command(tmp_path, "sbatch", "exit 1")
     found = {finding.check: finding for finding in examine()}
     assert found["devices"].found.startswith("2 x NVIDIA H100 80GB HBM3 of 80 GiB; ")
-    assert "GPU 1 has 68 GiB" in found["devices"].advice
-    assert found["NVIDIA driver"].found.startswith("550.54.15, runs CUDA up to 12.4")
+    assert "GPU 1: 68 GiB" in found["devices"].advice
+    assert found["NVIDIA driver"].found.startswith("550.54.15, supports CUDA up to 12.4")
     assert found["Slurm"] == Finding("Slurm", "ok", "slurm 23.11.4, nodes of gpu: 2 idle, 1 allocated")
 
 

@@ -35,7 +35,7 @@ def test_a_loss_that_nothing_is_learned_from_stops_the_run(loss: float) -> None:
     )
     logged: dict[str, float] = {}
     logger: Any = SimpleNamespace(log_metrics=lambda metrics, step: logged.update(metrics, step=step))
-    with pytest.raises(StageError, match=rf"batch 17: the loss is {loss:g}; but must be finite and above 0\."):
+    with pytest.raises(StageError, match=rf"batch 17: the loss is {loss:g}, but must be finite and above 0\."):
         LossGuard().batch_end(state, logger)
     assert not logged
     state.total_loss_dict = {"loss/train/total": 2.0}

@@ -1,16 +1,18 @@
-"""`tundish doctor`: what this machine and its surroundings lack for a run, in a few seconds.
+"""`tundish doctor`: what this machine and the services it uses are missing for a run, in a few seconds.
 
-The checks run at the same time, each in a thread of its own that nobody waits for longer than `SECONDS`: a server that
-hangs costs one line of the report.
+The checks run at the same time, each in its own thread with a timeout of `SECONDS`: a server that hangs costs one line
+of the report.
 """
 
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from tundish.base.mlflow_client import impatient
 from tundish.doctor import machine, packages, services
 from tundish.doctor.finding import Finding
+from tundish.launch import LAUNCHERS
 
 SECONDS = 15.0
 CHECKS: Mapping[str, Callable[[], Finding]] = {
@@ -24,16 +26,16 @@ CHECKS: Mapping[str, Callable[[], Finding]] = {
     "open files": machine.open_files,
     "MLflow": services.mlflow,
     "model hub": services.hub,
-    "Slurm": services.slurm,
+    **{launcher.SERVICE: partial(services.launcher, launcher) for launcher in LAUNCHERS.values() if launcher.SERVICE},
 }
 
 
 def examine(checks: Mapping[str, Callable[[], Finding]] = CHECKS, seconds: float = SECONDS) -> list[Finding]:
-    """What the checks find, in their order; one that fails or takes longer than `seconds` is a problem of its own."""
-    found: dict[str, Finding] = {}
-    # Daemons: one that hangs does not keep the command from ending.
+    """The findings of the checks, in their order; a check that fails or takes longer than `seconds` is a problem."""
+    findings: dict[str, Finding] = {}
+    # Daemon threads: one that hangs does not keep the command from exiting.
     threads = {
-        name: threading.Thread(target=_run, args=(name, check, found), daemon=True) for name, check in checks.items()
+        name: threading.Thread(target=_run, args=(name, check, findings), daemon=True) for name, check in checks.items()
     }
     end = time.monotonic() + seconds
     with impatient(seconds=3, retries=0):
@@ -43,14 +45,14 @@ def examine(checks: Mapping[str, Callable[[], Finding]] = CHECKS, seconds: float
             thread.join(max(0.0, end - time.monotonic()))
     late = f"no answer within {seconds:g} s"
     return [
-        found.get(name, Finding(name, "problem", late, "Look for a server, a disk or a driver that hangs.")).redacted()
+        findings.get(name, Finding(name, "problem", late, "A server, disk or driver may hang.")).redacted()
         for name in checks
     ]
 
 
-def _run(name: str, check: Callable[[], Finding], found: dict[str, Finding]) -> None:
+def _run(name: str, check: Callable[[], Finding], findings: dict[str, Finding]) -> None:
     try:
-        found[name] = check()
+        findings[name] = check()
     except Exception as error:
-        advice = "This is a mistake of tundish, or of what it asked; the other lines hold."
-        found[name] = Finding(name, "problem", f"the check failed ({type(error).__name__}: {error})", advice)
+        advice = "This is a bug in tundish, or in what it asked; the other lines are valid."
+        findings[name] = Finding(name, "problem", f"the check failed ({type(error).__name__}: {error})", advice)

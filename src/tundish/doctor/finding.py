@@ -1,4 +1,4 @@
-"""What a check of `tundish doctor` has found, without the secrets that the environment holds."""
+"""One finding of `tundish doctor`, without secrets from the environment."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ class Finding:
 
     check: str
     state: Literal["ok", "problem", "absent"]
-    """`absent`: not there, and not needed by everybody."""
+    """`absent`: not there, and not needed for every run."""
     found: str
     advice: str = ""
-    """What to do; sometimes there is something though nothing is wrong."""
+    """What to do; may also be set where nothing is wrong."""
 
     def redacted(self) -> "Finding":
         """The same without passwords and tokens."""

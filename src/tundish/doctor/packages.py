@@ -1,4 +1,4 @@
-"""What is installed: the torch build, flash-attn, and whether the versions are those that tundish is made for.
+"""What is installed: the torch build, flash-attn, and whether versions meet tundish's requirements.
 
 Nothing is imported: torch alone would take longer than the whole report.
 """
@@ -9,22 +9,23 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tundish.doctor.finding import Finding
 from tundish.plan.compute import count_gpus
 
 MAIN = ("mosaicml", "llm-foundry", "torch", "transformers", "mlflow", "mosaicml-streaming")
-"""Told by version in every report."""
+"""Packages whose versions every report shows."""
 
 
 @dataclass(frozen=True, slots=True)
 class TorchBuild:
-    """What torch's files say of it."""
+    """The installed torch, from its files."""
 
     version: str | None
-    """None: it is not installed."""
+    """None = not installed."""
     cuda: str | None = None
-    """None: it is built without CUDA."""
+    """None = built without CUDA."""
 
 
 def torch_build() -> TorchBuild:
@@ -32,7 +33,7 @@ def torch_build() -> TorchBuild:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return TorchBuild(None)
-    values = {}
+    values: dict[str, Any] = {}
     for node in ast.parse(Path(spec.origin).with_name("version.py").read_text()).body:
         target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
         if isinstance(target, ast.Name) and isinstance(value := getattr(node, "value", None), ast.Constant):
@@ -41,7 +42,7 @@ def torch_build() -> TorchBuild:
 
 
 def judge_torch(build: TorchBuild, usable: int) -> Finding:
-    """Whether torch can use the devices that there are.
+    """Whether torch can use the devices of this machine.
 
     Args:
         build: what is installed.
@@ -50,19 +51,21 @@ def judge_torch(build: TorchBuild, usable: int) -> Finding:
     if build.version is None:
         return Finding("torch", "problem", "not installed", "Install tundish's locked dependencies: `make install`.")
     if build.cuda is None and usable:
-        advice = "Install a torch build with CUDA, or give `--device cpu`."
-        return Finding("torch", "problem", f"{build.version}, built without CUDA, beside {usable} GPUs", advice)
+        advice = "Install a torch build with CUDA, or use `--device cpu`."
+        return Finding(
+            "torch", "problem", f"{build.version}, built without CUDA, on a machine with {usable} GPUs", advice
+        )
     cuda = f"built for CUDA {build.cuda}" if build.cuda else "built without CUDA"
     return Finding("torch", "ok", f"{build.version}, {cuda}")
 
 
 def torch() -> Finding:
-    """Look at torch."""
+    """Check torch."""
     return judge_torch(torch_build(), count_gpus())
 
 
 def judge_flash_attention(version: str | None, usable: int) -> Finding:
-    """Whether the fastest attention is there.
+    """Whether the fastest attention is installed.
 
     Args:
         version: of flash-attn; None = not installed.
@@ -72,17 +75,17 @@ def judge_flash_attention(version: str | None, usable: int) -> Finding:
         return Finding("flash-attn", "ok", version)
     if usable:
         advice = "For faster steps: `pip install 'flash-attn>=2.7.4,<3' --no-build-isolation`."
-        return Finding("flash-attn", "absent", "not installed; another attention is used", advice)
-    return Finding("flash-attn", "absent", "not installed; a processor cannot use it")
+        return Finding("flash-attn", "absent", "not installed; a slower attention is used", advice)
+    return Finding("flash-attn", "absent", "not installed; a CPU cannot use it")
 
 
 def flash_attention() -> Finding:
-    """Look at flash-attn."""
+    """Check flash-attn."""
     return judge_flash_attention(_version("flash-attn"), count_gpus())
 
 
 def judge_packages(requirements: Sequence[str], versions: Mapping[str, str | None]) -> Finding:
-    """Whether what is installed is what tundish asks for.
+    """Whether installed versions meet tundish's requirements.
 
     Args:
         requirements: of tundish, as its metadata has them.
@@ -97,12 +100,12 @@ def judge_packages(requirements: Sequence[str], versions: Mapping[str, str | Non
             wrong.append(f"{requirement.name} {version or 'is not installed'} ({requirement.specifier})")
     if wrong:
         advice = "Install the locked versions: `make install`."
-        return Finding("packages", "problem", f"not what tundish is made for: {', '.join(wrong)}", advice)
+        return Finding("packages", "problem", f"versions that tundish does not support: {', '.join(wrong)}", advice)
     return Finding("packages", "ok", ", ".join(f"{name} {versions[name]}" for name in MAIN if name in versions))
 
 
 def packages() -> Finding:
-    """Compare the installed versions with those that tundish asks for; extras are left out."""
+    """Compare installed versions with tundish's requirements; extras are left out."""
     from packaging.requirements import Requirement
 
     try:

@@ -7,7 +7,7 @@ A launcher starts the supervisor of a run, knows whether it is alive, and ends i
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from signal import Signals
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from tundish.base.run_folder import RunFolder
 from tundish.errors import FailureCause
@@ -33,6 +33,16 @@ class Life:
 
 
 @dataclass(frozen=True, slots=True)
+class Health:
+    """Whether the service that a launcher needs works."""
+
+    state: Literal["ok", "problem", "absent"]
+    """`absent`: this machine has no such service."""
+    text: str
+    advice: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Restart:
     """How a launcher restarts a run that was stopped."""
 
@@ -53,6 +63,15 @@ class Launcher(Protocol):
     @property
     def STARTS_ALL_NODES(self) -> bool:
         """Whether it starts a run on several nodes by itself; otherwise people start a script on each."""
+        ...
+
+    @property
+    def SERVICE(self) -> str:
+        """The name of the service that it needs, for people; empty = none."""
+        ...
+
+    def health(self) -> Health:
+        """Ask the service, for at most a few seconds; called where SERVICE is not empty."""
         ...
 
     def problems(self, compute: Compute) -> list[str]:

@@ -14,13 +14,19 @@ from tundish.base.run_folder import RunFolder
 from tundish.errors import FailureCause, RequestError
 from tundish.launch import devices
 from tundish.launch.command import node_script, supervisor_command, train_environment
-from tundish.launch.contract import Life, Restart
+from tundish.launch.contract import Health, Life, Restart
 from tundish.plan.compute import Compute, count_gpus
 
 RECORD = ProcessId
 STARTS_ALL_NODES = False
+SERVICE = ""
 NAMED_RUNS = 3
 """Of those that a run waits for, in one sentence."""
+
+
+def health() -> Health:
+    """See Launcher."""
+    return Health("ok", "this machine")
 
 
 def problems(compute: Compute) -> list[str]:

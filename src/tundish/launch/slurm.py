@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from tundish.base.files import write_atomic
 from tundish.base.home import absolute_environment
 from tundish.base.run_folder import RunFolder
 from tundish.errors import FailureCause, RequestError, SpecError, StageError
-from tundish.launch.contract import Life, Restart
+from tundish.launch.contract import Health, Life, Restart
 from tundish.launch.job_script import job_script
 from tundish.plan.compute import Compute
 
@@ -26,6 +27,7 @@ ANSWER_SECONDS = 20.0
 """Slurm's commands wait for minutes for a controller that is down."""
 SUBMIT_SECONDS = 120.0
 """Long, because a job that Slurm accepted after sbatch was given up would start unexpectedly."""
+HEALTH_SECONDS = 7.0
 FRESH_SECONDS = 2.0
 """One answer of squeue serves all runs that are looked at within this time."""
 ALIVE = frozenset(
@@ -44,6 +46,8 @@ ENDS = {
     "PREEMPTED": (FailureCause.PREEMPTED, "It was preempted, and the cluster does not requeue such jobs."),
 }  # fmt: skip
 """What the states in which a job ends mean, and what to do."""
+NO_SBATCH = "there is no sbatch on this machine's PATH"
+SUBMIT_ELSEWHERE = "Run tundish where jobs are submitted."
 PASSED_ON = re.compile(
     r"(AWS|AZURE|CUDA|DATABRICKS|GLOO|GOOGLE|HF|HUGGING_FACE_HUB|LC|MLFLOW|NCCL|OCI|OMP|S3|TORCH|TUNDISH|UCX)_\w+|HOME|PG\w+|"
     r"USER|XDG_CACHE_HOME|LOGNAME|LANG|PATH|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|"
@@ -62,15 +66,38 @@ class SlurmJob:
 
 RECORD = SlurmJob
 STARTS_ALL_NODES = True
+SERVICE = "Slurm"
 
 
 def problems(compute: Compute) -> list[str]:
     """Whether this machine can submit jobs."""
     if shutil.which("sbatch"):
         return []
-    return [
-        "compute: launcher 'slurm': there is no sbatch on this machine's PATH. Run tundish where jobs are submitted."
-    ]
+    return [f"compute: launcher 'slurm': {NO_SBATCH}. {SUBMIT_ELSEWHERE}"]
+
+
+def health() -> Health:
+    """Which nodes the cluster has, and whether this machine can submit jobs."""
+    if shutil.which("sinfo") is None:
+        return Health("absent", "no sinfo on PATH; runs train on this machine")
+    try:
+        version = _ask("sinfo", "--version", seconds=HEALTH_SECONDS).strip()
+        rows = _ask("sinfo", "--noheader", "--format=%R|%D|%T", seconds=HEALTH_SECONDS)
+    except RequestError as error:
+        if "configuration source" in error.message:
+            return Health("absent", "sinfo is installed, but no cluster is configured")
+        advice = "Check slurm.conf (SLURM_CONF) and that slurmctld runs; runs on this machine do not need it."
+        return Health("problem", error.message.rstrip("."), advice)
+    partitions: dict[str, list[str]] = defaultdict(list)
+    for name, nodes, state in (line.split("|") for line in rows.split()):
+        partitions[name].append(f"{nodes} {state}")
+    nodes = "; ".join(f"{name}: {', '.join(states)}" for name, states in partitions.items()) or "no partition"
+    text = f"{version}, nodes of {nodes}"
+    if not re.search(r"\|(idle|mix|alloc|comp|plan)", rows):
+        return Health("problem", text, "No node takes jobs: `sinfo -R` shows why.")
+    if shutil.which("sbatch") is None:
+        return Health("problem", f"{text}; {NO_SBATCH}", SUBMIT_ELSEWHERE)
+    return Health("ok", text)
 
 
 def submit(run: RunFolder, compute: Compute) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 from tundish.base.text import INSTEAD_OF_SECRETS, names_secret, redacted
 from tundish.errors import did_you_mean
@@ -153,6 +153,25 @@ def count_gpus() -> int:
     return len(visible_gpus())
 
 
+class Gpu(NamedTuple):
+    """A GPU of this machine, as nvidia-smi reports it."""
+
+    name: str
+    gib: float
+    used_gib: float
+
+
+def installed_gpus(seconds: float) -> list[Gpu]:
+    """All GPUs of this machine; empty where nvidia-smi is not installed, fails, or takes longer than `seconds`."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
+        rows = [line.rsplit(",", 2) for line in done.stdout.splitlines() if line.strip()]
+        return [Gpu(name.strip(), float(total) / 1024, float(used) / 1024) for name, total, used in rows]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []
+
+
 def _device_memory_gib(device: str, devices_per_node: int, elsewhere: bool) -> float:
     """GiB of one device of this machine; for a GPU of another machine, PLANNED_GIB."""
     if device == "gpu" and elsewhere:
@@ -161,9 +180,4 @@ def _device_memory_gib(device: str, devices_per_node: int, elsewhere: bool) -> f
         import psutil
 
         return round(psutil.virtual_memory().total / devices_per_node / (1 << 30), 1)
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        sizes = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()
-        return round(min(float(mebibytes) for mebibytes in sizes) / 1024, 1)
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return PLANNED_GIB
+    return round(min((gpu.gib for gpu in installed_gpus(20)), default=PLANNED_GIB), 1)
