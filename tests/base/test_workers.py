@@ -97,7 +97,10 @@ def test_few_tasks_are_under_way_at_a_time(count: int) -> None:
 
 def test_a_killed_worker_is_told_in_a_sentence() -> None:
     """The kernel kills the largest process when memory is short: the run would end in a traceback, or hang."""
-    with Workers(2) as workers, pytest.raises(StageError, match="was killed, most likely for want of memory") as error:
+    with (
+        Workers(2) as workers,
+        pytest.raises(StageError, match="was killed by SIGKILL, most likely by the out-of-memory killer") as error,
+    ):
         list(workers.map(_die, _tasks(100)))
     assert "Give the machine more memory" in str(error.value)
 

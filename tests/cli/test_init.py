@@ -144,7 +144,7 @@ def test_all_problems_of_a_line_are_told_at_once_without_traceback(arguments: di
             [{"messages": [USER]}],
             "train.jsonl, line 1: the last message is from 'user'; a chat must end with 'assistant'.",
         ),
-        ([], "there is no sample in it"),
+        ([], "holds no sample"),
     ],
     ids=["JSON error on line 7", "chat ends with user", "empty file"],
 )

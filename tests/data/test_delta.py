@@ -305,7 +305,7 @@ def test_an_empty_table_is_an_error(tmp_path: Path, tiny_model: Path) -> None:
     """A run would train on nothing and succeed."""
     _write(tmp_path / "t", map(_pair, range(5)))
     DeltaTable(tmp_path / "t").delete()
-    with pytest.raises(DataError, match=r"t \(version 1\): there is no sample in it"):
+    with pytest.raises(DataError, match=r"t \(version 1\): holds no sample"):
         _prepare(_open(tmp_path / "t"), tiny_model)
 
 
@@ -347,7 +347,7 @@ def test_missing_columns_are_told_with_those_that_are_there(
     """The caller would see one problem a row, or not learn which column is missing or doubled."""
     table = _write(tmp_path / "t", [dict.fromkeys(columns, "x")])
     problem = _refusal(table, task_type)
-    assert problem.startswith(f"{table}: found the columns {', '.join(columns)}; {task_type} needs {needed}.")
+    assert problem.startswith(f"{table}: has the columns {', '.join(columns)}; {task_type} needs {needed}.")
     assert problem.endswith("Rename the columns, or choose another task_type.")
 
 
@@ -452,7 +452,7 @@ def test_mapped_columns_are_refused(tmp_path: Path, reader_version: int) -> None
     table = _write(tmp_path / "t", [_pair(1)])
     _map_columns(table, reader_version)
     problem = _refusal(table)
-    assert problem.startswith(f"{table}: the table uses columnMapping; readable are deletionVectors,")
+    assert problem.startswith(f"{table}: the table uses columnMapping; only deletionVectors,")
     assert problem.endswith("Copy the rows into a plain table: CREATE TABLE … AS SELECT.")
 
 
@@ -638,7 +638,7 @@ def test_subsets_are_refused(tmp_path: Path, datasets_cache: Path, write_lines: 
 @pytest.mark.parametrize(
     ("given", "found"),
     [
-        ("org/name/subset/train", "a subset is not supported; allowed is a file, catalog.schema.table"),
+        ("org/name/subset/train", "(org/dataset/split or dataset/split); subsets are not supported"),
         ("dolly", "dolly: there is no such file ({here}/dolly); INSTRUCTION_FINETUNE takes a .jsonl file (.gz and"),
         ("dolly/", "dolly/: there is no such file ({here}/dolly); INSTRUCTION_FINETUNE takes a .jsonl file (.gz and"),
         ("https://example.org/train", "found 'https://example.org/train'; allowed is a path, or a name, or an address"),
@@ -662,7 +662,7 @@ def test_code_of_a_dataset_is_not_run(
     monkeypatch.chdir(tmp_path)
     for given in (tmp_path / "evil" / "train", "evil/train", "evil/evil.py/train"):
         problem = _refusal(given)
-        assert problem.startswith(f"{given}: the dataset runs code of its own, which is never done here")
+        assert problem.startswith(f"{given}: the dataset needs a loading script, and its code is never run")
     assert not (tmp_path / "marker").exists()
 
 
@@ -702,7 +702,7 @@ def test_pickles_of_the_working_directory_are_not_read(
     (tmp_path / "train.pkl").write_bytes(pickle.dumps(_Marks(str(tmp_path / "marker"))))
     monkeypatch.chdir(tmp_path)
     for name in ("pandas", "json", "csv"):
-        assert "allowed is a file, catalog.schema.table, or a Hugging Face dataset" in _refusal(f"{name}/train")
+        assert "must be a file, a folder, catalog.schema.table, or a Hugging Face dataset" in _refusal(f"{name}/train")
     assert not (tmp_path / "marker").exists()
     pickle.loads((tmp_path / "train.pkl").read_bytes())
     assert (tmp_path / "marker").exists(), "to read it would have been seen"
@@ -792,7 +792,7 @@ def test_missing_columns_of_a_dataset_are_told(
     (tmp_path / "lab").mkdir()
     write_lines(tmp_path / "lab" / "train.jsonl", [{"question": "a", "answer": "b"}])
     problem = _refusal(tmp_path / "lab" / "train", task_type)
-    assert f"found the columns question, answer; {task_type} needs {needed}" in problem
+    assert f"has the columns question, answer; {task_type} needs {needed}" in problem
 
 
 def test_bad_rows_of_a_dataset_are_told_by_number(tmp_path: Path, datasets_cache: Path, tiny_model: Path) -> None:

@@ -281,5 +281,5 @@ def test_damaged_compressed_data_is_an_error_of_the_data(bucket: Bucket) -> None
     """Half of an upload would be trained as if it were all."""
     content = b"".join(os.urandom(20).hex().encode() for _ in range(2000))
     source = _open(bucket.put("train.jsonl.gz", gzip.compress(content)[:-20]))
-    with pytest.raises(DataError, match=r"train\.jsonl\.gz: the compressed data is damaged or cut off"):
+    with pytest.raises(DataError, match=r"train\.jsonl\.gz: the compressed data is damaged or truncated"):
         _samples(source)

@@ -148,15 +148,15 @@ def test_a_target_that_nothing_predicts_is_none(encode: Make, tmp_path: Path, sa
             "CHAT_COMPLETION",
             _chat("two?", "four"),
             _chat("two</s>?", "four"),
-            "a message holds '</s>', a control token of the model. It stays text here, and controls nothing. "
-            "Take it out if it is not meant.",
+            "a message contains '</s>', a control token of the model. It stays text here, and controls nothing. "
+            "Remove it if it is not intended.",
         ),
         (
             "INSTRUCTION_FINETUNE",
             PAIR,
             {"prompt": "two?", "response": "four</s>"},
             "holds '</s>', a control token of the model. It is taken for one, as no template is applied. "
-            "Take it out if it is not meant.",
+            "Remove it if it is not intended.",
         ),
     ],
 )

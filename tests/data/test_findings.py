@@ -32,10 +32,10 @@ def test_one_mistake_on_many_lines_is_one_message() -> None:
 def test_the_message_is_that_of_the_first_sample() -> None:
     """The number in the message and what it says would belong to different lines."""
     found = Findings()
-    found.add(3, Problem("keys", "found the keys id."))
-    found.add(7, Problem("keys", "found the keys name."))
+    found.add(3, Problem("keys", "has the keys id."))
+    found.add(7, Problem("keys", "has the keys name."))
     (finding,) = found.findings(LINES, 9)
-    assert finding.message == "train.jsonl, line 3: found the keys id. 2 of 9 lines are like this (3, 7)."
+    assert finding.message == "train.jsonl, line 3: has the keys id. 2 of 9 lines are like this (3, 7)."
 
 
 def test_a_long_list_of_lines_is_cut_in_the_message_alone() -> None:

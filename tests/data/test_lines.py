@@ -139,5 +139,5 @@ def test_files_that_cannot_be_read_are_problems(tmp_path: Path, monkeypatch: pyt
     (_, latin), (_, good), (_, large), (_, utf16) = TextFiles(tmp_path, tuple(contents), 0).samples(TEXTS)
     assert latin == Problem("not UTF-8", "the byte at offset 3 is not UTF-8. Save the file as UTF-8.")
     assert good == "x" * 100
-    assert isinstance(large, Problem) and large.rule == "too large" and "Cut it into several files" in large.text
+    assert isinstance(large, Problem) and large.rule == "too large" and "Split it into several files" in large.text
     assert isinstance(utf16, Problem) and "the byte at offset 0" in utf16.text

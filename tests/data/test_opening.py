@@ -118,7 +118,7 @@ def test_bad_lines_are_all_told(tmp_path: Path, suffix: str, small_chunks: None)
     first, second = outcome.problems
     assert first.message.startswith(f"train{suffix}, line 2: not JSON")
     assert first.message.endswith("3 of 500 lines are like this (2, 77, 500).") and first.where == [2, 77, 500]
-    assert second.message.startswith(f"train{suffix}, line 200: found the keys prompt")
+    assert second.message.startswith(f"train{suffix}, line 200: has the keys prompt")
     assert (outcome.total, outcome.samples, outcome.prepared) == (500, 495, None)
 
 
@@ -142,7 +142,7 @@ def test_an_empty_file_is_an_error(tmp_path: Path, suffix: str, content: bytes) 
     """A run would train on nothing and succeed."""
     path = _write(tmp_path / f"train{suffix}", content)
     with pytest.raises(
-        DataError, match=r"train\.jsonl.*: there is no sample in it; all is empty. Give data with samples"
+        DataError, match=r"train\.jsonl.*: holds no sample: it is empty or blank. Use data with samples"
     ):
         check_structure(_pairs(path))
 
@@ -179,7 +179,7 @@ def test_compressed_data_that_is_cut_off_is_refused(tmp_path: Path, suffix: str,
     path.write_bytes(packed[: int(kept * len(packed))])
     assert 3 < path.stat().st_size < len(packed)
     with pytest.raises(
-        DataError, match=r"train\.jsonl\.\w+: the compressed data is damaged or cut off .* copy it again"
+        DataError, match=r"train\.jsonl\.\w+: the compressed data is damaged or truncated .* copy it again"
     ):
         check_structure(_pairs(path))
 
@@ -196,7 +196,7 @@ def test_damaged_compressed_data_is_refused(tmp_path: Path, suffix: str, at: str
     place = {"beginning": 0, "header": 12, "middle": len(packed) // 2, "end": len(packed) - 3}[at]
     packed[place] ^= 0xFF
     path.write_bytes(bytes(packed))
-    with pytest.raises(DataError, match=r"train\.jsonl\.\w+: the compressed data is damaged or cut off"):
+    with pytest.raises(DataError, match=r"train\.jsonl\.\w+: the compressed data is damaged or truncated"):
         check_structure(_pairs(path))
 
 
@@ -205,7 +205,7 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path: Path) -> Non
     for suffix in (".jsonl.gz", ".jsonl.zst"):
         path = tmp_path / f"train{suffix}"
         path.write_bytes(_line(1) * 10)
-        with pytest.raises(DataError, match="the compressed data is damaged or cut off"):
+        with pytest.raises(DataError, match="the compressed data is damaged or truncated"):
             check_structure(_pairs(path))
 
 
@@ -220,7 +220,7 @@ def test_a_line_without_end_ends_the_reading(tmp_path: Path, suffix: str, monkey
     path = tmp_path / f"train.jsonl{suffix}"
     path.write_bytes(compress(_line(1) * 40 + b" " * 4000 + b"\n" + _line(2) + b"\0" * 6000))
     with pytest.raises(
-        DataError, match=r"train\.jsonl\S*, line 43: the line is longer than 0 MiB, so the file is no JSONL"
+        DataError, match=r"train\.jsonl\S*, line 43: the line is longer than 0 MiB, so this is not a JSONL file"
     ):
         list(_pairs(path).chunks())
 
@@ -378,7 +378,7 @@ def test_empty_text_files_are_no_samples(books: Path) -> None:
     assert (outcome.total, outcome.samples, outcome.problems) == (4, 3, [])
     for path in books.rglob("*.txt"):
         path.write_text("")
-    with pytest.raises(DataError, match=r"books: there is no sample in it; all is empty"):
+    with pytest.raises(DataError, match=r"books: holds no sample; all is empty"):
         check_structure(_texts(books))
 
 

@@ -220,10 +220,10 @@ def test_bad_rows_of_a_folder_are_reported_by_file(tmp_path: Path, monkeypatch: 
         ('[{"role": "user", "content": "a"}]', "the last message is from 'user'"),
         ('{"role": "user"}', "'messages' is a JSON object"),
         ("two and two?", "not JSON: "),
-        ('[{"role": "user", "role": "user"}]', "the key role stands twice"),
+        ('[{"role": "user", "role": "user"}]', "the key role appears twice"),
         ("[" * 100_000, "nested too deeply"),
         ("[NaN]", "holds NaN"),
-        ('[{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "b"}]', "half of a character"),
+        ('[{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "b"}]', "half of a surrogate pair"),
     ],
 )
 def test_messages_as_text_are_read_as_strictly_as_lines(tmp_path: Path, text: str, found: str) -> None:
@@ -284,7 +284,7 @@ def test_all_files_of_a_folder_that_are_wrong_are_named(tmp_path: Path) -> None:
     _write(tmp_path / "data" / "c.parquet", [{"prompt": 1, "response": "b"}])
     (tmp_path / "data" / "d.parquet").write_text("prompt,response\n")
     first, second, third = _refusals(tmp_path / "data")
-    assert first.startswith(f"{tmp_path / 'data'}/b.parquet: found the columns question")
+    assert first.startswith(f"{tmp_path / 'data'}/b.parquet: has the columns question")
     assert second.startswith(f"{tmp_path / 'data'}/c.parquet: the column prompt has the type int64")
     assert third.startswith(f"{tmp_path / 'data'}/d.parquet: is not a Parquet file")
     for number in range(30):
@@ -401,7 +401,7 @@ def test_files_without_rows_are_an_error(tmp_path: Path, kind: pa.DataType) -> N
     pq.write_table(pa.table({"prompt": nothing, "response": nothing}), tmp_path / "none.parquet")
     source = _open(tmp_path / "none.parquet")
     assert source.size == 0 and len(source.parts(100)) == 1
-    with pytest.raises(DataError, match=r"none\.parquet: there is no sample in it"):
+    with pytest.raises(DataError, match=r"none\.parquet: holds no sample"):
         check_structure(source)
 
 
@@ -534,7 +534,7 @@ def test_a_table_in_a_store_is_not_read_as_its_files(tmp_path: Path, bucket: Buc
     write_deltalake(bucket.uri("t"), pa.Table.from_pylist(_pairs([1])), storage_options=options)
     others = pa.Table.from_pylist([{"question": "a"}])
     write_deltalake(bucket.uri("t"), others, mode="overwrite", schema_mode="overwrite", storage_options=options)
-    assert "found the columns question" in _refusal(bucket.uri("t"))
+    assert "has the columns question" in _refusal(bucket.uri("t"))
 
 
 @pytest.mark.slow

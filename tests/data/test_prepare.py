@@ -392,7 +392,7 @@ def test_damaged_data_leaves_nothing_behind(
     source = _source_of("gz", tmp_path, 5000)
     path = tmp_path / "train.jsonl.gz"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match="the compressed data is damaged or cut off"):
+    with pytest.raises(DataError, match="the compressed data is damaged or truncated"):
         _prepare(source, tiny_model)
     assert _left(home) == []
 
@@ -402,9 +402,7 @@ def test_data_without_samples_is_an_error(tiny_model: Path, tmp_path: Path, home
     """A run would train on nothing and succeed."""
     path = tmp_path / "train.jsonl"
     path.write_text(content)
-    with pytest.raises(
-        DataError, match=r"train\.jsonl: there is no sample in it; all is empty. Give data with samples"
-    ):
+    with pytest.raises(DataError, match=r"train\.jsonl: holds no sample: it is empty or blank. Use data with samples"):
         _prepare(_pairs(path), tiny_model)
     assert _left(home) == []
 
@@ -437,7 +435,9 @@ def test_a_disk_without_room_is_told(
     """The run would end in a traceback, and what was written so far fill the disk for good."""
 
     monkeypatch.setattr("tundish.data.shards.write_shard", _full)
-    with pytest.raises(StageError, match=r"preparing the data in .* failed: .*No space left on device.*Check its room"):
+    with pytest.raises(
+        StageError, match=r"preparing the data in .* failed: .*No space left on device.*Check its free space"
+    ):
         _prepare(pairs, tiny_model)
     assert _left(home) == []
 
@@ -455,7 +455,10 @@ def test_a_killed_worker_is_told_and_leaves_nothing_behind(
     for function in ("shards.write_shard", "encoding.encode_chunk"):
         monkeypatch.setattr(f"tundish.data.{function}", _kill_itself)
         small(workers=2, shard=3000)
-        with pytest.raises(StageError, match="a process that prepares data was killed, most likely for want of memory"):
+        with pytest.raises(
+            StageError,
+            match="a process that prepares data was killed by SIGKILL, most likely by the out-of-memory killer",
+        ):
             _prepare(source, tiny_model)
         assert _left(home) == []
 

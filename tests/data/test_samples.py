@@ -44,13 +44,13 @@ CHAT_LINE = json.dumps(_chat(U, A)).encode()
     [
         (_chat(U), "the last message is from 'user'; a chat must end with 'assistant'"),
         (_chat(U, A, U), "the last message is from 'user'; a chat must end with 'assistant'"),
-        (_chat(A), "the first to speak is 'assistant'; a chat must start with 'user'"),
-        (_chat(S, A), "the first to speak is 'assistant'; a chat must start with 'user'"),
-        (_chat(S), "the first to speak is nobody; a chat must start with 'user'"),
+        (_chat(A), "the first message is from 'assistant'; a chat must start with 'user'"),
+        (_chat(S, A), "the first message is from 'assistant'; a chat must start with 'user'"),
+        (_chat(S), "the first message is from nobody; a chat must start with 'user'"),
         (_chat(U, U, A), "messages 1 and 2 are both from 'user'; user and assistant must alternate"),
         (_chat(S, U, A, A), "messages 3 and 4 are both from 'assistant'"),
-        (_chat(U, S, A), "a message from 'system' stands after others; it is allowed only first"),
-        (_chat(S, S, U, A), "a message from 'system' stands after others"),
+        (_chat(U, S, A), "a message from 'system' follows others; it is allowed only first"),
+        (_chat(S, S, U, A), "a message from 'system' follows others"),
         (_chat(), "'messages' is an empty list; it must be a list of messages"),
         ({"messages": "hello"}, "'messages' is a JSON text; it must be a list"),
         ({"messages": None}, "'messages' is a JSON null"),
@@ -62,10 +62,10 @@ CHAT_LINE = json.dumps(_chat(U, A)).encode()
         (_chat(U, {"role": "assistant", "content": None}), "the content of message 2 is a JSON null; it must be text"),
         (_chat(U, {"role": "assistant", "content": 4}), "the content of message 2 is a JSON number; it must be text"),
         (_chat(U, {"role": "assistant", "content": " \n"}), "the content of message 2 is empty. Fill it"),
-        ({"messages": [U, A], "id": 1}, "found the keys id, messages; allowed is messages alone"),
-        ({"prompt": "a", "response": "b"}, "found the keys prompt, response; allowed is messages alone"),
-        ({}, "found the keys none; allowed is messages alone"),
-        ([U, A], "found a JSON array; each line must be one object"),
+        ({"messages": [U, A], "id": 1}, "has the keys id, messages; it must have messages, and no others"),
+        ({"prompt": "a", "response": "b"}, "has the keys prompt, response; it must have messages, and no others"),
+        ({}, "has the keys none; it must have messages, and no others"),
+        ([U, A], "the line is a JSON array; each line must be one object"),
         ("hello", "found a JSON text; each line must be one object"),
         (True, "found a JSON boolean; each line must be one object"),
         (None, "found a JSON null; each line must be one object"),
@@ -74,16 +74,16 @@ CHAT_LINE = json.dumps(_chat(U, A)).encode()
         ('{"a": "ö"}'.encode("utf-16-le"), "holds zero bytes, as UTF-16 and binary files do. Save the file as UTF-8"),
         pytest.param(b"[" * 100_000, "nested too deeply to be a sample", id="deep"),
         pytest.param(b'{"messages": ' + b"1" * 5_000 + b"}", "holds a number of thousands of digits", id="huge number"),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "holds \\ud800, half of a character"),
-        (b'{"\\ud800": 1}', "found the keys \\ud800; allowed is messages alone"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "holds \\ud800, half of a surrogate pair"),
+        (b'{"\\ud800": 1}', "has the keys \\ud800; it must have messages, and no others"),
         (_chat(U | {"role": "\ud800"}, A), "message 1 has the role '\\ud800'"),
-        (b'{"messages": [], "messages": []}', "the key messages stands twice in one object. Keep one of them"),
-        (b'{"messages": [], "m\\u0065ssages": []}', "the key messages stands twice"),
-        (CHAT_LINE.replace(b'"role"', b'"role": "system", "role"', 1), "the key role stands twice in one object"),
-        (CHAT_LINE.replace(b'"role"', b'"r\\u006fle": "user", "role"', 1), "the key role stands twice"),
-        (CHAT_LINE.replace(b'"role"', b'"r\\u006Fle": "user", "r\\u006fle"', 1), "the key role stands twice"),
-        (CHAT_LINE.replace(b'"content"', b'"content": "x", "content"', 1), "the key content stands twice"),
-        (CHAT_LINE.replace(b'"content"', b'"content": {"a": 1, "a": 2}, "more"', 1), "the key a stands twice"),
+        (b'{"messages": [], "messages": []}', "the key messages appears twice in one object. Keep one of them"),
+        (b'{"messages": [], "m\\u0065ssages": []}', "the key messages appears twice"),
+        (CHAT_LINE.replace(b'"role"', b'"role": "system", "role"', 1), "the key role appears twice in one object"),
+        (CHAT_LINE.replace(b'"role"', b'"r\\u006fle": "user", "role"', 1), "the key role appears twice"),
+        (CHAT_LINE.replace(b'"role"', b'"r\\u006Fle": "user", "r\\u006fle"', 1), "the key role appears twice"),
+        (CHAT_LINE.replace(b'"content"', b'"content": "x", "content"', 1), "the key content appears twice"),
+        (CHAT_LINE.replace(b'"content"', b'"content": {"a": 1, "a": 2}, "more"', 1), "the key a appears twice"),
         (b'{"messages": NaN}', "holds NaN, which is not JSON. Write text in its place"),
         (b'{"messages": [{"role": "user", "content": -Infinity}]}', "holds -Infinity, which is not JSON"),
         (b'{"messages": Infinity}', "holds Infinity, which is not JSON"),
@@ -92,7 +92,7 @@ CHAT_LINE = json.dumps(_chat(U, A)).encode()
         (CHAT_LINE.replace(b"from user", b"from\tuser"), "not JSON: Invalid control character at"),
         (CHAT_LINE.replace(b"from user", b"caf\xe9"), "the byte at offset 46 of the line is not UTF-8"),
         (CHAT_LINE.replace(b"from user", b"\xed\xa0\x80"), "the byte at offset 43 of the line is not UTF-8"),
-        (CHAT_LINE.replace(b"from assistant", b"x \\udc00"), "holds \\udc00, half of a character"),
+        (CHAT_LINE.replace(b"from assistant", b"x \\udc00"), "holds \\udc00, half of a surrogate pair"),
     ],
 )  # fmt: skip
 def test_a_bad_chat_is_told_what_is_wrong(record: Any, found: str) -> None:
@@ -106,26 +106,26 @@ def test_a_bad_chat_is_told_what_is_wrong(record: Any, found: str) -> None:
 @pytest.mark.parametrize(
     ("record", "found"),
     [
-        ({"prompt": "a"}, "found the keys prompt; allowed are prompt and response (or completion)"),
+        ({"prompt": "a"}, "has the keys prompt; it must have prompt and response (or completion)"),
         (
             {"prompt": "a", "response": "b", "completion": "c"},
-            "found the keys completion, prompt, response; allowed are",
+            "has the keys completion, prompt, response; it must have",
         ),
-        ({"prompt": "a", "response": "b", "id": 1}, "found the keys id, prompt, response"),
-        ({"messages": [U, A]}, "found the keys messages; allowed are prompt and response"),
+        ({"prompt": "a", "response": "b", "id": 1}, "has the keys id, prompt, response"),
+        ({"messages": [U, A]}, "has the keys messages; it must have prompt and response"),
         ({"prompt": 1, "response": "b"}, "'prompt' is a JSON number; it must be text"),
         ({"prompt": "a", "completion": ["b"]}, "'completion' is a JSON array; it must be text"),
-        ({"prompt": "", "response": "b"}, "'prompt' is empty; both must say something"),
-        ({"prompt": "a", "response": ""}, "'response' is empty; both must say something"),
+        ({"prompt": "", "response": "b"}, "'prompt' is empty; neither may be"),
+        ({"prompt": "a", "response": ""}, "'response' is empty; neither may be"),
         ({"prompt": "a", "response": 1.5}, "'response' is a JSON number; it must be text"),
         ({"prompt": "a", "response": None}, "'response' is a JSON null; it must be text"),
-        ({"prompt": "a\ud83d", "response": "b"}, "holds \\ud83d, half of a character"),
-        ({"prompt": "a", "response": "\udfff b"}, "holds \\udfff, half of a character"),
-        (b'{"prompt": "a", "response": "b", "response": "b"}', "the key response stands twice in one object"),
-        (b'{"prompt": "a", "completion": "b", "c\\u006Fmpletion": "b"}', "the key completion stands twice"),
-        (b'{"prompt": "a", "\\u0070rompt": "a", "response": "b"}', "the key prompt stands twice"),
+        ({"prompt": "a\ud83d", "response": "b"}, "holds \\ud83d, half of a surrogate pair"),
+        ({"prompt": "a", "response": "\udfff b"}, "holds \\udfff, half of a surrogate pair"),
+        (b'{"prompt": "a", "response": "b", "response": "b"}', "the key response appears twice in one object"),
+        (b'{"prompt": "a", "completion": "b", "c\\u006Fmpletion": "b"}', "the key completion appears twice"),
+        (b'{"prompt": "a", "\\u0070rompt": "a", "response": "b"}', "the key prompt appears twice"),
         (b'{"prompt": "a", "response": NaN}', "holds NaN, which is not JSON"),
-        (["a", "b"], 'found a JSON array; each line must be one object. Write {"prompt": "…", "response": "…"}.'),
+        (["a", "b"], 'the line is a JSON array; each line must be one object. Write {"prompt": "…", "response": "…"}.'),
     ],
 )
 def test_a_bad_pair_is_told_what_is_wrong(record: Any, found: str) -> None:
@@ -171,7 +171,9 @@ def test_a_line_that_is_too_long_is_refused_unread(monkeypatch: pytest.MonkeyPat
     fits = CHAT_LINE.replace(b"from user", b"from user" + b"x" * room)
     assert len(fits) == 1 << 20 and isinstance(_parse(fits), list)
     problem = _parse(fits + b" ")
-    assert problem == Problem("line too long", "the line is longer than 1 MiB; no sample is. Split it, or drop it.")
+    assert problem == Problem(
+        "line too long", "the line is longer than 1 MiB, the most that a sample may have. Split it, or drop it."
+    )
 
 
 def test_rows_of_tables_keep_the_same_rules() -> None:

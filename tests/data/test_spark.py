@@ -511,7 +511,7 @@ def test_data_without_samples_is_an_error(
     for number, content in enumerate(["", "\n" * 30]):
         path = tmp_path / f"{number}.jsonl"
         path.write_text(content)
-        with pytest.raises(DataError, match=rf"{number}\.jsonl: there is no sample in it"):
+        with pytest.raises(DataError, match=rf"{number}\.jsonl: holds no sample"):
             prepare(_open(path), job(), on_two_cores)
 
 
@@ -519,7 +519,7 @@ def test_damaged_data_is_an_error_of_the_data(on_two_cores: str, job: Any, tmp_p
     """The cluster would be blamed for it, after it has tried four times."""
     path = tmp_path / "train.jsonl.gz"
     path.write_bytes(gzip.compress(b"".join(b'{"prompt": "%d", "response": "x"}\n' % n for n in range(999)))[:-20])
-    with pytest.raises(DataError, match=r"train\.jsonl\.gz: the compressed data is damaged or cut off"):
+    with pytest.raises(DataError, match=r"train\.jsonl\.gz: the compressed data is damaged or truncated"):
         prepare(_open(path), job(), on_two_cores)
 
 

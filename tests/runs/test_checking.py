@@ -73,7 +73,7 @@ def test_a_template_that_does_not_end_is_told_by_line(
         verb(**foreign(HANGS))
     assert str(error.value) == (
         "train_data_path: train.jsonl, line 300: the model's chat template or tokenizer took more than 0.3 s of CPU "
-        "time. Shorten the sample or take it out, or use another model."
+        "time. Shorten the sample or remove it, or use another model."
     )
 
 

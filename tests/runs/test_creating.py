@@ -81,7 +81,7 @@ def test_all_problems_of_a_call_are_one_message(arguments: dict[str, Any], home:
     [
         ([CHAT] * 6 + ['{"messages": ['] + [CHAT], "train.jsonl, line 7: not JSON: Expecting value at column 15."),
         ([CHAT, {"messages": [USER]}], "train.jsonl, line 2: the last message is from 'user'; a chat must end"),
-        ([], "there is no sample in it"),
+        ([], "holds no sample"),
     ],
     ids=["JSON error on line 7", "chat ends with user", "empty file"],
 )  # fmt: skip

@@ -120,13 +120,13 @@ def guarded(
         worker = _Worker((function, arguments, named), words.fileno(), forked=not (tables and loaded))
         try:
             with ExitStack() as bars:
-                tell: Callable[..., None] | None = None
+                report: Callable[..., None] | None = None
                 while True:
                     kind, *content = worker.receive()
                     if kind == "bar" and progress is not None:
-                        tell = bars.enter_context(progress(*content))
-                    elif kind == "tell" and tell is not None:
-                        tell(*content)
+                        report = bars.enter_context(progress(*content))
+                    elif kind == "report" and report is not None:
+                        report(*content)
                     elif kind == "end of bar":
                         bars.close()
                     elif kind in _ANSWERS:
@@ -143,7 +143,7 @@ def guarded(
 def _remote_bar(title: str) -> Iterator[Progress]:
     starter = cast(Connection, _starter)
     starter.send(("bar", title))
-    yield lambda done, total: starter.send(("tell", done, total))
+    yield lambda done, total: starter.send(("report", done, total))
     starter.send(("end of bar",))
 
 
@@ -188,11 +188,11 @@ class Workers:
         waiting = ((number, task, again is None) for number, task in enumerate(tasks))
         busy = dict[_Worker, deque[_Task]]()
         done = dict[int, Callable[[], Result]]()
-        given = 0
+        next_number = 0
         try:
             task = next(waiting, None)
             while task is not None or busy or done:
-                while task is not None and task[0] < given + 3 * self.count and (worker := self._free(busy)):
+                while task is not None and task[0] < next_number + 3 * self.count and (worker := self._free(busy)):
                     worker.submit(function, task[1])
                     busy.setdefault(worker, deque()).append(task)
                     task = next(waiting, None)
@@ -216,9 +216,9 @@ class Workers:
                         _last_words(2)  # are no warnings for the user
                     if kind not in _LOST or last:
                         done[number] = lambda worker=worker, kind=kind, content=content: worker.result(kind, content)
-                while given in done:
-                    yield done.pop(given)()
-                    given += 1
+                while next_number in done:
+                    yield done.pop(next_number)()
+                    next_number += 1
         finally:
             for worker in busy:
                 self._workers.remove(worker)
@@ -335,8 +335,8 @@ class _Worker:
         what, seconds, memory = self.doing
         if kind == "ended" and code == -signal.SIGKILL:
             return WorkerError(
-                "a process that prepares data was killed, most likely for want of memory. Give the machine more "
-                "memory, or fewer processors to this process (taskset).",
+                "a process that prepares data was killed by SIGKILL, most likely by the out-of-memory killer (check "
+                "dmesg). Use a machine with more memory, or fewer CPUs (taskset).",
                 failure=FailureCause.HOST_OUT_OF_MEMORY,
             )
         if kind == "memory" or "memory allocation of" in words:
@@ -376,8 +376,8 @@ def _last_words(errors: int) -> str:
     except OSError:
         return ""
     lines = [line for line in end.decode(errors="replace").splitlines() if line.strip()]
-    said = [line for line in lines if "memory allocation of" in line] or lines
-    return said[-1].strip()[:200] if said else ""
+    relevant = [line for line in lines if "memory allocation of" in line] or lines
+    return relevant[-1].strip()[:200] if relevant else ""
 
 
 def _serve(pipe: Connection, parent: int, task: Any, errors: int, *, once: bool = False) -> None:

@@ -82,8 +82,8 @@ class BytePairEncoder:
         try:
             with no_collection():
                 parts = orjson.loads(serialized)
-                found = cls._translate(parts, backend)
-                return found if found is not None and found._agrees(backend, parts["model"]) else None
+                encoder = cls._translate(parts, backend)
+                return encoder if encoder is not None and encoder._agrees(backend, parts["model"]) else None
         except BaseException as error:  # its core panics, which is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise

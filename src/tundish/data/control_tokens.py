@@ -32,8 +32,8 @@ class Finder:
         """The first of the words that stands in the text."""
         if not any(start in text for start in self._starts):
             return None
-        found = self.pattern.search(text)
-        return None if found is None else found[0]
+        match = self.pattern.search(text)
+        return None if match is None else match[0]
 
 
 class Known(NamedTuple):
@@ -79,8 +79,8 @@ class PlainText:
         ]
         return masked, True
 
-    def _mark(self, found: "re.Match[str]") -> str:
-        return self._marks[found[0]]
+    def _mark(self, match: "re.Match[str]") -> str:
+        return self._marks[match[0]]
 
     @functools.cached_property
     def _backend(self) -> Any:

@@ -59,11 +59,11 @@ class DeltaRows:
         except StoreError as error:
             raise SpecError(error.message) from error
         except (DeltaError, OSError) as error:
-            found = f"there is no Delta table to read at {uri} ({_reason(error)})"
-            raise SpecError(f"{given}: {found}. Check the name.") from error
+            reason = f"there is no Delta table to read at {uri} ({_reason(error)})"
+            raise SpecError(f"{given}: {reason}. Check the name.") from error
         if partitioned := set(columns) & set(table.metadata().partition_columns):
-            found = f"the table is partitioned by {', '.join(sorted(partitioned))}, which is part of a sample"
-            raise SpecError(f"{given}: {found}. Copy the rows into a table without partitions.")
+            reason = f"the table is partitioned by {', '.join(sorted(partitioned))}, which is part of a sample"
+            raise SpecError(f"{given}: {reason}. Copy the rows into a table without partitions.")
         named = tuple((_checked_name(uri, path, given), size) for path, size, _ in files)
         facts = json.dumps([str(table.metadata().id), [[path, size] for path, size, _ in files], table.version()])
         counts = [count for _, _, count in files]
@@ -91,8 +91,8 @@ class DeltaRows:
         except DataError:
             raise
         except (OSError, ValueError) as error:
-            found = f"a file of the table cannot be read ({' '.join(str(error).split())[:300]})"
-            raise DataError(f"{self.name}: {printable(found)}. Restore the table, or copy it again.") from error
+            reason = f"a file of the table cannot be read ({' '.join(str(error).split())[:300]})"
+            raise DataError(f"{self.name}: {printable(reason)}. Restore the table, or copy it again.") from error
 
     def _batches(self) -> Iterator[Any]:
         import pyarrow.parquet as pq
@@ -101,7 +101,7 @@ class DeltaRows:
         files = _filesystem(table)
         deleted = _deletions(table)
         if unknown := sorted(set(deleted) - {name for name, _ in _named(table)}):
-            raise ValueError(f"rows are deleted from {unknown[0]}, which is none of its files")
+            raise ValueError(f"rows are deleted from {unknown[0]}, which is not one of its files")
         for name, _ in self.files:
             with files.open_input_file(name) as file:
                 kept, first = deleted.get(name), 0
@@ -148,8 +148,8 @@ def _check_protocol(table: Any, given: str) -> None:
     if table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
         unknown = sorted({*unknown, "columnMapping"})
     if unknown:
-        found = f"the table uses {', '.join(unknown)}; readable are {', '.join(sorted(READABLE))}"
-        raise SpecError(f"{given}: {found}. Copy the rows into a plain table: CREATE TABLE … AS SELECT.")
+        reason = f"the table uses {', '.join(unknown)}; only {', '.join(sorted(READABLE))} can be read"
+        raise SpecError(f"{given}: {reason}. Copy the rows into a plain table: CREATE TABLE … AS SELECT.")
 
 
 def _named(table: Any) -> list[tuple[str, int]]:
@@ -165,7 +165,7 @@ def _checked_name(uri: str, path: str, given: str) -> str:
     if "://" not in uri and not outside:
         outside = not (Path(uri) / name).resolve().is_relative_to(Path(uri).resolve())
     if outside:
-        raise SpecError(f"{given}: its log names {name!r}, outside the table. Copy the rows into a table of its own.")
+        raise SpecError(f"{given}: its log names {name!r}, outside the table. Copy the rows into a new table.")
     return name
 
 
@@ -190,11 +190,11 @@ def _deletions(table: Any) -> Mapping[str, Any]:
 
     if "deletionVectors" not in (table.protocol().reader_features or ()):
         return {}
-    found: dict[str, Any] = {}
+    kept_rows: dict[str, Any] = {}
     root = table.table_uri.rstrip("/") + "/"
     for batch in table.deletion_vectors():
         rows = pa.record_batch(batch)
         for path, kept in zip(rows["filepath"].to_pylist(), rows["selection_vector"], strict=True):
             plain = path.removeprefix("file://") if not root.startswith("file://") else path
-            found[unquote(plain.removeprefix(root))] = kept.values
-    return found
+            kept_rows[unquote(plain.removeprefix(root))] = kept.values
+    return kept_rows

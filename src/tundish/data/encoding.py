@@ -109,9 +109,9 @@ def encode_chunks(
             yield job, source.rules, chunk, spool()
 
     try:
-        for found in workers.map(encode_chunk, tasks(), again=encode_each):
+        for encoded in workers.map(encode_chunk, tasks(), again=encode_each):
             before.popleft()
-            yield found
+            yield encoded
     except WorkerError as error:
         if not isinstance(error.what, int):
             raise
@@ -120,7 +120,7 @@ def encode_chunks(
         ) from error
 
 
-_ADVICE = "Shorten the sample or take it out, or use another model."
+_ADVICE = "Shorten the sample or remove it, or use another model."
 
 
 def _blamed(job: Job) -> str:
@@ -141,34 +141,34 @@ def encode_chunk(
 
 
 def _encode_chunk(job: Job, rules: Rules, chunk: Chunk, spool: Path | None, batch_samples: int) -> EncodedChunk:
-    found = EncodedChunk(chunk.size, chunk.units)
+    encoded = EncodedChunk(chunk.size, chunk.units)
     pieces: list[Encoded] = []
     lengths: list[int] = []
-    for number, sample in _encoded(job, rules, chunk, found, batch_samples):
+    for number, sample in _encoded(job, rules, chunk, encoded, batch_samples):
         lengths.append(len(sample.tokens))
         cut = list(_cut(sample, job))
         if job.task_type != "CONTINUED_PRETRAIN":
-            found.truncated += len(sample.tokens) > job.context_length
+            encoded.truncated += len(sample.tokens) > job.context_length
             if not cut[0].loss_mask[1:].any():
-                found.problems.add(number, _no_target(len(sample.tokens), job.context_length))
+                encoded.problems.add(number, _no_target(len(sample.tokens), job.context_length))
         pieces.extend(cut)
-    found.samples, found.sample_lengths = len(lengths), np.array(lengths, dtype=np.int32)
-    found.lengths = np.array([len(piece.tokens) for piece in pieces], dtype=np.int32)
-    found.target_tokens = sum(int(piece.loss_mask.sum()) for piece in pieces)
+    encoded.samples, encoded.sample_lengths = len(lengths), np.array(lengths, dtype=np.int32)
+    encoded.lengths = np.array([len(piece.tokens) for piece in pieces], dtype=np.int32)
+    encoded.target_tokens = sum(int(piece.loss_mask.sum()) for piece in pieces)
     if spool is not None and pieces:
-        found.spool, found.offset = _append(spool, pieces)
-    return found
+        encoded.spool, encoded.offset = _append(spool, pieces)
+    return encoded
 
 
 def _encoded(
-    job: Job, rules: Rules, chunk: Chunk, found: EncodedChunk, batch_samples: int
+    job: Job, rules: Rules, chunk: Chunk, encoded: EncodedChunk, batch_samples: int
 ) -> Iterator[tuple[int, Encoded]]:
     encoder = job.encoder
-    good = _good_samples(rules, chunk, found, encoder)
+    good = _good_samples(rules, chunk, encoded, encoder)
     while batch := list(islice(good, batch_samples)):
         for (number, _), result in zip(batch, _encode(job, encoder, batch), strict=True):
             if isinstance(result, DataError):
-                found.problems.add(number, Problem(" ".join(result.message.split()[:5]), result.message))
+                encoded.problems.add(number, Problem(" ".join(result.message.split()[:5]), result.message))
             else:
                 yield number, result
 
@@ -183,10 +183,12 @@ def _encode(job: Job, encoder: Encoder, batch: Sequence[tuple[int, Sample]]) -> 
             raise
         if len(batch) > 1:
             return [result for one in batch for result in _encode(job, encoder, [one])]
-        said = (
-            took_memory() if isinstance(error, MemoryError) else f"fails on it ({' '.join(str(error).split())[:200]})"
+        cause = (
+            took_memory()
+            if isinstance(error, MemoryError)
+            else f"fails on the sample ({' '.join(str(error).split())[:200]})"
         )
-        return [DataError(f"{_blamed(job)} {said}. {_ADVICE}")]
+        return [DataError(f"{_blamed(job)} {cause}. {_ADVICE}")]
 
 
 def allowed(texts: Iterable[str]) -> tuple[float, int]:
@@ -196,30 +198,32 @@ def allowed(texts: Iterable[str]) -> tuple[float, int]:
     return SAMPLE_SECONDS + characters / CHARACTERS_PER_SECOND, memory
 
 
-def _good_samples(rules: Rules, chunk: Chunk, found: EncodedChunk, encoder: Encoder) -> Iterator[tuple[int, Sample]]:
+def _good_samples(rules: Rules, chunk: Chunk, encoded: EncodedChunk, encoder: Encoder) -> Iterator[tuple[int, Sample]]:
     for number, sample in chunk.samples(rules):
         if isinstance(sample, Problem):
-            found.problems.add(number, sample)
+            encoded.problems.add(number, sample)
         elif sample == EMPTY:
-            found.empty += 1
+            encoded.empty += 1
         else:
             if (token := encoder.control_token(sample)) is not None:
-                found.warnings.add(number, _control_token(token, rules.task_type))
+                encoded.warnings.add(number, _control_token(token, rules.task_type))
             yield number, sample
 
 
 def _control_token(token: str, task_type: TaskType) -> Problem:
     if task_type == "CHAT_COMPLETION":
-        text = f"a message holds {token!r}, a control token of the model. It stays text here, and controls nothing."
+        text = (
+            f"a message contains {token!r}, a control token of the model. It is kept as plain text and has no effect."
+        )
     else:
-        text = f"holds {token!r}, a control token of the model. It is taken for one, as no template is applied."
-    return Problem("control token", f"{text} Take it out if it is not meant.")
+        text = f"contains {token!r}, a control token of the model. It acts as one, as no template is applied."
+    return Problem("control token", f"{text} Remove it if it is not intended.")
 
 
 def _no_target(length: int, context_length: int) -> Problem:
     text = (
-        f"the sample is {length:,} tokens long and nothing of its reply is left in the first {context_length:,}. "
-        "Shorten the prompt, drop the line, or raise context_length."
+        f"the sample is {length:,} tokens long, and its reply begins after the first {context_length:,}. "
+        "Shorten the prompt, drop the sample, or raise context_length."
     )
     return Problem("no target", text)
 

@@ -91,7 +91,7 @@ class Estimate:
         if self.sampled_share < 1:
             yield f"  from           {self.sampled_share:.1%} of the data, drawn at random; margins at 95 % confidence"
         if self.refused:
-            yield f"  problems       {self.refused:,} samples would be refused; `tundish validate` says why"
+            yield f"  problems       {self.refused:,} samples would be refused; `tundish validate` explains why"
         if self.memory is not None:
             yield ""
             yield from self.memory.lines()
@@ -202,7 +202,7 @@ def estimate(source: Source, job: Job, steps: Steps, duration: str, progress: Pr
             pieces.append(chunk.lengths)
             progress(done, len(chunks))
     if not sum(drawn.samples):
-        raise DataError(f"{source.place.source}: found no good sample in it. `tundish validate` says why.")
+        raise DataError(f"{source.place.source}: holds no valid sample. `tundish validate` explains why.")
     tokens = round(sum(drawn.tokens) * drawn.factor)
     packed = pack(np.concatenate(pieces), job.context_length)
     fill = sum(drawn.tokens) / (len(packed) * job.context_length)

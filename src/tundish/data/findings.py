@@ -60,10 +60,10 @@ class Findings:
     @classmethod
     def of(cls, records: list[dict[str, Any]]) -> "Findings":
         """What `to_records` gave."""
-        found = cls()
+        findings = cls()
         for record in records:
-            found._kinds[record["rule"]] = _Kind(record["text"], array("q", record["where"]))
-        return found
+            findings._kinds[record["rule"]] = _Kind(record["text"], array("q", record["where"]))
+        return findings
 
     def _message(self, kind: _Kind, place: "Location", total: int) -> str:
         text = f"{place.of(kind.numbers[0])}: {kind.text}"

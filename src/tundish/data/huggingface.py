@@ -82,10 +82,10 @@ def _load_dataset(address: Address) -> Any:
     name, _, split = (str(path.parent), "", path.name) if local else address.text.rpartition("/")
     saved = local and (path / "state.json").is_file()
     if not local and (name.count("/") > 1 or not _is_hub_name(name)):
-        found = "a subset is not supported; " if name.count("/") > 1 else ""
+        subset = "; subsets are not supported" if name.count("/") > 1 else ""
         raise SpecError(
-            f"{given}: {found}allowed is a file, catalog.schema.table, or a Hugging Face dataset with its split: "
-            "org/dataset/split or dataset/split."
+            f"{given}: must be a file, a folder, catalog.schema.table, or a Hugging Face dataset with its split "
+            f"(org/dataset/split or dataset/split){subset}."
         )
     disable_progress_bars()
     try:
@@ -111,7 +111,7 @@ def _check_split(builder: Any, given: str, split: str) -> None:
     """Refuse a split that a folder does not have before its files are read."""
     splits = [str(name) for name in builder.config.data_files or ()]
     if splits and split not in splits:
-        raise SpecError(f"{given}: there is no such split; there are {', '.join(splits)}. Check the path.")
+        raise SpecError(f"{given}: there is no such split; the splits are {', '.join(splits)}. Check the path.")
 
 
 def _check_inside(folder: Path, names: Iterable[str], given: str) -> None:
@@ -139,5 +139,8 @@ def _reason(error: Exception) -> str:
     if "onfig name is missing" in text:
         return "the dataset has subsets, which are not supported. Save the one that you want as JSONL."
     if "trust_remote_code" in text or "loading script" in text:
-        return "the dataset runs code of its own, which is never done here. Save it as JSONL on a machine you trust."
+        return (
+            "the dataset needs a loading script, and its code is never run. Save it as JSONL on a machine that you "
+            "trust."
+        )
     return f"cannot be loaded as a Hugging Face dataset ({text.splitlines()[0][:300]}). Check name, split and network."

@@ -71,15 +71,15 @@ class Lines:
         except (OSError, ValueError) as error:
             if not self.compression:
                 raise
-            found = f"the compressed data is damaged or cut off ({error}). Compress or copy it again."
-            raise DataError(f"{self.path.name}: {found}") from error
+            reason = f"the compressed data is damaged or truncated ({error}). Compress or copy it again."
+            raise DataError(f"{self.path.name}: {reason}") from error
 
     def _check_ratio(self, expanded: int) -> None:
         size = self.path.stat().st_size
         if expanded > MAX_RATIO * size:
             raise DataError(
-                f"its {size:,} bytes expand to more than {MAX_RATIO} times as many, which no text does. If it is meant "
-                "so, give it uncompressed."
+                f"its {size:,} bytes expand to more than {MAX_RATIO} times as many, which text never does. If that is "
+                "intended, use the file uncompressed."
             )
 
     def parts(self, size: int) -> list[Source]:
@@ -137,9 +137,9 @@ def line_blocks(file: BinaryIO, limit: int | None = None) -> Iterator[LineBlock]
                 rest = file.readline(CHUNK_BYTES)
                 size += len(rest)
                 if size > MAX_PASSED_BYTES:
-                    found = f"the line is longer than {MAX_PASSED_BYTES >> 20:,} MiB, so the file is no JSONL"
+                    reason = f"the line is longer than {MAX_PASSED_BYTES >> 20:,} MiB, so this is not a JSONL file"
                     number = lines + 1 + block.count(b"\n")
-                    raise DataError(f"line {number:,}: {found}. Write one sample a line.")
+                    raise DataError(f"line {number:,}: {reason}. Write one sample per line.")
         lines += block.count(b"\n") + (not block.endswith(b"\n"))  # of a line that is cut, the end is not there
         left = None if left is None else left - size
         yield LineBlock(block, size)

@@ -57,16 +57,16 @@ class _Rows:
             self._leave(rows[:-1], space - count * length)
             self._leave(rows[-1:], space - (count - max(0, start - len(samples))) * length)
 
-    def _tightest(self, length: int, wanted: int) -> tuple[int, list[int]]:
-        """Rows with the least space that takes `length`, or new ones; as many as `wanted` samples need."""
+    def _tightest(self, length: int, samples: int) -> tuple[int, list[int]]:
+        """Rows with the least space that takes `length`, or new ones; as many as `samples` of them need."""
         fitting = self._spaces >> length
         if not fitting:
-            first, count = len(self.rows), -(-wanted // (self.capacity // length))
+            first, count = len(self.rows), -(-samples // (self.capacity // length))
             self.rows.extend([] for _ in range(count))
             return self.capacity, list(range(first, first + count))
         space = length + (fitting & -fitting).bit_length() - 1
         bucket = self._open[space]
-        border = max(0, len(bucket) - -(-wanted // (space // length)))
+        border = max(0, len(bucket) - -(-samples // (space // length)))
         rows = bucket[border:]
         del bucket[border:]
         if not bucket:

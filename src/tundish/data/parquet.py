@@ -65,7 +65,9 @@ class ParquetRows:
                 with limited(f"{name}: the reader of Parquet files", memory=BATCH_BYTES):
                     groups.extend(_row_groups(path / file, file, name, rules))
             except MemoryError:
-                problems.append(f"{name}: its metadata takes more than {BATCH_BYTES >> 20:,} MiB. Write the file anew.")
+                problems.append(
+                    f"{name}: its metadata takes more than {BATCH_BYTES >> 20:,} MiB. Write the file again."
+                )
             except SpecError as error:
                 problems.extend(error.problems)
         if problems:
@@ -118,7 +120,7 @@ class ParquetRows:
                 name = printable(file or self.name)
                 reason = printable(" ".join(str(error).split())[:300])
                 raise DataError(
-                    f"{name}: the file is damaged or cannot be read ({reason}). Copy it again, or write it anew."
+                    f"{name}: the file is damaged or cannot be read ({reason}). Copy it or write it again."
                 ) from error
 
     def _batches(self, file: str) -> Iterator[Any]:
@@ -159,7 +161,7 @@ def _row_groups(path: Path, file: str, name: str, rules: Rules) -> Iterator[RowG
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = printable(" ".join(str(error).split())[:300])
-        raise SpecError(f"{name}: its metadata cannot be read ({reason}). Copy it again, or write it anew.") from error
+        raise SpecError(f"{name}: its metadata cannot be read ({reason}). Copy it or write it again.") from error
     columns = sample_columns(schema.names, rules, name)
     check_types([schema.field(column) for column in columns], rules, name)
     first = 0
@@ -185,4 +187,4 @@ def _check_magic(path: Path, name: str) -> None:
             "it .jsonl."
         )
     if last != b"PAR1":
-        raise SpecError(f"{name}: ends too early to be a whole Parquet file. Copy it again, or write it anew.")
+        raise SpecError(f"{name}: ends too early to be a whole Parquet file. Copy it or write it again.")

@@ -128,7 +128,7 @@ def examine(source: Source, job: Job, cluster: str | None = None, progress: Prog
         return Outcome(prepared=None, total=result.units, samples=result.samples, problems=problems, warnings=warnings)
     except OSError as error:
         raise StageError(
-            f"preparing the data in {folder.parent} failed: {error}. Check its room and rights."
+            f"preparing the data in {folder.parent} failed: {error}. Check its free space and permissions."
         ) from error
     prepared = Prepared.read(folder)
     warnings = Findings.of(prepared.warnings).findings(source.place, prepared.units)

@@ -100,7 +100,7 @@ class Validation:
         for number, one in enumerate(findings):
             one["where"] = f"\0{number}"
         text = json.dumps(content, indent=2, ensure_ascii=False)
-        text = re.sub(r'"\\u0000(\d+)"', lambda found: places[int(found[1])], text)
+        text = re.sub(r'"\\u0000(\d+)"', lambda match: places[int(match[1])], text)
         write_atomic(local_path(path, "path"), text + "\n")
 
     def __str__(self) -> str:
@@ -129,7 +129,7 @@ def report_on(argument: str, source: Source, job: Job, cluster: str | None, prog
     """Prepare a source, and report on it.
 
     Raises:
-        DataError: there is no sample in it, or compressed data is damaged.
+        DataError: holds no sample, or compressed data is damaged.
     """
     if cluster is None:
         outcome = examine(source, job, cluster, progress)

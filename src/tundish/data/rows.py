@@ -40,8 +40,8 @@ class TableRows:
             try:
                 (row,) = table.slice(number, 1).to_pylist()
             except UnicodeDecodeError as error:
-                found = f"the byte at offset {error.start} of a text is not UTF-8. Write the text anew."
-                yield number + 1, Problem("not UTF-8", found)
+                reason = f"the byte at offset {error.start} of a text is not UTF-8. Write the text again as UTF-8."
+                yield number + 1, Problem("not UTF-8", reason)
             else:
                 messages = row.get("messages")
                 if isinstance(messages, str):
@@ -85,18 +85,18 @@ def sample_columns(columns: Sequence[str], rules: Rules, given: str) -> list[str
         SpecError: they are not there, or there twice.
     """
     if rules.task_type == "CHAT_COMPLETION":
-        needed, found = "messages", ["messages"]
+        needed, names = "messages", ["messages"]
     else:
         responses = [name for name in ("response", "completion") if name in columns]
-        needed, found = "prompt and response (or completion, not both)", ["prompt", *responses]
+        needed, names = "prompt and response (or completion, not both)", ["prompt", *responses]
         if len(responses) != 1:
-            found = []
-    if not found or not set(found) <= set(columns):
-        text = f"found the columns {', '.join(columns) or 'none'}; {rules.task_type} needs {needed}."
+            names = []
+    if not names or not set(names) <= set(columns):
+        text = f"has the columns {', '.join(columns) or 'none'}; {rules.task_type} needs {needed}."
         raise SpecError(f"{given}: {text} Rename the columns, or choose another task_type.")
-    if twice := [name for name in found if columns.count(name) > 1]:
+    if twice := [name for name in names if columns.count(name) > 1]:
         raise SpecError(f"{given}: has two columns named {twice[0]}. Rename or drop one of them.")
-    return found
+    return names
 
 
 def check_types(fields: Sequence[Any], rules: Rules, given: str) -> None:
@@ -146,8 +146,8 @@ def bounded(place: Location, batches: Iterator[Any]) -> Iterator[TableRows]:
                 rows = TableRows.of(batch)
         except MemoryError as error:
             raise DataError(
-                f"{place.of(before + 1)}: this row and those after it take more than {BATCH_BYTES >> 20:,} MiB. "
-                "Shorten their texts, or write the table anew without dictionaries."
+                f"{place.of(before + 1)}: this row and those after it take more than {BATCH_BYTES >> 20:,} MiB of "
+                "memory. Shorten their texts, or write the data again without dictionaries."
             ) from error
         before += rows.units
         if rows.units:

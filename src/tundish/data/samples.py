@@ -46,8 +46,8 @@ class Rules:
     def parse(self, line: bytes) -> Sample | Problem:
         """The sample that a line of JSONL holds, or what is wrong with it."""
         if len(line) > MAX_LINE_BYTES:
-            found = f"the line is longer than {MAX_LINE_BYTES >> 20} MiB; no sample is. Split it, or drop it."
-            return Problem("line too long", found)
+            limit = f"{MAX_LINE_BYTES >> 20} MiB, the most that a sample may have"
+            return Problem("line too long", f"the line is longer than {limit}. Split it, or drop it.")
         try:
             record: Any = orjson.loads(line)
         except ValueError:
@@ -70,20 +70,20 @@ class Rules:
 
     def _explain(self, line: bytes) -> Sample | Problem:
         if b"\0" in line:
-            found = "holds zero bytes, as UTF-16 and binary files do. Save the file as UTF-8."
-            return Problem("zero bytes", found)
+            reason = "holds zero bytes, as UTF-16 and binary files do. Save the file as UTF-8."
+            return Problem("zero bytes", reason)
         try:
             text = line.decode().rstrip()
         except UnicodeDecodeError as error:
-            found = f"the byte at offset {error.start} of the line is not UTF-8. Save the file as UTF-8."
-            return Problem("not UTF-8", found)
+            reason = f"the byte at offset {error.start} of the line is not UTF-8. Save the file as UTF-8."
+            return Problem("not UTF-8", reason)
         record = _read_json(text, "Each line must be one JSON object.")
         if isinstance(record, Problem):
             return record
         if not isinstance(record, dict):
             hint = CHAT_HINT if self.task_type == "CHAT_COMPLETION" else PAIR_HINT
-            found = f"found a JSON {_json_type(record)}; each line must be one object. {hint}"
-            return Problem("not an object", found)
+            reason = f"the line is a JSON {_json_type(record)}; each line must be one object. {hint}"
+            return Problem("not an object", reason)
         return self.check(cast(dict[str, Any], record))
 
 
@@ -118,8 +118,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        found = f"the key {_names([twice])} stands twice in one object. Keep one of them."
-        raise _Refused(Problem("duplicate key", found))
+        reason = f"the key {_names([twice])} appears twice in one object. Keep one of them."
+        raise _Refused(Problem("duplicate key", reason))
     return record
 
 
@@ -128,10 +128,10 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _quick_chat(line: bytes, record: dict[str, Any], system_message: bool) -> Messages | None:
-    found = record.get("messages")
-    if len(record) != 1 or type(found) is not list or not found:
+    value = record.get("messages")
+    if len(record) != 1 or type(value) is not list or not value:
         return None
-    messages = cast(list[dict[str, Any]], found)
+    messages = cast(list[dict[str, Any]], value)
     try:
         roles: list[Any] = [message["role"] for message in messages]
         for message in messages:
@@ -190,26 +190,29 @@ def _names(keys: Iterable[str]) -> str:
 def _parse_pair(record: Mapping[str, Any]) -> Sample | Problem:
     keys = set(record)
     if keys not in ({"prompt", "response"}, {"prompt", "completion"}):
-        found = _names(keys)
-        return Problem("keys", f"found the keys {found}; allowed are prompt and response (or completion). {PAIR_HINT}")
+        names = _names(keys)
+        return Problem(
+            "keys",
+            f"has the keys {names}; it must have prompt and response (or completion), and no others. {PAIR_HINT}",
+        )
     response_key = "response" if "response" in keys else "completion"
     for key in ("prompt", response_key):
         if not isinstance(record[key], str):
             kind = _json_type(record[key])
             return Problem(f"{key} {kind}", f"{key!r} is a JSON {kind}; it must be text. {PAIR_HINT}")
         if not record[key]:
-            return Problem(f"{key} empty", f"{key!r} is empty; both must say something. Fill it or drop the line.")
+            return Problem(f"{key} empty", f"{key!r} is empty; neither may be. Fill it, or drop the sample.")
     return _utf8_problem(record["prompt"], record[response_key]) or (record["prompt"], record[response_key])
 
 
 def _parse_chat(record: Mapping[str, Any], system_message: bool) -> Sample | Problem:
     if set(record) != {"messages"}:
-        found = _names(record)
-        return Problem("keys", f"found the keys {found}; allowed is messages alone. {CHAT_HINT}")
+        names = _names(record)
+        return Problem("keys", f"has the keys {names}; it must have messages, and no others. {CHAT_HINT}")
     messages = record["messages"]
     if not isinstance(messages, list) or not messages:
-        found = "an empty list" if messages == [] else f"a JSON {_json_type(cast(object, messages))}"
-        return Problem("messages", f"'messages' is {found}; it must be a list of messages. {CHAT_HINT}")
+        kind = "an empty list" if messages == [] else f"a JSON {_json_type(cast(object, messages))}"
+        return Problem("messages", f"'messages' is {kind}; it must be a list of messages. {CHAT_HINT}")
     for number, message in enumerate(cast(list[Any], messages), 1):
         if (problem := _message_problem(number, message)) is not None:
             return problem
@@ -222,8 +225,8 @@ def _message_problem(number: int, message: object) -> Problem | None:
         return Problem("message keys", f"message {number} must have role and content, and nothing else. {CHAT_HINT}")
     role, content = cast(dict[str, Any], message)["role"], cast(dict[str, Any], message)["content"]
     if role not in ("system", "user", "assistant"):
-        found = _names([repr(role)])
-        return Problem("role", f"message {number} has the role {found}; allowed are system, user and assistant.")
+        name = _names([repr(role)])
+        return Problem("role", f"message {number} has the role {name}; it must be system, user or assistant.")
     if not isinstance(content, str):
         return Problem("content", f"the content of message {number} is a JSON {_json_type(content)}; it must be text.")
     if not content.strip():
@@ -234,15 +237,16 @@ def _message_problem(number: int, message: object) -> Problem | None:
 def _order_problem(roles: Sequence[str], system_message: bool) -> Problem | None:
     if roles[0] == "system" and not system_message:
         text = (
-            "the first message is from 'system', which this model's chat template does not take. Put it in the user's."
+            "the first message is from 'system', which this model's chat template does not accept. Move it into the "
+            "user's message."
         )
         return Problem("system message", text)
     turns = roles[1:] if roles[0] == "system" else roles
     if "system" in turns:
-        return Problem("system place", "a message from 'system' stands after others; it is allowed only first.")
+        return Problem("system place", "a message from 'system' follows others; it must be the first.")
     if not turns or turns[0] != "user":
-        found = repr(turns[0]) if turns else "nobody"
-        return Problem("first speaker", f"the first to speak is {found}; a chat must start with 'user'.")
+        first = f"the first message is from {turns[0]!r}" if turns else "there is no message from 'user'"
+        return Problem("first speaker", f"{first}; a chat must start with 'user'.")
     for number, (role, following) in enumerate(pairwise(turns), len(roles) - len(turns) + 1):
         if role == following:
             text = f"messages {number} and {number + 1} are both from {role!r}; user and assistant must alternate."
@@ -258,6 +262,6 @@ def _utf8_problem(*texts: str) -> Problem | None:
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                found = f"\\u{ord(text[error.start]):04x}"
-                return Problem("surrogate", f"holds {found}, half of a character. Write the whole character.")
+                half = f"\\u{ord(text[error.start]):04x}"
+                return Problem("surrogate", f"holds {half}, half of a surrogate pair. Write the whole character.")
     return None

@@ -59,33 +59,33 @@ class PartResult:
 
 def write_shards(job: Job, source: Source, folder: Path, workers: Workers, progress: Progress) -> PartResult:
     """Write the shards of a source's samples into `folder`, which exists; none where there are problems."""
-    share, spooled = PartResult(), list[EncodedChunk]()
+    result, spooled = PartResult(), list[EncodedChunk]()
     spool = folder / SPOOL
     spool.mkdir()
     done, total = 0, source.size
     # After a problem nothing will be written; the rest is only looked at.
     chunks = numbered(source.chunks())
-    for chunk in encode_chunks(job, source, chunks, lambda: None if share.problems else spool, workers):
-        share.add(chunk)
-        if not share.problems and len(chunk.lengths):
+    for chunk in encode_chunks(job, source, chunks, lambda: None if result.problems else spool, workers):
+        result.add(chunk)
+        if not result.problems and len(chunk.lengths):
             spooled.append(chunk)
         done += chunk.size
         progress(done, total)
-    if not share.problems:
-        _pack(job, share, spooled, folder, workers)
+    if not result.problems:
+        _pack(job, result, spooled, folder, workers)
     shutil.rmtree(spool)
-    return share
+    return result
 
 
-def _pack(job: Job, share: PartResult, spooled: Sequence[EncodedChunk], folder: Path, workers: Workers) -> None:
+def _pack(job: Job, result: PartResult, spooled: Sequence[EncodedChunk], folder: Path, workers: Workers) -> None:
     where = _Where.of(spooled)
     rows = pack(where.lengths, job.context_length)
-    share.rows = len(rows)
+    result.rows = len(rows)
     # So many that the borders of shards depend on the data alone.
     size = max(1, SHARD_BYTES // (5 * job.context_length))
     batches = (rows[start : start + size] for start in range(0, len(rows), size))
     tasks = ((where.part(batch), folder, number) for number, batch in enumerate(batches))
-    share.shards = list(workers.map(write_shard, tasks))
+    result.shards = list(workers.map(write_shard, tasks))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from tundish.errors import SpecError
 
 Item = TypeVar("Item")
 CHUNK_BYTES = 1 << 20
-NO_SAMPLE = "{}: there is no sample in it; all is empty. Give data with samples."
+NO_SAMPLE = "{}: holds no sample: it is empty or blank. Use data with samples."
 EMPTY = ""
 """The sample of a .txt file that has none."""
 
@@ -116,8 +116,8 @@ def files_below(folder: Path, suffix: str | tuple[str, ...], *, hidden: bool) ->
             (names if good else refused).append(file.relative_to(folder).as_posix())
     if refused:
         shown = printable(", ".join(sorted(refused)[:20]))
-        text = f"{len(refused)} links out of the folder, links to folders, or other things that are no files"
-        raise SpecError(f"{folder}: found {text} ({shown}). Copy the files that are meant, remove the others.")
+        text = f"{len(refused)} links out of the folder, links to folders, or other things that are not files"
+        raise SpecError(f"{folder}: holds {text} ({shown}). Copy the files that you want, and remove the others.")
     return tuple(sorted(names))
 
 

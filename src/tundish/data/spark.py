@@ -28,7 +28,7 @@ from tundish.errors import DataError, FailureCause, StageError
 
 PART_BYTES = 1 << 25
 """Input of one task; a share's last row is not full, so small shares would waste room."""
-RESULT = "part bigint, folder string, share binary, problems array<string>"
+RESULT = "part bigint, folder string, result binary, problems array<string>"
 CONNECT_MODES = ("SPARK_CONNECT_MODE_ENABLED", "SPARK_REMOTE", "SPARK_LOCAL_REMOTE")
 """What pyspark notes in the environment: after Spark Connect, it would take every cluster for one of that kind."""
 DEFAULT_PORTS = {"spark": 7077, "sc": 15002}
@@ -73,13 +73,13 @@ def _run(session: Any, job: Job, parts: Sequence[Source], folder: Path) -> list[
     def prepare_parts(batches: Iterator[Any]) -> Iterator[Any]:
         import pyarrow as pa
 
-        names = {"part": pa.int64(), "folder": pa.string(), "share": pa.binary(), "problems": pa.list_(pa.string())}
+        names = {"part": pa.int64(), "folder": pa.string(), "result": pa.binary(), "problems": pa.list_(pa.string())}
         schema = pa.schema(list(names.items()))
         for number in (number for batch in batches for number in batch["id"].to_pylist()):
-            row = {"part": number, "folder": "", "share": b"", "problems": list[str]()}
+            row = {"part": number, "folder": "", "result": b"", "problems": list[str]()}
             try:
-                name, share = prepare_part(job, parts[number], folder, number)
-                row |= {"folder": name, "share": pickle.dumps(share)}
+                name, result = prepare_part(job, parts[number], folder, number)
+                row |= {"folder": name, "result": pickle.dumps(result)}
             except DataError as error:  # the data's fault, which another attempt has too
                 row["problems"] = list(error.problems)
             yield pa.RecordBatch.from_pylist([row], schema)
@@ -94,8 +94,8 @@ def _run(session: Any, job: Job, parts: Sequence[Source], folder: Path) -> list[
         ) from error
     if problems := sorted({problem for row in rows for problem in row["problems"]}):
         raise DataError(problems)
-    found = {row["part"]: (row["folder"], pickle.loads(bytes(row["share"]))) for row in rows}
-    return [found[number] for number in range(len(parts))]
+    results = {row["part"]: (row["folder"], pickle.loads(bytes(row["result"]))) for row in rows}
+    return [results[number] for number in range(len(parts))]
 
 
 def prepare_part(job: Job, part: Source, folder: Path, number: int) -> tuple[str, PartResult]:
@@ -115,7 +115,7 @@ def _session(cluster: str) -> Iterator[Any]:
         from pyspark.sql import SparkSession
     except ImportError:
         raise StageError(
-            "preparing data on Spark takes pyspark, which is not installed: tundish[spark].",
+            "preparing data on Spark needs pyspark, which is not installed. Install tundish[spark].",
             failure=FailureCause.SPARK_FAILED,
         ) from None
     # Else the executors take the first python3 that they find.
@@ -177,5 +177,5 @@ def _reach(cluster: str) -> None:
 
 def _cause(error: Exception) -> str:
     """The last error that a trace of Python and Java speaks of."""
-    said = re.findall(r"^(?:[\w.]*\.)?(\w+(?:Error|Exception): .+)$", str(error), re.MULTILINE)
-    return (said[-1] if said else (str(error).strip() or repr(error)).splitlines()[0])[:500]
+    causes = re.findall(r"^(?:[\w.]*\.)?(\w+(?:Error|Exception): .+)$", str(error), re.MULTILINE)
+    return (causes[-1] if causes else (str(error).strip() or repr(error)).splitlines()[0])[:500]

@@ -15,22 +15,22 @@ def check_structure(source: Source) -> Outcome:
     Raises:
         DataError: compressed data is damaged.
     """
-    share = PartResult()
+    result = PartResult()
     with Workers() as workers:
-        for found in workers.map(_structure, ((chunk, source.rules) for chunk in source.chunks())):
-            share.add(found)
-    if not share.samples and not share.problems:
+        for checked in workers.map(_structure, ((chunk, source.rules) for chunk in source.chunks())):
+            result.add(checked)
+    if not result.samples and not result.problems:
         raise DataError(NO_SAMPLE.format(source.place.source))
-    problems = share.problems.findings(source.place, share.units)
-    return Outcome(prepared=None, total=share.units, samples=share.samples, problems=problems, warnings=[])
+    problems = result.problems.findings(source.place, result.units)
+    return Outcome(prepared=None, total=result.units, samples=result.samples, problems=problems, warnings=[])
 
 
 def _structure(chunk: Chunk, rules: Rules) -> EncodedChunk:
-    found = EncodedChunk(chunk.size, chunk.units)
+    checked = EncodedChunk(chunk.size, chunk.units)
     with no_collection():
         for number, sample in chunk.samples(rules):
             if isinstance(sample, Problem):
-                found.problems.add(number, sample)
+                checked.problems.add(number, sample)
             else:
-                found.samples += sample != EMPTY
-    return found
+                checked.samples += sample != EMPTY
+    return checked

@@ -136,16 +136,16 @@ class ChatTemplate:
                 rendered += 2 * number + 1
                 if rendered > MOST_RENDERED:
                     raise DataError(
-                        f"the chat has {len(messages):,} messages, and this model's chat template does not just write "
-                        f"one after the other, so each prefix has to be rendered; it ends at message {number:,}. "
-                        "Split the chat into several."
+                        f"the chat has {len(messages):,} messages, too many for this model's chat template, which is "
+                        f"rendered again for each reply; the limit is reached at message {number:,}. Split the chat "
+                        "into several."
                     )
                 prompt, *_ = self._rendered([messages[:number]], add_generation_prompt=True)
                 whole, *_ = self._rendered([messages[: number + 1]], add_generation_prompt=False)
                 if not (prompt.startswith(before) and whole.startswith(prompt)):
                     raise DataError(
-                        "the model's chat template rewrites earlier turns, so a reply cannot be told from its prompt. "
-                        "Use one turn a sample, or a template that only appends."
+                        "the model's chat template rewrites earlier turns, so a reply cannot be separated from its "
+                        "prompt. Use one turn per sample, or a template that only appends."
                     )
                 turns.append((prompt[len(before) :], whole[len(prompt) :]))
                 before = whole
@@ -177,11 +177,11 @@ class ChatTemplate:
             turns = self.turns_by_prefix(marked) if len(roles) <= EVERY_PREFIX else self._turns_by_places(marked)
         except DataError:
             return None  # told of the chat itself
-        found = [(list(_pieces(prompt)), list(_pieces(reply))) for prompt, reply in turns]
-        pieces = [piece for turn in found for pieces in turn for piece in pieces]
+        turns_of_pieces = [(list(_pieces(prompt)), list(_pieces(reply))) for prompt, reply in turns]
+        pieces = [piece for turn in turns_of_pieces for pieces in turn for piece in pieces]
         holes = [piece.message for piece in pieces if isinstance(piece, _Hole)]
         between = "".join(piece if isinstance(piece, str) else OPEN for piece in pieces)
-        return _Skeleton(found, tuple(between.split(OPEN))) if holes == list(range(len(roles))) else None
+        return _Skeleton(turns_of_pieces, tuple(between.split(OPEN))) if holes == list(range(len(roles))) else None
 
     def _turns_by_places(self, marked: Messages) -> list[Turn]:
         """The turns of a long conversation of marks, at a number of renderings that does not grow with it.

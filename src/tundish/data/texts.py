@@ -94,11 +94,11 @@ class TextFiles:
 def _read_text(path: Path) -> str | Problem:
     if path.stat().st_size > MAX_TEXT_BYTES:
         return Problem(
-            "too large", f"larger than {MAX_TEXT_BYTES >> 20} MiB. Cut it into several files (split -C 200M)."
+            "too large", f"larger than {MAX_TEXT_BYTES >> 20} MiB. Split it into several files (split -C 200M)."
         )
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        found = f"the byte at offset {error.start} is not UTF-8. Save the file as UTF-8."
-        return Problem("not UTF-8", found)
+        reason = f"the byte at offset {error.start} is not UTF-8. Save the file as UTF-8."
+        return Problem("not UTF-8", reason)
     return EMPTY if text.isspace() else text

@@ -76,7 +76,7 @@ class Encoder:
 
     def control_token(self, sample: Sample) -> str | None:
         """A control token of the tokenizer that stands inside the sample's own text."""
-        return next((found for text in texts_of(sample) if (found := self._control.find(text)) is not None), None)
+        return next((token for text in texts_of(sample) if (token := self._control.find(text)) is not None), None)
 
     def prove(self, samples: Iterable[Sample]) -> None:
         """Compare the fast engine with the tokenizer's own on the first samples; drop it if they differ."""
@@ -116,28 +116,28 @@ class Encoder:
         masked = [self._plain_text.mask(messages, self._control) for messages in chats]
         rendered = self._template.render([messages for messages, _ in masked])
         known = [
-            self._known(found.fixed) if isinstance(found, Rendered) and found.fixed is not None else None
-            for found in rendered
+            self._known(result.fixed) if isinstance(result, Rendered) and result.fixed is not None else None
+            for result in rendered
         ]
         texts = [
             (text, template)
-            for (_, is_masked), found, template in zip(masked, rendered, known, strict=True)
-            if not isinstance(found, DataError) and not is_masked
-            for turn in found.turns
+            for (_, is_masked), result, template in zip(masked, rendered, known, strict=True)
+            if not isinstance(result, DataError) and not is_masked
+            for turn in result.turns
             for text in turn
         ]
         # The template has written the special tokens already.
         ids = iter(self._ids([text for text, _ in texts], special=False, known=[template for _, template in texts]))
-        for (messages, is_masked), found, template in zip(masked, rendered, known, strict=True):
-            if isinstance(found, DataError):
-                yield found
+        for (messages, is_masked), result, template in zip(masked, rendered, known, strict=True):
+            if isinstance(result, DataError):
+                yield result
                 continue
             encode = self._plain_text.encode
             pairs = [
                 (encode(prompt), encode(reply)) if is_masked else (next(ids), next(ids))
-                for prompt, reply in found.turns
+                for prompt, reply in result.turns
             ]
-            if (error := self._forged(messages, template or self._known_of(found, messages), pairs)) is not None:
+            if (error := self._forged(messages, template or self._known_of(result, messages), pairs)) is not None:
                 yield error
                 continue
             if is_masked:
@@ -150,24 +150,24 @@ class Encoder:
         for border in known.borders:
             if any(border in message["content"] for message in messages):
                 return DataError(
-                    f"a message holds {border!r}, which this model's chat template writes between turns. It is no "
-                    "token of the model, so nothing could tell it from a turn. Take it out of the message."
+                    f"a message contains {border!r}, which this model's chat template writes between turns. It is "
+                    "not a token of the model, so it would look like a turn. Remove it from the message."
                 )
         whole = np.concatenate([ids for pair in pairs for ids in pair])
         if np.count_nonzero(self._is_control.take(whole, mode="clip")) > known.control:
             return DataError(
                 "a message's text becomes a control token when the model's chat template or tokenizer rewrites it. "
-                "Take the characters out that are not meant."
+                "Remove the characters that are not intended."
             )
         return None
 
-    def _known_of(self, found: Rendered, messages: Messages) -> Known:
+    def _known_of(self, rendered: Rendered, messages: Messages) -> Known:
         """What the template itself writes into a chat like this one, in which that cannot be told from the contents."""
         neutral = [{**message, "content": "x"} for message in messages]
         try:
             text = "".join(text for turn in self._template.turns_by_prefix(neutral) for text in turn)
         except DataError:
-            text = "".join(text for turn in found.turns for text in turn)
+            text = "".join(text for turn in rendered.turns for text in turn)
         return Known.of((text,), self._control)
 
     def _ids(self, texts: Sequence[str], *, special: bool, known: Sequence[Known | None] | None = None) -> list[Ids]:
@@ -241,8 +241,8 @@ def _pieces(text: str) -> Iterator[str]:
     """A long text in pieces of about PIECE_CHARACTERS, see `Encoder._raw_ids`."""
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
-        found = _LINE_END.search(text, start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS)
-        end = start + 2 * PIECE_CHARACTERS if found is None else found.end() - 1
+        line_end = _LINE_END.search(text, start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS)
+        end = start + 2 * PIECE_CHARACTERS if line_end is None else line_end.end() - 1
         yield text[start:end]
         start = end
     yield text[start:]
