@@ -641,7 +641,7 @@ def test_subsets_are_refused(tmp_path: Path, datasets_cache: Path, write_lines: 
         ("org/name/subset/train", "(org/dataset/split or dataset/split); subsets are not supported"),
         ("dolly", "dolly: there is no such file ({here}/dolly); INSTRUCTION_FINETUNE takes a .jsonl file (.gz and"),
         ("dolly/", "dolly/: there is no such file ({here}/dolly); INSTRUCTION_FINETUNE takes a .jsonl file (.gz and"),
-        ("https://example.org/train", "found 'https://example.org/train'; allowed is a path, or a name, or an address"),
+        ("https://example.org/train", "Delta tables cannot be read from https://"),
     ],
 )
 def test_other_names_are_refused(datasets_cache: Path, given: str, found: str) -> None:

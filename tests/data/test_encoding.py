@@ -117,7 +117,7 @@ def test_samples_without_targets_are_problems_with_their_lines(encode: Make) -> 
     (finding,) = _messages(found.problems)
     assert (finding.rule, finding.where) == ("no target", [2, 5])
     assert finding.message.startswith("train.jsonl, line 2: the sample is ")
-    assert "nothing of its reply is left in the first 64. Shorten the prompt, drop the line" in finding.message
+    assert "none of its reply is within the first 64. Shorten the prompt, drop the sample" in finding.message
     assert found.units == 5 and found.samples == 4
 
 
@@ -148,14 +148,14 @@ def test_a_target_that_nothing_predicts_is_none(encode: Make, tmp_path: Path, sa
             "CHAT_COMPLETION",
             _chat("two?", "four"),
             _chat("two</s>?", "four"),
-            "a message contains '</s>', a control token of the model. It stays text here, and controls nothing. "
+            "a message contains '</s>', a control token of the model. It is kept as plain text and has no effect. "
             "Remove it if it is not intended.",
         ),
         (
             "INSTRUCTION_FINETUNE",
             PAIR,
             {"prompt": "two?", "response": "four</s>"},
-            "holds '</s>', a control token of the model. It is taken for one, as no template is applied. "
+            "contains '</s>', a control token of the model. It acts as one, as no template is applied. "
             "Remove it if it is not intended.",
         ),
     ],
@@ -204,7 +204,7 @@ def test_raw_text_is_cut_into_rows_with_its_tail(tiny_model: Path, tmp_path: Pat
     assert found.sample_lengths.tolist() == [len(whole) for whole in wholes]
     assert found.target_tokens == sum(map(len, wholes)) and not found.problems
     (warning,) = _messages(found.warnings)
-    assert warning.where == [5] and "It is taken for one" in warning.message
+    assert warning.where == [5] and "It acts as one" in warning.message
 
 
 def test_texts_shorter_than_a_row_are_whole_pieces(tiny_model: Path, tmp_path: Path) -> None:

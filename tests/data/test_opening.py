@@ -333,7 +333,7 @@ def test_links_out_of_the_folder_are_refused(books: Path, tmp_path: Path) -> Non
     (books / "link.txt").symlink_to(tmp_path / "secret.txt")
     (books / "folder").symlink_to(tmp_path / "other")
     with pytest.raises(
-        SpecError, match=r"books: found 2 links out of the folder.*\(folder, link\.txt\)\. Copy the files"
+        SpecError, match=r"books: holds 2 links out of the folder.*\(folder, link\.txt\)\. Copy the files"
     ):
         _texts(books)
 
@@ -343,7 +343,7 @@ def test_what_is_no_file_is_refused(books: Path) -> None:
     os.mkfifo(books / "pipe.txt")
     (books / "gone.txt").symlink_to(books / "nothing")
     (books / "notes.link").symlink_to(books / "nothing")
-    with pytest.raises(SpecError, match=r"books: found 2 links.*\(gone\.txt, pipe\.txt\)"):
+    with pytest.raises(SpecError, match=r"books: holds 2 links.*\(gone\.txt, pipe\.txt\)"):
         _texts(books)
 
 
@@ -378,7 +378,7 @@ def test_empty_text_files_are_no_samples(books: Path) -> None:
     assert (outcome.total, outcome.samples, outcome.problems) == (4, 3, [])
     for path in books.rglob("*.txt"):
         path.write_text("")
-    with pytest.raises(DataError, match=r"books: holds no sample; all is empty"):
+    with pytest.raises(DataError, match=r"books: holds no sample: it is empty or blank"):
         check_structure(_texts(books))
 
 

@@ -98,7 +98,7 @@ def test_evaluation_data_is_checked_too(mixed: dict[str, Any], tmp_path: Path, w
     path = write_lines(tmp_path / "eval.jsonl", [CHAT, 5])
     _, evaluation = fm.validate(**mixed, eval_data_path=str(path)).reports
     assert evaluation.argument == "eval_data_path"
-    assert evaluation.messages[0].startswith("eval_data_path: eval.jsonl, line 2: found a JSON number")
+    assert evaluation.messages[0].startswith("eval_data_path: eval.jsonl, line 2: the line is a JSON number")
 
 
 def test_wrong_arguments_and_what_can_be_said_of_the_rows(mixed: dict[str, Any]) -> None:

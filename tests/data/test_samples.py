@@ -46,10 +46,10 @@ CHAT_LINE = json.dumps(_chat(U, A)).encode()
         (_chat(U, A, U), "the last message is from 'user'; a chat must end with 'assistant'"),
         (_chat(A), "the first message is from 'assistant'; a chat must start with 'user'"),
         (_chat(S, A), "the first message is from 'assistant'; a chat must start with 'user'"),
-        (_chat(S), "the first message is from nobody; a chat must start with 'user'"),
+        (_chat(S), "there is only a message from 'system'; a chat must start with 'user'"),
         (_chat(U, U, A), "messages 1 and 2 are both from 'user'; user and assistant must alternate"),
         (_chat(S, U, A, A), "messages 3 and 4 are both from 'assistant'"),
-        (_chat(U, S, A), "a message from 'system' follows others; it is allowed only first"),
+        (_chat(U, S, A), "a message from 'system' follows others; it must be the first"),
         (_chat(S, S, U, A), "a message from 'system' follows others"),
         (_chat(), "'messages' is an empty list; it must be a list of messages"),
         ({"messages": "hello"}, "'messages' is a JSON text; it must be a list"),
@@ -57,7 +57,7 @@ CHAT_LINE = json.dumps(_chat(U, A)).encode()
         (_chat(U, "hello"), "message 2 must have role and content, and nothing else"),
         (_chat(U | {"name": "x"}, A), "message 1 must have role and content, and nothing else"),
         (_chat({"role": "user"}, A), "message 1 must have role and content"),
-        (_chat({"role": "tool", "content": "x"}, A), "message 1 has the role 'tool'; allowed are system, user and"),
+        (_chat({"role": "tool", "content": "x"}, A), "message 1 has the role 'tool'; it must be system, user or"),
         (_chat({"role": ["user"], "content": "x"}, A), "message 1 has the role ['user']"),
         (_chat(U, {"role": "assistant", "content": None}), "the content of message 2 is a JSON null; it must be text"),
         (_chat(U, {"role": "assistant", "content": 4}), "the content of message 2 is a JSON number; it must be text"),
@@ -66,9 +66,9 @@ CHAT_LINE = json.dumps(_chat(U, A)).encode()
         ({"prompt": "a", "response": "b"}, "has the keys prompt, response; it must have messages, and no others"),
         ({}, "has the keys none; it must have messages, and no others"),
         ([U, A], "the line is a JSON array; each line must be one object"),
-        ("hello", "found a JSON text; each line must be one object"),
-        (True, "found a JSON boolean; each line must be one object"),
-        (None, "found a JSON null; each line must be one object"),
+        ("hello", "the line is a JSON text; each line must be one object"),
+        (True, "the line is a JSON boolean; each line must be one object"),
+        (None, "the line is a JSON null; each line must be one object"),
         (b'{"messages": [', "not JSON: Expecting value at column 15. Each line must be one JSON object"),
         (b"\xff{}", "the byte at offset 0 of the line is not UTF-8. Save the file as UTF-8"),
         ('{"a": "ö"}'.encode("utf-16-le"), "holds zero bytes, as UTF-16 and binary files do. Save the file as UTF-8"),
@@ -138,7 +138,7 @@ def test_a_system_message_is_refused_where_the_template_takes_none() -> None:
     """Mistral's template would raise in the middle of preparation."""
     assert _parse(_chat(U, A), system_message=False) == [U, A]
     problem = _parse(_chat(S, U, A), system_message=False)
-    assert isinstance(problem, Problem) and "which this model's chat template does not take" in problem.text
+    assert isinstance(problem, Problem) and "which this model's chat template does not accept" in problem.text
 
 
 @pytest.mark.parametrize(

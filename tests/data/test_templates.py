@@ -262,7 +262,7 @@ def test_a_template_that_forgets_earlier_thoughts_refuses_those_chats_alone(
     ]
     first, rewritten, *others = template.render(chats)
     assert isinstance(rewritten, DataError)
-    assert "rewrites earlier turns, so a reply cannot be told from its prompt" in rewritten.message
+    assert "rewrites earlier turns, so a reply cannot be separated from its prompt" in rewritten.message
     assert isinstance(first, Rendered) and all(isinstance(other, Rendered) for other in others)
     for other in others:
         assert isinstance(other, Rendered) and other.turns[-1][1] == f"{thought}</s>"

@@ -117,7 +117,9 @@ def test_a_system_message_is_judged_by_the_model(
     write_lines(Path(arguments["train_data_path"]), [chat])
     creating.check(arguments)
     error = _refused(arguments | {"model": "mistralai/Mistral-7B-Instruct-v0.2"}, home)
-    assert "line 1: the first message is from 'system', which this model's chat template does not take" in error.message
+    assert (
+        "line 1: the first message is from 'system', which this model's chat template does not accept" in error.message
+    )
 
 
 @pytest.mark.parametrize(

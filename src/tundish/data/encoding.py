@@ -222,7 +222,7 @@ def _control_token(token: str, task_type: TaskType) -> Problem:
 
 def _no_target(length: int, context_length: int) -> Problem:
     text = (
-        f"the sample is {length:,} tokens long, and its reply begins after the first {context_length:,}. "
+        f"the sample is {length:,} tokens long, and none of its reply is within the first {context_length:,}. "
         "Shorten the prompt, drop the sample, or raise context_length."
     )
     return Problem("no target", text)

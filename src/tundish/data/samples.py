@@ -245,7 +245,7 @@ def _order_problem(roles: Sequence[str], system_message: bool) -> Problem | None
     if "system" in turns:
         return Problem("system place", "a message from 'system' follows others; it must be the first.")
     if not turns or turns[0] != "user":
-        first = f"the first message is from {turns[0]!r}" if turns else "there is no message from 'user'"
+        first = f"the first message is from {turns[0]!r}" if turns else "there is only a message from 'system'"
         return Problem("first speaker", f"{first}; a chat must start with 'user'.")
     for number, (role, following) in enumerate(pairwise(turns), len(roles) - len(turns) + 1):
         if role == following:
