@@ -90,7 +90,9 @@ def test_a_later_process_of_the_same_number_is_another(sleeper: subprocess.Popen
 def test_what_is_started_dies_with_its_starter(tmp_path: Path, deaf: bool) -> None:
     """Ranks would hold their devices for days after their supervisor was killed."""
     script = "import sys, time; from tundish.base.processes import start; from pathlib import Path; "
-    script += f"p = start(['sleep', '60'], Path('log'), {{}}, Path('.'), deaf={deaf}); print(p.pid, flush=True); "
+    script += (
+        f"p = start(['sleep', '60'], Path('log'), {{}}, Path('.'), ignore_stop={deaf}); print(p.pid, flush=True); "
+    )
     with subprocess.Popen(
         [sys.executable, "-c", script + "time.sleep(60)"], stdout=subprocess.PIPE, text=True, cwd=tmp_path
     ) as starter:
@@ -104,7 +106,7 @@ def test_what_is_started_dies_with_its_starter(tmp_path: Path, deaf: bool) -> No
 
 def test_what_is_deaf_does_not_end_by_the_system_s_signals(tmp_path: Path) -> None:
     """A cluster sends SIGTERM to all processes of a job at once: the launcher must not end before its ranks."""
-    process = start(["sleep", "60"], tmp_path / "log", {}, tmp_path, deaf=True)
+    process = start(["sleep", "60"], tmp_path / "log", {}, tmp_path, ignore_stop=True)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGUSR1)
     time.sleep(0.3)

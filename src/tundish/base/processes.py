@@ -76,12 +76,12 @@ def start(
     cwd: Path,
     *,
     detached: bool = False,
-    deaf: bool = False,
+    ignore_stop: bool = False,
 ) -> subprocess.Popen[bytes]:
     """Start a process whose output is appended to `log`.
 
     A `detached` process outlives this one; any other is killed by the kernel when this one dies, in whatever way.
-    A `deaf` one ignores SIGTERM and SIGUSR1, which a system sends to all processes of a run at once.
+    With `ignore_stop` it ignores SIGTERM and SIGUSR1, which a system sends to all processes of a run at once.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     parent = os.getpid()
@@ -94,7 +94,7 @@ def start(
             env={**absolute_environment(), **environment},
             cwd=cwd,
             start_new_session=detached,
-            preexec_fn=None if detached else lambda: _prepare(parent, deaf),
+            preexec_fn=None if detached else lambda: _prepare(parent, ignore_stop),
         )
     if detached:
         # Reaped when it exits, if this process is still alive then.
@@ -102,10 +102,10 @@ def start(
     return process
 
 
-def _prepare(parent: int, deaf: bool) -> None:
+def _prepare(parent: int, ignore_stop: bool) -> None:
     """Runs in the new process before its program is loaded."""
     die_with(parent)
-    if deaf:
+    if ignore_stop:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 

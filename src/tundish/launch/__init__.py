@@ -61,6 +61,7 @@ def cancel(run: RunFolder, seconds: float) -> None:
 
 def release_devices(run: RunFolder) -> None:
     """Give up what any launcher holds for a run that will not use it."""
+    # Not only the run's own launcher: its spec, which names that, may be damaged.
     for launcher in LAUNCHERS.values():
         launcher.release_devices(run)
 
@@ -77,8 +78,8 @@ def is_submitted(run: RunFolder) -> bool:
 
 def _recorded(run: RunFolder) -> tuple[Launcher | None, Any]:
     """The run's launcher, and the record by which it knows the supervisor; None before it was submitted."""
-    if not run.supervisor.exists():
+    if not run.supervisor.exists():  # its submitter may have been killed before recording it
         for launcher in LAUNCHERS.values():
             launcher.adopt(run)
-    found = run.read_supervisor({name: launcher.RECORD for name, launcher in LAUNCHERS.items()})
-    return (None, None) if found is None else (LAUNCHERS[found[0]], found[1])
+    recorded = run.read_supervisor({name: launcher.RECORD for name, launcher in LAUNCHERS.items()})
+    return (None, None) if recorded is None else (LAUNCHERS[recorded[0]], recorded[1])

@@ -106,6 +106,7 @@ def _chosen(mine: Ticket, tickets: Sequence[Ticket]) -> tuple[str, ...]:
     """Devices for the run; none while another run is before it, or too few are free."""
     taken = {device for ticket in tickets for device in ticket.held}
     free = [device for device in mine.allowed if device not in taken]
+    # Free devices are left idle while a large run is before this one: small runs would let it wait forever.
     return () if _before(mine, tickets) or len(free) < mine.wanted else tuple(free[: mine.wanted])
 
 

@@ -47,6 +47,7 @@ def problems(compute: Compute) -> list[str]:
 
 def submit(run: RunFolder, compute: Compute) -> None:
     """Take a place in the queue for the devices, and start the supervisor, which waits in it."""
+    # In this process's name until the supervisor exists: the order of calls is the order of the queue.
     devices.enter(run.name, compute, ProcessId.of(os.getpid()))
     process = start(supervisor_command(run), run.log("supervisor"), {}, run.folder, detached=True)
     try:
@@ -109,7 +110,7 @@ def cancel(run: RunFolder, record: ProcessId, seconds: float) -> None:
             pass  # it exited by itself just now
         except psutil.TimeoutExpired:
             stop_tree(process, grace_s=0)
-        stop_all(family, grace_s=0)
+        stop_all(family, grace_s=0)  # processes that lost their parent are no longer its children
     devices.leave(run.name)
 
 

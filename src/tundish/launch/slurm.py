@@ -170,6 +170,7 @@ def _job_of(run: RunFolder) -> str | None:
 def state(run: RunFolder, record: SlurmJob) -> Life:
     """From squeue, else from what Slurm remembers of jobs that have ended."""
     job, name = record.job, run.name
+    # The cached answer may be older than the job, and squeue forgets jobs some minutes after their end.
     try:
         known = _jobs().get((job, name)) or _squeue(f"--jobs={job}").get((job, name)) or _ended(job, name)
     except RequestError as error:
@@ -199,6 +200,7 @@ def cancel(run: RunFolder, record: SlurmJob, seconds: float) -> None:
     if (before := status()) is None:
         return
     if before == "RUNNING":
+        # To the supervisor alone, which ends its stage and records CANCELED: plain scancel kills without waiting.
         _ask("scancel", "--quiet", "--batch", "--signal=INT", job)
         while time.monotonic() < end - seconds / 2 and status() == "RUNNING":
             time.sleep(0.3)

@@ -98,11 +98,12 @@ def run_stage(run: RunFolder, stage: str, devices: Devices) -> None:
             file.write(TRY_MARK)
     limit = _register_seconds(run) + wait_seconds() if stage == "register" else None
     with _scratch(run):
-        process = start(command, run.log(stage), environment, run.work, deaf=stage == "train")
+        process = start(command, run.log(stage), environment, run.work, ignore_stop=stage == "train")
         try:
             returncode = _watch(process, run) if stage == "train" else _wait(process, limit)
         except Stopped:
             if stage == "train" and training_starts(run) > starts:
+                # By a file and not a signal: all ranks must stop after the same batch, on all nodes.
                 run.stop_request.touch()
                 process.wait()
             raise
@@ -117,7 +118,7 @@ def run_stage(run: RunFolder, stage: str, devices: Devices) -> None:
 
 
 def _register_seconds(run: RunFolder) -> float:
-    """How long a registration may take: the upload of a large model lasts hours, a server that hangs for ever."""
+    """How long a registration may take: the upload of a large model lasts hours, a server that hangs, forever."""
     checkpoints = SaveFolder(run.read_tracking().save_folder)
     folders = [run.export, *([checkpoints.local] if checkpoints.is_remote else [])]
     size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
@@ -126,6 +127,7 @@ def _register_seconds(run: RunFolder) -> float:
 
 def _watch(process: subprocess.Popen[bytes], run: RunFolder) -> int:
     """The exit code of the ranks' launcher; meanwhile an event names any rank that the others wait for."""
+    # A rank that hangs fails nothing: the others wait in a collective, by default for half an hour.
     watch = Watch(run.beats)
     while True:
         try:
@@ -134,6 +136,7 @@ def _watch(process: subprocess.Popen[bytes], run: RunFolder) -> int:
             text = watch.news()
         if text is not None:
             updates = [event.facts for event in run.read_events() if event.type == "TRAIN_UPDATED"]
+            # The latest update is the only one that readers look at; the time that is left is no longer true.
             facts = {name: value for update in updates for name, value in update.items() if name != "eta_s"}
             run.add_event("TRAIN_UPDATED", text, **facts)
 
@@ -184,6 +187,7 @@ def _explanation(run: RunFolder, stage: str, limit: float | None, returncode: in
     if limit is not None:
         text = f"it was not done after {limit:,.0f} s, and was stopped."
         return Explanation(FailureCause.MLFLOW_UNREACHABLE, text)  # only registering has a limit
+    # What the stage recorded is better than what its log shows: a rank's refusal reaches the other logs as noise.
     if (result := run.read_result(stage)) is not None and "error" in result:
         sentence, _, more = str(result["error"]).partition("\n")
         return Explanation(FailureCause.of(result.get("cause")), sentence, more)
