@@ -50,7 +50,7 @@ class Bench:
 
     def by_turns(self, size: str, *sides: str) -> list[list[Facts]]:
         """The results of all runs of each side."""
-        found: list[list[Facts]] = [[] for _ in sides]
+        results: list[list[Facts]] = [[] for _ in sides]
         for turn in range(self.runs):
             for number in range(len(sides))[:: -1 if turn % 2 else 1]:
                 given: dict[str, Any] = {**self.made(size)}
@@ -58,9 +58,9 @@ class Bench:
                     del given["model"]
                 else:
                     given["out"] = str(self.lab.scratch / "out")
-                found[number].append(self.lab.run(sides[number], **given))
+                results[number].append(self.lab.run(sides[number], **given))
                 self.lab.clear()
-        return found
+        return results
 
 
 def _middle(runs: Sequence[Facts], name: str = "seconds") -> float:
@@ -104,13 +104,13 @@ def whole(bench: Bench) -> Iterator[Row]:
 def stall(bench: Bench) -> Iterator[Row]:
     """What a save costs a run of one rank on this machine's CPU."""
     file = make_run(bench.lab.scratch, 120, STEPS_SHAPE, rows=2, save_interval=f"{INTERVAL}ba")
-    found: dict[str, list[Facts]] = {"ours": [], "composer": []}
+    results: dict[str, list[Facts]] = {"ours": [], "composer": []}
     for turn in range(bench.runs):
-        for saver in sorted(found, reverse=bool(turn % 2)):
-            found[saver].append(bench.lab.run("steps", file=str(file), saver=saver, batches=STEPS))
+        for saver in sorted(results, reverse=bool(turn % 2)):
+            results[saver].append(bench.lab.run("steps", file=str(file), saver=saver, batches=STEPS))
             bench.lab.clear()
-    stops = {saver: median(stop for run in runs for stop in run["stalls"]) for saver, runs in found.items()}
-    size = found["ours"][0]["bytes"] / (STEPS // INTERVAL) / 1e6
+    stops = {saver: median(stop for run in runs for stop in run["stalls"]) for saver, runs in results.items()}
+    size = results["ours"][0]["bytes"] / (STEPS // INTERVAL) / 1e6
     times = stops["composer"] / stops["ours"]
     theirs = f"Composer's saver {stops['composer']:.2f} s"
     yield Row(f"training paused for a save of {size:.0f} MB", f"{stops['ours']:.2f} s", theirs, f"{times:.1f}×")

@@ -70,11 +70,11 @@ def _is_prose(paragraph: str) -> bool:
 @cache
 def paragraphs() -> list[str]:
     """Every paragraph once, in a fixed order, with as much code, lists and tables as their share allows."""
-    found = (
+    parts = (
         part for package in _packages() for text in _some(_texts(package), PACKAGE_CHARS) for part in _paragraphs(text)
     )
     prose, other = list[str](), list[str]()
-    for part in dict.fromkeys(found):
+    for part in dict.fromkeys(parts):
         (prose if _is_prose(part) else other).append(part)
     random.Random(SEED).shuffle(other)
     wanted = sum(map(len, prose)) * (1 - PROSE_SHARE) / PROSE_SHARE

@@ -77,14 +77,14 @@ class Bench:
 
     def by_turns(self, path: str, *sides: Side) -> list[list[Facts]]:
         """The results of all runs of each side on the same data."""
-        found: list[list[Facts]] = [[] for _ in sides]
+        results: list[list[Facts]] = [[] for _ in sides]
         for turn in range(self.runs):
             _warm(Path(path))
             # The sides take turns in going first, so that a slow phase of the machine hits both.
             for number in range(len(sides))[:: -1 if turn % 2 else 1]:
-                found[number].append(sides[number]())
+                results[number].append(sides[number]())
                 self.lab.clear()
-        return found
+        return results
 
 
 def _warm(path: Path) -> None:
@@ -172,13 +172,13 @@ def spark(bench: Bench) -> Iterator[Row]:
     if shutil.which("java") is None:
         yield Row("Spark, 2 workers", "left out: there is no java")
         return
-    found: list[Facts] = []
+    results: list[Facts] = []
     for workers in (1, 2):
         _warm(Path(bench.many_chats))
         with spark_cluster(Path(bench.lab.fresh("run-")), workers) as cluster:
-            found.append(bench.prepare_chats(path=bench.many_chats, cluster=cluster))
+            results.append(bench.prepare_chats(path=bench.many_chats, cluster=cluster))
         bench.lab.clear()
-    one, two = (facts["seconds"] for facts in found)
+    one, two = (facts["seconds"] for facts in results)
     title = f"Spark, 2 workers of one core, {_megabytes(bench.many_chats):.0f} MB of chats"
     yield Row(title, f"{two:.1f} s", f"1 worker {one:.1f} s", f"{one / two:.2f}×", promised(one / two >= 1.7, "≥ 1.7×"))
 

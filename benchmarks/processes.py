@@ -68,16 +68,16 @@ class Lab:
 @contextmanager
 def _peak(process: int, *, wanted: bool) -> Iterator[list[int]]:
     """Samples the total PSS of a process and its descendants ten times per second."""
-    found, over = list[int](), threading.Event()
+    sizes, over = list[int](), threading.Event()
 
     def watch() -> None:
         while wanted and not over.wait(0.1):
-            found.append(sum(memory_of(each) for each in _family(process)))
+            sizes.append(sum(memory_of(each) for each in _family(process)))
 
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        yield found
+        yield sizes
     finally:
         over.set()
         thread.join()

@@ -128,9 +128,9 @@ def accepting(bench: Bench) -> Iterator[Row]:
 def supervising(bench: Bench) -> Iterator[Row]:
     """A whole run: its supervisor's own CPU time while it trains, and its peak memory."""
     given = {**_arguments(bench.scratch, chats=600), "training_duration": "150ba"}
-    found = bench.ask(SUPERVISE, "supervise", json.dumps(given))
-    share, peak = found["used"] / found["seconds"], found["peak"] / 1e6
-    measured = f"{share:.2%} of a core over {found['seconds']:.0f} s"
+    results = bench.ask(SUPERVISE, "supervise", json.dumps(given))
+    share, peak = results["used"] / results["seconds"], results["peak"] / 1e6
+    measured = f"{share:.2%} of a core over {results['seconds']:.0f} s"
     yield Row("supervisor while it trains", measured, target=promised(share <= 0.01, "≤ 1 %"))
     yield Row("supervisor's memory", f"{peak:.0f} MB", target=promised(peak <= 100, "≤ 100 MB"))
 

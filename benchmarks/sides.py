@@ -1,7 +1,7 @@
 """What is measured, one side a process: `python -m benchmarks.sides SIDE ARGUMENTS RESULT`.
 
-A side imports what it needs, then takes the time (`seconds`), so that who starts it knows both: with imports and
-without. It writes what it found as JSON.
+A side imports what it needs before it measures (`seconds`), so that its caller knows the time both with and
+without imports. It writes its results as JSON.
 """
 
 import os

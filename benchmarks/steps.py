@@ -93,9 +93,9 @@ def by_turns(file: str, epochs: int) -> Facts:
 
     sides = {"ours": epoch, "bare": bare.epoch}
     # The sides take turns in going first, so that a slow phase of the machine hits both.
-    found = [{name: sides[name]() for name in sorted(sides, reverse=bool(turn % 2))} for turn in range(epochs + 1)]
+    results = [{name: sides[name]() for name in sorted(sides, reverse=bool(turn % 2))} for turn in range(epochs + 1)]
     trainer.close()
-    return {"epochs": found[1:]}
+    return {"epochs": results[1:]}
 
 
 class Bare:
@@ -168,14 +168,14 @@ def optimizers(layers: int, hidden: int, rounds: int) -> Facts:
         parameter.grad = torch.randn_like(parameter)
     sides = {"ours": DecoupledLionW, "foundry": FoundryLion}
     made = {name: kind(model.parameters(), lr=1e-6, betas=(0.99, 0.95)) for name, kind in sides.items()}
-    found: Facts = {name: [] for name in made}
+    results: Facts = {name: [] for name in made}
     for _ in range(rounds):
         for name, optimizer in made.items():
             start = time.perf_counter()
             optimizer.step()
-            found[name].append(time.perf_counter() - start)
+            results[name].append(time.perf_counter() - start)
     sizes = [parameter.numel() for parameter in model.parameters()]
-    return {**{name: times[1:] for name, times in found.items()}, "tensors": len(sizes), "parameters": sum(sizes)}
+    return {**{name: times[1:] for name, times in results.items()}, "tensors": len(sizes), "parameters": sum(sizes)}
 
 
 SIDES: dict[str, Callable[..., Facts]] = {side.__name__: side for side in (ours, foundry, by_turns, optimizers)}

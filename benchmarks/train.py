@@ -131,13 +131,13 @@ def stock(bench: Bench) -> Iterator[Row]:
     sides = {"tundish": partial(bench.lab.run, "ours", file=str(bench.file))}
     for name, ratio in (("packing off", None), ("packing_ratio: auto", "auto")):
         sides[name] = partial(bench.lab.run, "foundry", file=str(make_stock_run(bench.file, ratio)))
-    found: dict[str, list[float]] = {name: [] for name in sides}
+    results: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(bench.runs):
         for name in sorted(sides, reverse=bool(turn % 2)):
-            found[name].append(_speed(sides[name](), "targets"))
+            results[name].append(_speed(sides[name](), "targets"))
             bench.lab.clear()
-    ours = median(found.pop("tundish"))
-    for name, speeds in found.items():
+    ours = median(results.pop("tundish"))
+    for name, speeds in results.items():
         theirs = median(speeds)
         other = f"LLM Foundry, {name}, {theirs:,.0f}"
         yield Row("targets a second", f"{ours:,.0f}", other, f"{ours / theirs:.2f}×")

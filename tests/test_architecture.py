@@ -174,7 +174,7 @@ def _at_the_top(tree: ast.Module) -> Iterator[ast.Import | ast.ImportFrom]:
 
 
 def test_functions_are_short_enough_to_read() -> None:
-    """A function that nobody can hold in their head."""
+    """A function that is too long to understand as one thought."""
     lengths = {place: (node.end_lineno or 0) - node.lineno + 1 for place, node in functions()}
     assert len(lengths) > 500
     assert {place: length for place, length in lengths.items() if length > LONGEST_FUNCTION} == {}

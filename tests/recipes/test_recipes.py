@@ -1,4 +1,4 @@
-"""Every recipe runs as it stands, through the real stack, and leaves what a run must leave."""
+"""Every recipe runs unchanged on the real stack, and leaves what a run must leave."""
 
 import json
 import os

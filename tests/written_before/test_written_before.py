@@ -147,7 +147,7 @@ def test_prepared_data_is_found_again_and_would_be_made_the_same(written: Writte
 
 
 def _bytes(folder: Path) -> dict[str, object]:
-    """The content of a prepared folder; of the manifest, what it says."""
+    """The content of a prepared folder, with the manifest as JSON."""
     return {
         path.name: json.loads(path.read_text()) if path.name == "manifest.json" else path.read_bytes()
         for path in folder.iterdir()
