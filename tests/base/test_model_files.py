@@ -63,7 +63,7 @@ def test_a_named_pipe_is_not_waited_for(read: Callable[[str], object], name: str
     """`create()` would hang for ever."""
     (config_folder / name).unlink(missing_ok=True)
     os.mkfifo(config_folder / name)
-    with pytest.raises(SpecError, match=rf"{name}: is a named pipe; allowed is a regular file"):
+    with pytest.raises(SpecError, match=rf"{name}: is a named pipe; it must be a regular file"):
         read(str(config_folder))
 
 
@@ -72,7 +72,7 @@ def test_a_file_without_end_is_not_read(name: str, config_folder: Path) -> None:
     """All memory would be taken."""
     with open(config_folder / name, "wb") as file:
         file.truncate(20_000_000_000)
-    with pytest.raises(SpecError, match=rf"{name}: has 20,000,000,000 bytes; a file of this kind may have 1\d+,"):
+    with pytest.raises(SpecError, match=rf"{name}: has 20,000,000,000 bytes; files like this may have at most 1\d+,"):
         find_card(str(config_folder))
     (config_folder / name).unlink()
     (config_folder / name).symlink_to("/dev/zero")
@@ -86,11 +86,11 @@ def test_other_kinds_of_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "nowhere").symlink_to("gone")
     for name, said in (
-        ("folder", "is a folder; allowed is a regular file"),
+        ("folder", "is a folder; it must be a regular file"),
         ("loop", "cannot be opened"),
-        ("nowhere", "is a link to a file that is not there"),
-        ("missing", "there is no such file"),
-        ("../x", "there is no such file"),
+        ("nowhere", "is a link to a missing file"),
+        ("missing", "no such file"),
+        ("../x", "no such file"),
         ("a\0b", "cannot be opened"),
     ):
         with pytest.raises(SpecError, match=said):
@@ -124,7 +124,7 @@ def test_a_snapshot_of_the_hub_s_cache_is_a_model_s_folder(config_folder: Path, 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"vocab_file": "/etc/passwd"}, "vocab_file names the file '/etc/passwd'. Take the key out"),
+        ({"vocab_file": "/etc/passwd"}, "vocab_file names the file '/etc/passwd'. Remove the key"),
         ({"merges_file": "merges.txt"}, "merges_file names the file 'merges.txt'"),
         ({"tokenizer_file": "../secret"}, "tokenizer_file names the file '../secret'"),
         ({"init_inputs": ["/etc/passwd"]}, "init_inputs has ['/etc/passwd'], which may be files"),
@@ -157,7 +157,7 @@ def test_a_config_that_would_replace_what_the_run_says_is_refused(
     (config_folder / "config.json").write_text(json.dumps(content | {key: value}))
     with pytest.raises(SpecError) as error:
         find_card(str(config_folder))
-    assert f"config.json: {key}: found {value!r}, {said}" in error.value.message
+    assert f"config.json: {key} is {value!r}, {said}" in error.value.message
 
 
 def test_what_stock_models_write_into_it_is_allowed(config_folder: Path) -> None:
@@ -173,12 +173,12 @@ def test_what_stock_models_write_into_it_is_allowed(config_folder: Path) -> None
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"[" * 200_000, "nests too deeply"),
-        (b'{"a":' * 200 + b"1" + b"}" * 200, "nests too deeply"),
-        (b"[1]", "holds no JSON object"),
-        (b"{", r"is no JSON \(Expecting property name"),
-        (b"\xff\xfe{}", "is no JSON"),
-        (b'{"a": ' + b"9" * 5_000 + b"}", "is no JSON"),
+        (b"[" * 200_000, "is nested too deeply"),
+        (b'{"a":' * 200 + b"1" + b"}" * 200, "is nested too deeply"),
+        (b"[1]", "must be a JSON object"),
+        (b"{", r"not valid JSON \(Expecting property name"),
+        (b"\xff\xfe{}", "not valid JSON"),
+        (b'{"a": ' + b"9" * 5_000 + b"}", "not valid JSON"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
     ],
     ids=["deep", "a little less deep", "list", "cut", "no text", "a number of 5,000 digits", "Git LFS"],

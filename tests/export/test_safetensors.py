@@ -328,7 +328,7 @@ def test_an_export_overwrites_nothing(
     folder, out = base(), tmp_path / "exports"
     out.mkdir()
     (out / "letter.txt").write_text("mine")
-    with pytest.raises(SpecError, match="is there already; an export overwrites nothing"):
+    with pytest.raises(SpecError, match="exists already, and an export overwrites nothing"):
         export(save_checkpoint(_state(_trained(folder))), str(folder), "INSTRUCTION_FINETUNE", out)
     assert (out / "letter.txt").read_text() == "mine"
 
@@ -365,7 +365,7 @@ def test_what_was_written_is_read_again(
     monkeypatch.setattr(safetensors, "write", lossy)
     monkeypatch.setattr(safetensors, "SAMPLED_TENSORS", 1000)
     folder, out = base(), tmp_path / "exports" / "one"
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight is not what the checkpoint holds"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from the checkpoint"):
         export(save_checkpoint(_state(_trained(folder))), str(folder), "INSTRUCTION_FINETUNE", out)
     assert not list(out.parent.iterdir())
 

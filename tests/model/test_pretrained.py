@@ -163,7 +163,7 @@ def test_a_snapshot_of_the_hub_s_cache_is_taken(base: Path, tmp_path: Path) -> N
         (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
     check_pretrained(str(snapshot))
     os.truncate(cache / "blobs" / FILE, 1000)
-    with pytest.raises(SpecError, match=r"0123abcd/model\.safetensors: is cut off in its header"):
+    with pytest.raises(SpecError, match=r"0123abcd/model\.safetensors: is truncated in its header"):
         check_pretrained(str(snapshot))
 
 
@@ -183,7 +183,7 @@ def test_a_model_s_name_is_looked_up_in_the_hub_s_cache(
     (snapshot / FILE).unlink()
     check_pretrained("lab/tiny")
     (snapshot / FILE).write_bytes(weights[:1000])
-    with pytest.raises(SpecError, match=r"0123abcd/model\.safetensors: is cut off in its header"):
+    with pytest.raises(SpecError, match=r"0123abcd/model\.safetensors: is truncated in its header"):
         check_pretrained("lab/tiny")
     (snapshot / FILE).write_bytes(weights)
     _shards(snapshot)
@@ -218,21 +218,21 @@ def test_a_good_model_of_every_family_is_taken(family: str, bare_model: Path, tm
     [
         (
             "no head",
-            "lacks 1 of the 21 weights that its config.json asks for: lm_head.weight. They would be random numbers. "
+            "lacks 1 of the 21 weights that its config.json needs: lm_head.weight. They would be random numbers. "
             "If it is tied to the embeddings, config.json must say so. Complete the weights, or correct config.json.",
         ),
         (
             "names of PEFT",
-            "the names of its weights begin with 'base_model.model.', which another program has put there; "
-            "transformers knows none of them. Save the model without it.",
+            "the names of its weights start with 'base_model.model.', which another program added; "
+            "transformers knows none of them. Save the model without the prefix.",
         ),
-        ("names of another library", "its config.json does not ask for 21 of its 21 weights: encoder."),
+        ("names of another library", "its config.json does not need 21 of its 21 weights: encoder."),
         (
             "another shape",
-            "its config.json asks for other shapes of 1 of its 21 weights: model.norm.weight [63] instead of [64].",
+            "its config.json needs other shapes of 1 of its 21 weights: model.norm.weight [63] instead of [64].",
         ),
-        ("more layers than asked for", "its config.json does not ask for 9 of its 21 weights: model.layers.1.input_"),
-        ("fewer layers than asked for", "lacks 9 of the 30 weights that its config.json asks for: model.layers.2."),
+        ("more layers than asked for", "its config.json does not need 9 of its 21 weights: model.layers.1.input_"),
+        ("fewer layers than asked for", "lacks 9 of the 30 weights that its config.json needs: model.layers.2."),
     ],
 )
 def test_what_differs_is_named(name: str, said: str, base: Path) -> None:
@@ -325,16 +325,19 @@ def _other_files(folder: Path) -> None:
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 16060617592\n"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "Git LFS": (_write(FILE, LFS), r"/model.safetensors: is a Git LFS pointer instead of the file. Run `git lfs pull`"),
+    "Git LFS": (
+        _write(FILE, LFS),
+        r"/model.safetensors: is a Git LFS pointer, not the file itself. Run `git lfs pull`",
+    ),
     "empty": (_write(FILE, b""), r"/model.safetensors: is empty."),
-    "a web page": (_write(FILE, b"<!DOCTYPE html><html>Login</html>"), "is no safetensors file."),
-    "cut": (_cut, r"/model.safetensors: is cut off: it has 493,944 bytes instead of 494,944."),
-    "cut in its header": (_cut_header, "is cut off in its header."),
+    "a web page": (_write(FILE, b"<!DOCTYPE html><html>Login</html>"), "not a safetensors file."),
+    "cut": (_cut, r"/model.safetensors: is truncated: it has 493,944 bytes instead of 494,944."),
+    "cut in its header": (_cut_header, "is truncated in its header."),
     "longer": (_append, "is damaged: it has 494,945 bytes instead of 494,944."),
     "nested": (_write(FILE, (200_000).to_bytes(8, "little") + b'{"a":' + b"[" * 199_995), "its header is damaged"),
     "overlap": (
         _header(lambda header: header["lm_head.weight"].update(data_offsets=[8, 98_312])),
-        r"its header is damaged \(bytes belong to two tensors",
+        r"its header is damaged \(a byte belongs to two tensors",
     ),
     "a false shape": (
         _header(lambda header: header["model.norm.weight"].update(shape=[640])),
@@ -343,17 +346,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a negative shape": (_header(lambda header: header["model.norm.weight"].update(shape=[-64])), "header is damaged"),
     "missing shards": (
         _drop_shards,
-        r"index.json: files that it names are missing, 2 of 3: model-00001-of-00003.safetensors, model-00003-of-",
+        r"index.json: 2 of the 3 files that it names are missing: model-00001-of-00003.safetensors, model-00003-of-",
     ),
-    "an index of nothing": (_index({"weight_map": ["a"]}), "weight_map does not say the file of each weight"),
+    "an index of nothing": (_index({"weight_map": ["a"]}), "weight_map must name the file of each weight"),
     "an index to elsewhere": (
         _index({"weight_map": {"model.norm.weight": "../../secret"}}),
-        r"index.json: files that it names are missing, 1 of 1: ../../secret",
+        r"index.json: 1 of the 1 files that it names are missing: ../../secret",
     ),
-    "no weights": (lambda folder: (folder / FILE).unlink(), "base: there are no weights. Allowed is model.safetensors"),
+    "no weights": (lambda folder: (folder / FILE).unlink(), "base: has no weights. It must contain model.safetensors"),
     "other files": (
         _other_files,
-        r"there are no weights. consolidated.00.pth, weights.safetensors is not what transformers loads",
+        r"has no weights. transformers does not load consolidated.00.pth, weights.safetensors",
     ),
     "a link to elsewhere": (_link_out, r"/model.safetensors: is outside the model's folder: it leads to .*/private"),
     "a pipe": (
@@ -374,7 +377,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         _header(lambda header: header["model.norm.weight"].update(dtype="F8_E4M3", shape=[256])),
         "its weights are quantized, which cannot be trained: model.norm.weight in F8_E4M3.",
     ),
-    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "base: there is no tokenizer."),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "base: has no tokenizer."),
     "an adapter": (_write("adapter_config.json", b"{}"), "holds an adapter"),
     "too few rows": (
         lambda folder: (
@@ -386,7 +389,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
                 ),
             ),
         ),
-        r"its tokenizer has ids up to 304, and its embedding 304 rows \(vocab_size in config.json\)",
+        r"its tokenizer has ids up to 304, but its embedding has 304 rows \(vocab_size in config.json\)",
     ),
     "a pickle that is cut": (_cut_pickle, r"/pytorch_model.bin: not a readable tensor"),
     "a pickle with code": (_pickle_with_code, r"/pytorch_model.bin: .*mkdir"),

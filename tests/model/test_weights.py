@@ -126,16 +126,16 @@ def test_custom_weights_that_are_none_say_what_is_allowed(checkpoint: Path) -> N
     """The run would fail after its data was prepared."""
     other = checkpoint.parent / "weights.bin"
     other.write_bytes(b"x")
-    with pytest.raises(SpecError, match=r"weights\.bin: is another kind of file; allowed is an ep…-ba… folder"):
+    with pytest.raises(SpecError, match=r"weights\.bin: is not a checkpoint; it must be an ep…-ba… folder"):
         find_weights(str(other))
-    with pytest.raises(SpecError, match="there is nothing there"):
+    with pytest.raises(SpecError, match="does not exist"):
         find_weights(str(checkpoint.parent / "ep9-ba9"))
     link = checkpoint.parent / "latest-sharded-rank0.symlink"
     with pytest.raises(CheckpointError, match=r"latest-sharded-rank0\.symlink: cannot be read"):
         find_weights(str(link))
     (checkpoint.parent.parent / "secret").mkdir()
     link.write_text(f"{checkpoint.parent.parent}/secret")
-    with pytest.raises(SpecError, match="there is nothing there"):
+    with pytest.raises(SpecError, match="does not exist"):
         find_weights(str(link))
     (checkpoint / "__0_0.distcp").unlink()
     with pytest.raises(CheckpointError, match="is missing"):

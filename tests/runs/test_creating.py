@@ -45,7 +45,7 @@ def test_a_base_model_without_its_weights_is_refused_before_anything_waits(
     arguments["model"] = str(folder)
     error = _refused(arguments | {"train_data_path": "/no/such/file"}, home)
     assert [problem.partition(": ")[0] for problem in error.problems] == ["model", "train_data_path"]
-    assert "model.safetensors: is cut off" in error.problems[0]
+    assert "model.safetensors: is truncated" in error.problems[0]
     assert fm.validate(**arguments).ok
 
 
@@ -127,7 +127,7 @@ def test_a_system_message_is_judged_by_the_model(
     [
         ({"eval_data_path": "/no/such/eval.jsonl"}, "eval_data_path: /no/such/eval.jsonl: there is no such file"),
         ({"task_type": "CONTINUED_PRETRAIN"}, "is a file; CONTINUED_PRETRAIN takes a folder of .txt files"),
-        ({"custom_weights_path": "/no/such/ep1-ba1"}, "custom_weights_path: /no/such/ep1-ba1: there is nothing there"),
+        ({"custom_weights_path": "/no/such/ep1-ba1"}, "custom_weights_path: /no/such/ep1-ba1: does not exist"),
         ({"compute": {"nodes": 2}}, "compute: nodes is 2, but a run on this machine uses one."),
         ({"overrides": {"global_train_batch_size": 3}, "compute": {"devices_per_node": 2}}, "multiple of the 2 devi"),
         ({"overrides": {"global_train_batch_size": "8"}}, "must be a multiple of the 1 device(s), not '8'"),

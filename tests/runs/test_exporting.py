@@ -112,7 +112,7 @@ def test_what_is_not_there_is_told(make_run: MakeRun, tmp_path: Path, tiny_model
         find_exportable("ift-22")
     with pytest.raises(CheckpointError, match="ift-2 has no complete checkpoint yet"):
         find_exportable("ift-2")
-    with pytest.raises(SpecError, match="there is nothing there"):
+    with pytest.raises(SpecError, match="does not exist"):
         find_exportable(f"{tmp_path}/none/ep1-ba1", str(tiny_model))
     (tmp_path / "x.pt").write_bytes(b"")
     assert main(["export", str(tmp_path / "x.pt"), "--model", str(tiny_model), "--out", str(tmp_path / "o")]) == 2

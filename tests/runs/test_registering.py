@@ -60,7 +60,7 @@ def test_a_registration_that_fails_keeps_the_export_and_resume_makes_up_for_it(
         failed = fm.resume("chat-1").wait(timeout=900)
     assert failed.status.display_name == "Failed"
     for part in (
-        f"the registry has not taken main.lab.chat-1: {server}: it fails on its own side (500). Look into the log",
+        f"main.lab.chat-1 could not be registered: {server}: it fails on its own side (500). Look into the log",
         f"The export is kept: {paths.export}. `tundish resume chat-1` registers it.",
         str(paths.log("register")),
     ):

@@ -1,7 +1,7 @@
-"""Files of a model's folder: somebody else made them, so each is looked at before anything reads it.
+"""Files of a model's folder: they are foreign input, so each is checked before anything reads it.
 
-Read is what lies in the folder, also by way of links, is a regular file, and has a sane size. A snapshot in the hub's
-cache is a folder of links to files beside it; those stay in the cache folder of their model.
+Only regular files of a sane size are read that lie in the folder, also if links lead to them. A snapshot in the hub's
+cache is a folder of links to files beside it, which lie in the cache folder of their model.
 """
 
 import json
@@ -15,33 +15,33 @@ from tundish.base.files import content_root
 from tundish.errors import SpecError
 
 TEXT_BYTES = 16 << 20
-"""Settings, templates, licenses: the largest that are known have three million."""
+"""Of settings, templates, licenses: the largest known ones have three million."""
 VOCABULARY_BYTES = 128 << 20
-"""Tokenizer files: the largest that are known have 35 million."""
+"""Of tokenizer files: the largest known ones have 35 million."""
 DEEPEST = 32
-"""Levels of brackets: what is known has five."""
+"""Levels of brackets: known files have five."""
 SETTINGS = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.json"),
 )
 VOCABULARIES = ("tokenizer.json", "tokenizer.*.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
 LICENSES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-"""What the names of license files begin with, in capital letters."""
+"""How names of license files start, in capital letters."""
 REPLACING = {
-    "configuration_files": "which would be read instead of this file",
-    "_attn_implementation_internal": "which would replace the attention that keeps packed samples apart",
+    "configuration_files": "would be read instead of this file",
+    "_attn_implementation_internal": "would replace the attention that keeps packed samples apart",
 }
-"""Keys of config.json, and what is wrong with them."""
+"""Keys of config.json, and what is wrong with their values."""
 NOT_READ = ("special_tokens_map_file", "added_tokens_file")
 """Keys of tokenizer_config.json that name files which nothing opens."""
 
 
 def is_model_folder(model: str) -> bool:
-    """Whether a model is given as a folder of this machine, not by its name on the hub."""
+    """Whether a model is a folder of this machine, not a name on the hub."""
     try:
         return Path(model).is_dir()
     except PermissionError:
-        return True  # told when it is read
+        return True  # reading it reports the error
     except OSError:
         return False  # a text too long for a path
 
@@ -52,24 +52,24 @@ def open_file(folder: Path, name: str, most: int | None = None) -> BinaryIO:
     Args:
         folder: of the model.
         name: of the file in it.
-        most: bytes that it may have; None: any number.
+        most: maximum of bytes; None for any number.
 
     Raises:
-        SpecError: it is missing, may not be read, is too large, is no regular file, or lies elsewhere.
+        SpecError: it is missing, not readable, too large, not a regular file, or outside of the folder.
     """
     where = f"model: {folder / name}"
     try:
         real, root = (folder / name).resolve(strict=True), content_root(folder)
-        # Without O_NONBLOCK, opening a named pipe waits for ever.
+        # Without O_NONBLOCK, opening a named pipe waits forever.
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(real, flags) if real.is_relative_to(root) else None
     except FileNotFoundError as error:
-        what = "is a link to a file that is not there" if (folder / name).is_symlink() else "there is no such file"
-        raise SpecError(f"{where}: {what}. Give the complete folder of a Hugging Face model.") from error
+        what = "is a link to a missing file" if (folder / name).is_symlink() else "no such file"
+        raise SpecError(f"{where}: {what}. Use the complete folder of a Hugging Face model.") from error
     except PermissionError as error:
         raise SpecError(f"{where}: permission denied. Make it readable for {_user()}, who starts the run.") from error
-    except (OSError, RuntimeError, ValueError) as error:  # a socket, a link to itself, a name that is none
-        raise SpecError(f"{where}: cannot be opened ({error}). Allowed is a regular file.") from error
+    except (OSError, RuntimeError, ValueError) as error:  # a socket, a link to itself, an impossible name
+        raise SpecError(f"{where}: cannot be opened ({error}). It must be a regular file.") from error
     if descriptor is None:
         text = f"is outside the model's folder: it leads to {real}. Put the file itself into the folder."
         raise SpecError(f"{where}: {text}")
@@ -81,14 +81,14 @@ def open_file(folder: Path, name: str, most: int | None = None) -> BinaryIO:
     return open(descriptor, "rb")
 
 
-def _check_kind(where: str, found: os.stat_result, most: int | None) -> None:
-    if not stat.S_ISREG(found.st_mode):
+def _check_kind(where: str, status: os.stat_result, most: int | None) -> None:
+    if not stat.S_ISREG(status.st_mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe"}
-        kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
-        raise SpecError(f"{where}: is {kind}; allowed is a regular file. Replace it, or take it out.")
-    if most is not None and found.st_size > most:
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
+        raise SpecError(f"{where}: is {kind}; it must be a regular file. Replace or remove it.")
+    if most is not None and status.st_size > most:
         raise SpecError(
-            f"{where}: has {found.st_size:,} bytes; a file of this kind may have {most:,}. Replace it, or take it out."
+            f"{where}: has {status.st_size:,} bytes; files like this may have at most {most:,}. Replace or remove it."
         )
 
 
@@ -120,39 +120,41 @@ def read_json(folder: Path, name: str, most: int = TEXT_BYTES) -> dict[str, Any]
     where = f"model: {folder / name}"
     content = read_bytes(folder, name, most)
     if content.startswith(b"version https://git-lfs"):
-        raise SpecError(f"{where}: is a Git LFS pointer instead of the file. Run `git lfs pull` in the model's folder.")
+        raise SpecError(
+            f"{where}: is a Git LFS pointer, not the file itself. Run `git lfs pull` in the model's folder."
+        )
     try:
-        found = json.loads(content)
-        if _nests_deeply(found):
+        value = json.loads(content)
+        if _nests_deeply(value):
             raise RecursionError
     except RecursionError as error:
-        raise SpecError(f"{where}: nests too deeply to be read. Use the model's original file.") from error
+        raise SpecError(f"{where}: is nested too deeply. Use the model's original file.") from error
     except ValueError as error:
-        raise SpecError(f"{where}: is no JSON ({error}). Use the model's original file.") from error
-    if not isinstance(found, dict):
-        raise SpecError(f"{where}: holds no JSON object. Use the model's original file.")
-    return cast(dict[str, Any], found)
+        raise SpecError(f"{where}: not valid JSON ({error}). Use the model's original file.") from error
+    if not isinstance(value, dict):
+        raise SpecError(f"{where}: must be a JSON object. Use the model's original file.")
+    return cast(dict[str, Any], value)
 
 
 def _nests_deeply(content: Any) -> bool:
     level: list[Any] = [content]
     for _ in range(DEEPEST):
-        values = (value for one in level for value in (one.values() if isinstance(one, dict) else one))
+        values = (value for parent in level for value in (parent.values() if isinstance(parent, dict) else parent))
         level = [value for value in values if isinstance(value, dict | list)]
     return bool(level)
 
 
 def license_files(folder: Path) -> list[str]:
-    """Names of the files that must go with every copy of the model, in alphabetical order."""
-    found = (path for path in folder.iterdir() if path.name.upper().startswith(LICENSES) and not path.is_dir())
-    return sorted(path.name for path in found)
+    """Names of the files that must accompany every copy of the model, in alphabetical order."""
+    files = (path for path in folder.iterdir() if path.name.upper().startswith(LICENSES) and not path.is_dir())
+    return sorted(path.name for path in files)
 
 
 def check_files(model: str) -> None:
-    """Make sure that transformers may read settings and tokenizer of a model; one of the hub's is not looked at.
+    """Check that transformers may read settings and tokenizer of a model's folder; models of the hub are not checked.
 
     Raises:
-        SpecError: with all problems of the folder's files, weights aside.
+        SpecError: with all problems of the folder's files except weights.
     """
     if not is_model_folder(model):
         return
@@ -172,7 +174,7 @@ def check_files(model: str) -> None:
 
 
 def _read_by_transformers(folder: Path) -> Iterator[tuple[str, int]]:
-    """Names of files and what each may have of bytes; links that lead nowhere too."""
+    """Names of files, also of broken links, and how many bytes each may have."""
     try:
         names = sorted(path.name for path in folder.iterdir())
     except PermissionError as error:
@@ -186,16 +188,16 @@ def _read_by_transformers(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def _config_problems(folder: Path, content: Mapping[str, Any]) -> Iterator[str]:
-    """Keys by which transformers would take something else than the run says."""
+    """Keys that would make transformers use something else than the run asks for."""
     for key, what in REPLACING.items():
         if content.get(key):
-            yield f"model: {folder / 'config.json'}: {key}: found {repr(content[key])[:80]}, {what}. Take the key out."
+            yield f"model: {folder / 'config.json'}: {key} is {repr(content[key])[:80]}, which {what}. Remove the key."
 
 
 def _named_files(folder: Path, content: Mapping[str, Any]) -> Iterator[str]:
-    """Files that tokenizer_config.json names: transformers would open them wherever they are."""
+    """Files that tokenizer_config.json names, which transformers would open wherever they are."""
     where = f"model: {folder / 'tokenizer_config.json'}"
-    advice = "Take the key out: a folder's own files are found without it."
+    advice = "Remove the key: a folder's own files are found without it."
     for key, value in content.items():
         if key.endswith("_file") and key not in NOT_READ and value is not None:
             yield f"{where}: {key} names the file {value!r}. {advice}"
@@ -205,4 +207,4 @@ def _named_files(folder: Path, content: Mapping[str, Any]) -> Iterator[str]:
     listed = cast(list[Any], names) if isinstance(names, list) else [names]
     for name in listed:
         if not isinstance(name, str) or name != Path(name).name or not Path(name).match("tokenizer.*"):
-            yield f"{where}: fast_tokenizer_files names {name!r}; allowed are files of the folder. {advice}"
+            yield f"{where}: fast_tokenizer_files names {name!r}; it must name files of the folder. {advice}"

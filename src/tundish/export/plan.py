@@ -1,4 +1,4 @@
-"""Which tensor goes into which file of an export, and to which place in it."""
+"""Which tensor goes to which file of an export, and where in it."""
 
 import json
 import math
@@ -26,14 +26,14 @@ _SAFETENSORS = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A tensor and its place in an output file."""
+    """A tensor and where it goes in an output file."""
 
     name: str
     """The Hugging Face name."""
     source: StoredTensor
     dtype: str
     start: int
-    """Byte in the file's data."""
+    """First byte in the file's data, which follows the header."""
 
     @property
     def size(self) -> int:
@@ -43,14 +43,14 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One output file and the tensors that go into it."""
+    """One output file and its tensors."""
 
     name: str
     targets: tuple[Target, ...]
 
     @property
     def header(self) -> bytes:
-        """The length of the description as eight bytes, and the description."""
+        """What the file starts with: the length of the description in eight bytes, and the description as JSON."""
         content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         for target in self.targets:
             offsets = [target.start, target.start + target.size]
@@ -62,7 +62,7 @@ class Shard:
 
 
 def plan(weights: Mapping[str, StoredTensor], dtype: ExportDtype, limit: int) -> list[Shard]:
-    """Tensors in their order, cut into shards of at most `limit` bytes (a larger tensor has one of its own)."""
+    """Tensors in their order, in shards of at most `limit` bytes; a larger tensor gets a shard of its own."""
     groups: list[list[Target]] = []
     filled = 0
     for name, source in weights.items():

@@ -21,30 +21,30 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 SERVING_PACKAGES = ("mlflow", "torch", "transformers", "accelerate")
-"""What a served model needs, in the versions that are installed here."""
+"""What a served model needs, in the installed versions."""
 SERVING_LIMITS = ("starlette<1",)
-"""MLflow asks for any version of what its server runs on; with 1 it does not start."""
+"""MLflow allows any version, but its server does not start with 1."""
 READY_SECONDS = 300.0
-"""For the registry's own work on a version: MLflow's default."""
+"""How long the registry may take for a version: MLflow's default."""
 ANSWER_TOKENS = 512
-"""At most, of an answer to a request that does not say: transformers would stop after 20."""
+"""Maximum of an answer if the request sets none; transformers would stop after 20."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Serving:
-    """How a model of a task type is asked."""
+    """How a model of a task type is served."""
 
     task: str
-    """MLflow's inference task. The signature follows from it: MLflow takes no other."""
+    """MLflow's inference task, which determines the signature."""
     example: Mapping[str, Any]
     settings: Mapping[str, Any]
-    """What its pipeline is called with, where a request does not say otherwise."""
+    """Arguments of its pipeline unless a request sets them."""
 
 
 CHAT = Serving(
     task="llm/v1/chat",
     example={"messages": [{"role": "user", "content": "What is MLflow?"}], "max_tokens": 100},
-    # MLflow renders the chat template and tokenizes its text: a second BOS would come in front of the template's own.
+    # MLflow renders the chat template and tokenizes its text: a second BOS would precede the template's own.
     settings={"max_new_tokens": ANSWER_TOKENS, "add_special_tokens": False},
 )
 COMPLETIONS = Serving(
@@ -62,7 +62,7 @@ SERVING: Mapping[TaskType, Serving] = {
 def register(
     export: Path, spec: RunSpec, *, mlflow_run_id: str, tracking_uri: str, registry_uri: str, model_path: str = "model"
 ) -> tuple[str, str]:
-    """Register the Hugging Face folder `export` under the run's `register_to`, and end the MLflow run.
+    """Register the Hugging Face folder `export` under the run's `register_to`, and finish the MLflow run.
 
     Args:
         export: the folder.
@@ -70,13 +70,13 @@ def register(
         mlflow_run_id: of the run.
         tracking_uri: of the store that has it.
         registry_uri: of the registry.
-        model_path: among the artifacts of the MLflow run; what is there of an earlier version stays as it is.
+        model_path: of the model in the MLflow run's artifacts; those of earlier versions stay.
 
     Returns:
-        The registered name and the version, which is READY. What has been registered from there already is that one.
+        The registered name and the version, which is READY: the one that was registered from this path before, if any.
 
     Raises:
-        StageError: MLflow refuses, does not answer, or did not make the version ready.
+        StageError: MLflow refuses it, does not answer, or does not make the version ready.
     """
     import mlflow
 
@@ -90,13 +90,13 @@ def register(
             version = version_of(client, name, mlflow_run_id, model_path) or _log(export, spec, model_path)
             _wait_until_ready(client, name, version)
     except StoreError as error:
-        raise StageError(f"the registry has not taken {name}: {error.message}", failure=error.failure) from error
+        raise StageError(f"{name} could not be registered: {error.message}", failure=error.failure) from error
     return name, version
 
 
 @contextlib.contextmanager
 def _running(mlflow_run_id: str) -> Iterator[None]:
-    """The MLflow run goes on, and is ended again, whether a version is made or found."""
+    """Set the MLflow run to running, and finish it again."""
     import mlflow
 
     with mlflow.start_run(run_id=mlflow_run_id):
@@ -104,10 +104,8 @@ def _running(mlflow_run_id: str) -> Iterator[None]:
 
 
 def _log(export: Path, spec: RunSpec, model_path: str) -> str:
-    """Upload the model and make a version of it.
-
-    Given a folder's path, MLflow copies files and loads neither the model nor, for the input example, an answer of it.
-    """
+    """Upload the model and create a version of it."""
+    # Given the path of a folder, MLflow copies files; it neither loads the model nor runs it on the input example.
     import mlflow
     import torch
 
@@ -118,12 +116,12 @@ def _log(export: Path, spec: RunSpec, model_path: str) -> str:
             transformers_model=folder,
             artifact_path=model_path,
             task=serving.task,
-            torch_dtype=getattr(torch, dtype),  # else it is served in float32, in twice the memory
+            torch_dtype=getattr(torch, dtype),  # otherwise it is served in float32, with twice the memory
             input_example=dict(serving.example),
             model_config=dict(serving.settings),
             model_card=_hub_card(spec, license),
             registered_model_name=spec.registered_name,
-            await_registration_for=0,  # this module waits, for versions of earlier tries too
+            await_registration_for=0,  # `_wait_until_ready` waits, also for versions of earlier attempts
             pip_requirements=[*_installed(), *SERVING_LIMITS],
             metadata={
                 "task": serving.task, "base_model": spec.model, "license": license, "run": spec.run_name,
@@ -133,20 +131,20 @@ def _log(export: Path, spec: RunSpec, model_path: str) -> str:
 
 
 def _installed() -> list[str]:
-    # Without what stands after a "+": no package index has those builds.
+    # Without the part after "+": package indexes do not have local builds.
     return [f"{package}=={importlib.metadata.version(package).split('+')[0]}" for package in SERVING_PACKAGES]
 
 
 @contextlib.contextmanager
 def _as_folder(export: Path, name: str) -> Iterator[str]:
-    """A relative path by which `export` is found: a served model's answers hold it, as the model's name."""
+    """A relative path that leads to `export`: served answers contain it as the model's name."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path(name).symlink_to(export)
         yield name
 
 
 def _hub_card(spec: RunSpec, license: str) -> Any:
-    """The model's card in the hub's form; without one, MLflow asks the hub."""
+    """The model's card in the hub's form; without one, MLflow would ask the hub."""
     from huggingface_hub import ModelCard, ModelCardData
 
     base = None if Path(spec.model).is_absolute() else spec.model
@@ -156,11 +154,8 @@ def _hub_card(spec: RunSpec, license: str) -> Any:
 
 
 def version_of(client: "MlflowClient", name: str, mlflow_run_id: str, model_path: str = "model") -> str | None:
-    """The newest version of `name` that this run has made of the model at `model_path`.
-
-    None if there is none, or the registry gave it up. The path is asked for only where a run has more than one: not
-    every registry tells it as it was given.
-    """
+    """The newest version of `name` that this run created from `model_path`; None if there is none, or it failed."""
+    # The path is compared only if it is not the usual one: not every registry returns it unchanged.
     numbers = [
         int(version.version)
         for version in _versions(client, name)
@@ -172,7 +167,7 @@ def version_of(client: "MlflowClient", name: str, mlflow_run_id: str, model_path
 
 
 def _versions(client: "MlflowClient", name: str) -> "Iterator[ModelVersion]":
-    """All versions of a name. Unity Catalog takes no more than one condition, and tells no run's."""
+    """All versions of a name. Unity Catalog allows one condition only, and none on the run."""
     from mlflow.exceptions import MlflowException
 
     token = None
@@ -181,7 +176,7 @@ def _versions(client: "MlflowClient", name: str) -> "Iterator[ModelVersion]":
             page = client.search_model_versions(f"name='{name}'", page_token=token)
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
-                return  # so Unity Catalog says that the model is new
+                return  # Unity Catalog's answer for a new model
             raise
         yield from page
         if not (token := page.token):
@@ -193,7 +188,8 @@ def _wait_until_ready(client: "MlflowClient", name: str, version: str) -> None:
     while (status := client.get_model_version(name, version).status) != "READY":
         if status != "PENDING_REGISTRATION" or time.monotonic() > deadline:
             raise StageError(
-                f"the registry reports version {version} of {name} as {status}; it should be READY.",
+                f"version {version} of {name} is {status} in the registry; it must be READY. Check the registry, then "
+                "`tundish resume` the run.",
                 failure=FailureCause.REGISTRATION_FAILED,
             )
         time.sleep(1)

@@ -1,4 +1,4 @@
-"""What a model's config asks of its weights: the name and shape of each, without torch where they are known already."""
+"""The weights that a model's config needs: name and shape of each; without torch if they were computed before."""
 
 import hashlib
 import importlib.metadata
@@ -20,41 +20,41 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """The weights of a model."""
+    """The weights of a model, as transformers names them."""
 
     class_name: str
-    """transformers' class of it."""
+    """Its class in transformers."""
     prefix: str
-    """What names lack where only the model without its head was saved."""
+    """What names lack if the model was saved without its head."""
     shapes: dict[str, tuple[int, ...]]
-    """Of every weight, tied ones once."""
+    """Of every weight; tied ones once."""
     tied: dict[str, tuple[int, ...]]
-    """Of those that are another weight under a second name, and may be stored or not."""
+    """Of second names of tied weights, which files may contain or not."""
     optional: tuple[str, ...]
     """Patterns of names that may be missing."""
     surplus: tuple[str, ...]
-    """Patterns of names that may be stored and are not used."""
+    """Patterns of names that files may contain, but the model does not use."""
 
 
 def architecture_of(model: str) -> Architecture:
-    """The weights that a model's config asks for. Those of a folder are kept, so that torch is loaded once for each.
+    """The weights that a model's config needs. Those of a folder are cached, as computing them loads torch.
 
     Args:
         model: name or folder.
 
     Raises:
-        SpecError: the config is no one that transformers takes.
+        SpecError: transformers does not support the config.
     """
     if not is_model_folder(model):
         return architecture_in(model_config(model))
     facts = read_bytes(Path(model), "config.json") + importlib.metadata.version("transformers").encode()
     kept = architectures_dir() / f"{hashlib.sha256(facts).hexdigest()[:24]}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged: made anew
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged: computed again
         return _from_json(json.loads(kept.read_text()))
-    found = architecture_in(model_config(model))
+    architecture = architecture_in(model_config(model))
     make_folder(kept.parent)
-    write_atomic(kept, json.dumps(asdict(found)))
-    return found
+    write_atomic(kept, json.dumps(asdict(architecture)))
+    return architecture
 
 
 def _from_json(content: Mapping[str, Any]) -> Architecture:
@@ -70,7 +70,7 @@ def model_config(model: str) -> Any:
     """The `transformers` config of a model's name or folder.
 
     Raises:
-        SpecError: it is none.
+        SpecError: it cannot be loaded.
     """
     from transformers import AutoConfig
 
@@ -84,15 +84,15 @@ def model_config(model: str) -> Any:
 
 
 def architecture_in(config: Any) -> Architecture:
-    """The weights that a config asks for; nothing is allocated.
+    """The weights that a config needs; none is allocated.
 
     Raises:
-        SpecError: transformers makes no model of it.
+        SpecError: transformers cannot build its model.
     """
     model = hollow(config)
     tied_names = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set[str]()
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    # Buffers of old checkpoints, which are computed now.
+    # Buffers that old files contain, and that are computed today.
     surplus = [r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]
     return Architecture(
         class_name=type(model).__name__,
@@ -105,27 +105,27 @@ def architecture_in(config: Any) -> Architecture:
 
 
 def hollow(config: Any) -> Any:
-    """The model of a config, its weights without memory.
+    """The model of a config on the meta device: its weights take no memory.
 
     Raises:
-        SpecError: transformers makes none of it.
+        SpecError: transformers cannot build it.
     """
     import torch
-    import transformers.modeling_utils  # what it imports cannot be imported while a device is set
+    import transformers.modeling_utils  # its own imports fail while a device is set
     from transformers import AutoModelForCausalLM
 
     assert transformers.modeling_utils
     try:
         with _quiet(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # whatever a number or a word in it leads to
-        text = f"transformers makes no model of its config ({_reason(error)})"
+    except Exception as error:  # any value of a config may lead to any error
+        text = f"transformers cannot build a model from its config ({_reason(error)})"
         raise SpecError(f"model: {config._name_or_path}: {text}. Use the model's original config.json.") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' remarks, which are about somebody else's file; what is an error is raised."""
+    """Silence transformers' warnings about files that the user did not write; errors are raised."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

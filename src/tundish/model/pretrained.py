@@ -1,7 +1,7 @@
-"""Weights of a model's folder, compared with what its config asks for, before anything waits for them.
+"""The weights of a model's folder, compared with what its config needs, before a run is accepted.
 
-transformers fills what is missing with random numbers and leaves out what it does not know. Only headers are read here,
-no weights; a pickle is read as data.
+transformers fills missing weights with random numbers and drops those that it does not know. Only headers are read
+here, no weights; pickles are read as data.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ from tundish.model.architecture import Architecture, architecture_of
 from tundish.plan.models import find_card
 
 FORMS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""Names of weights; of several, transformers takes the first."""
+"""Files of weights; transformers uses the first of these that exists."""
 OTHER_FORMS = ("*.safetensors", "*.gguf", "*.pth", "*.pt", "*.bin", "*.h5", "*.msgpack", "*.onnx")
 INDEX_BYTES = HEADER_BYTES = 16 << 20
-"""The largest index that is known, of 91,000 tensors, has nine million."""
+"""Bytes. The largest known index, of 91,000 tensors, has nine million."""
 PICKLE_BYTES = 64 << 20
 LFS = b"version https://git-lfs"
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -44,10 +44,10 @@ class Stored:
 
 
 def check_pretrained(model: str) -> None:
-    """Make sure that a run can begin with the weights of a model; of one of the hub's, those in this machine's cache.
+    """Check that a run can start from the weights of a model; for a model of the hub, those in this machine's cache.
 
     Raises:
-        SpecError: with all that is wrong with them.
+        SpecError: with everything that is wrong with them.
     """
     folder = Path(model) if is_model_folder(model) else _snapshot(model)
     if folder is None:
@@ -82,18 +82,18 @@ def state_of(model: str) -> str | None:
 
 
 def _snapshot(model: str) -> Path | None:
-    """Where a model of the hub lies in its cache; None unless all of it is there: transformers fetches what is not."""
+    """The cached folder of a hub model; None unless it is complete, as transformers downloads what is missing."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         config = try_to_load_from_cache(model, "config.json")
-    except (OSError, ValueError):  # no name of the hub
+    except (OSError, ValueError):  # not a name of the hub
         return None
     folder = Path(config).parent if isinstance(config, str) else None
     if folder is None or not _has_tokenizer(folder) or (form := _form(folder)) is None:
         return None
     if form.endswith(".index.json"):
-        with suppress(SpecError):  # a damaged one is told, where no file is missing
+        with suppress(SpecError):  # a damaged index is reported later, if no file is missing
             named = read_json(folder, form, INDEX_BYTES).get("weight_map")
             files = cast(dict[str, Any], named).values() if isinstance(named, dict) else ()
             return folder if all((folder / str(file)).exists() for file in files) else None
@@ -101,26 +101,26 @@ def _snapshot(model: str) -> Path | None:
 
 
 def _no_base_model(folder: Path) -> str | None:
-    """Why the folder holds something else than weights that can be trained."""
+    """Why the weights of a folder cannot be trained; None if they can."""
     config = read_json(folder, "config.json")
     if quantization := config.get("quantization_config"):
         method = cast(dict[str, Any], quantization).get("quant_method") if isinstance(quantization, dict) else None
         return (
             f"its weights are quantized ({method or 'quantization_config in config.json'}), which cannot be trained. "
-            "Give the model that they were made from."
+            "Use the model that they were made from."
         )
     if (folder / "adapter_config.json").exists():
-        return "holds an adapter (adapter_config.json). Merge it into its base model, and give the merged model."
+        return "holds an adapter (adapter_config.json). Merge it into its base model, and use the merged model."
     return None
 
 
 def _read_stored(folder: Path, problems: list[str]) -> dict[str, Stored]:
-    """Name, shape and type of every tensor that transformers would load."""
+    """Every tensor that transformers would load, by name."""
     if (form := _form(folder)) is None:
         others = sorted({path.name for pattern in OTHER_FORMS for path in folder.glob(pattern)})
-        found = f" {_some(others)} is not what transformers loads." if others else ""
+        ignored = f" transformers does not load {_some(others)}." if others else ""
         names = f"{', '.join(FORMS[:-1])} or {FORMS[-1]}"
-        problems.append(f"model: {folder}: there are no weights.{found} Allowed is {names}. Complete the folder.")
+        problems.append(f"model: {folder}: has no weights.{ignored} It must contain {names}. Complete the folder.")
         return {}
     read = _read_safetensors if "safetensors" in form else _read_pickle
     try:
@@ -140,29 +140,31 @@ def _read_stored(folder: Path, problems: list[str]) -> dict[str, Stored]:
 
 
 def _form(folder: Path) -> str | None:
-    """The file by which transformers finds the weights."""
+    """The file from which transformers would load the weights."""
     return next((name for name in FORMS if (folder / name).is_symlink() or (folder / name).exists()), None)
 
 
 def _weight_map(folder: Path, index: str) -> dict[str, str]:
-    """The file of each tensor; all files are there."""
+    """The file of each tensor; all files exist."""
     where = f"model: {folder / index}"
-    found = read_json(folder, index, INDEX_BYTES).get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(file, str) for file in cast(dict[str, Any], found).values()):
-        raise SpecError(f"{where}: weight_map does not say the file of each weight. Use the model's original file.")
-    weight_map = cast(dict[str, str], found)
+    content = read_json(folder, index, INDEX_BYTES).get("weight_map")
+    if not isinstance(content, dict) or not all(
+        isinstance(file, str) for file in cast(dict[str, Any], content).values()
+    ):
+        raise SpecError(f"{where}: weight_map must name the file of each weight. Use the model's original file.")
+    weight_map = cast(dict[str, str], content)
     files = sorted(set(weight_map.values()))
     missing = [file for file in files if not ((folder / file).is_symlink() or (folder / file).exists())]
     if missing:
         raise SpecError(
-            f"{where}: files that it names are missing, {len(missing)} of {len(files)}: {_some(missing)}. "
+            f"{where}: {len(missing)} of the {len(files)} files that it names are missing: {_some(missing)}. "
             "Complete the folder."
         )
     return weight_map
 
 
 def _read_safetensors(folder: Path, name: str) -> dict[str, Stored]:
-    """What the header of a safetensors file says, which agrees with the file's size.
+    """The tensors in the header of a safetensors file, checked against the file's size.
 
     The format: https://huggingface.co/docs/safetensors.
     """
@@ -171,11 +173,11 @@ def _read_safetensors(folder: Path, name: str) -> dict[str, Stored]:
         begin, size = _begin(where, file)
         length = int.from_bytes(begin[:8], "little")
         if length > HEADER_BYTES or begin[8:9] != b"{":
-            raise SpecError(f"{where}: is no safetensors file. Copy the model's original file once more.")
+            raise SpecError(f"{where}: not a safetensors file. Copy the model's original file again.")
         file.seek(8)
         header = file.read(length)
     if len(header) < length:
-        raise SpecError(f"{where}: is cut off in its header. Copy the file once more.")
+        raise SpecError(f"{where}: is truncated in its header. Copy the file again.")
     stored, places = dict[str, Stored](), [(0, 0)]
     try:
         for tensor, entry in json.loads(header).items():
@@ -184,13 +186,13 @@ def _read_safetensors(folder: Path, name: str) -> dict[str, Stored]:
                 places.append(_place(tensor, stored[tensor], entry["data_offsets"]))
         places.sort()
         if any(end != start for (_, end), (start, _) in itertools.pairwise(places)):
-            raise ValueError("bytes belong to two tensors, or to none")
+            raise ValueError("a byte belongs to two tensors, or to none")
     except (RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = f"its header is damaged ({' '.join(str(error).split())[:100]})"
-        raise SpecError(f"{where}: {text}. Copy the model's original file once more.") from error
+        raise SpecError(f"{where}: {text}. Copy the model's original file again.") from error
     if (wanted := 8 + length + places[-1][1]) != size:
-        what = "is cut off" if size < wanted else "is damaged"
-        raise SpecError(f"{where}: {what}: it has {size:,} bytes instead of {wanted:,}. Copy the file once more.")
+        what = "is truncated" if size < wanted else "is damaged"
+        raise SpecError(f"{where}: {what}: it has {size:,} bytes instead of {wanted:,}. Copy the file again.")
     return stored
 
 
@@ -211,29 +213,31 @@ def _shape(given: Any) -> tuple[int, ...]:
 
 
 def _read_pickle(folder: Path, name: str) -> dict[str, Stored]:
-    """What the pickle of a `torch.save` archive says; it is read as data."""
+    """The tensors of a `torch.save` archive; its pickle is read as data."""
     where, path = f"model: {folder / name}", folder / name
     with open_file(folder, name) as file:
         _, size = _begin(where, file)
     try:
         with Archive(Part((), (), path, 0, size)) as archive:
             sizes = {key.removeprefix("data/"): entry.file_size for key, entry in archive.names.items()}
-            found = describe_all(archive.content(archive.names.get("data.pkl"), PICKLE_BYTES), sizes)
+            tensors = describe_all(archive.content(archive.names.get("data.pkl"), PICKLE_BYTES), sizes)
     except CheckpointError as error:
         text = error.message.removeprefix(f"{path}, byte 0: ").partition(". ")[0]
-        raise SpecError(f"{where}: {text}. Copy it once more, or save the model as safetensors.") from error
-    return {tensor: Stored(facts.size, facts.dtype) for tensor, facts in found.items()}
+        raise SpecError(f"{where}: {text}. Copy it again, or save the model as safetensors.") from error
+    return {tensor: Stored(facts.size, facts.dtype) for tensor, facts in tensors.items()}
 
 
 def _begin(where: str, file: BinaryIO) -> tuple[bytes, int]:
-    """First bytes and size of a file with weights."""
+    """The first bytes and the size of a file of weights."""
     size = file.seek(0, 2)
     file.seek(0)
     begin = file.read(len(LFS))
     if begin == LFS:
-        raise SpecError(f"{where}: is a Git LFS pointer instead of the file. Run `git lfs pull` in the model's folder.")
+        raise SpecError(
+            f"{where}: is a Git LFS pointer, not the file itself. Run `git lfs pull` in the model's folder."
+        )
     if size < len(LFS):
-        raise SpecError(f"{where}: is {'cut off' if size else 'empty'}. Copy the model's original file once more.")
+        raise SpecError(f"{where}: is {'truncated' if size else 'empty'}. Copy the model's original file again.")
     return begin, size
 
 
@@ -243,52 +247,52 @@ def _quantized(folder: Path, stored: Mapping[str, Stored]) -> Iterator[str]:
         types = ", ".join(sorted({stored[name].dtype for name in names}))
         yield (
             f"model: {folder}: its weights are quantized, which cannot be trained: {_some(names)} in {types}. "
-            "Give the model that they were made from."
+            "Use the model that they were made from."
         )
 
 
 def _differences(folder: Path, stored: Mapping[str, Stored], asked: Architecture) -> Iterator[str]:
-    """What transformers would fill with random numbers, fail on, or leave out."""
+    """Weights that transformers would fill with random numbers, fail on, or drop."""
     where = f"model: {folder}"
     if wrapper := _wrapper(stored, asked):
         yield (
-            f"{where}: the names of its weights begin with {wrapper!r}, which another program has put there; "
-            "transformers knows none of them. Save the model without it."
+            f"{where}: the names of its weights start with {wrapper!r}, which another program added; "
+            "transformers knows none of them. Save the model without the prefix."
         )
         return
-    # A model that was saved without its head.
+    # The model may have been saved without its head.
     begin = "" if any(name.startswith(asked.prefix) for name in stored) else f"{asked.prefix}."
     names = {begin + name: name for name in stored}
-    found = {name: stored[given].shape for name, given in names.items()}
-    missing = [name for name in asked.shapes if name not in found and not _matches(name, asked.optional)]
+    shapes_stored = {name: stored[original].shape for name, original in names.items()}
+    missing = [name for name in asked.shapes if name not in shapes_stored and not _matches(name, asked.optional)]
     if missing:
         tied = " If it is tied to the embeddings, config.json must say so." if missing == ["lm_head.weight"] else ""
         yield (
-            f"{where}: lacks {len(missing)} of the {len(asked.shapes)} weights that its config.json asks for: "
+            f"{where}: lacks {len(missing)} of the {len(asked.shapes)} weights that its config.json needs: "
             f"{_some(missing)}. They would be random numbers.{tied} Complete the weights, or correct config.json."
         )
     shapes = {**asked.tied, **asked.shapes}
     other = [
-        f"{name} {list(found[name])} instead of {list(shape)}"
+        f"{name} {list(shapes_stored[name])} instead of {list(shape)}"
         for name, shape in shapes.items()
-        if found.get(name, shape) != shape
+        if shapes_stored.get(name, shape) != shape
     ]
     if other:
-        text = f"{len(other)} of its {len(found)} weights: {_some(other)}"
-        yield f"{where}: its config.json asks for other shapes of {text}. Give weights and config of one model."
-    surplus = [given for name, given in names.items() if name not in shapes and not _matches(name, asked.surplus)]
+        text = f"{len(other)} of its {len(shapes_stored)} weights: {_some(other)}"
+        yield f"{where}: its config.json needs other shapes of {text}. Use weights and config of the same model."
+    surplus = [original for name, original in names.items() if name not in shapes and not _matches(name, asked.surplus)]
     if surplus:
-        text = f"{len(surplus)} of its {len(found)} weights: {_some(surplus)}"
+        text = f"{len(surplus)} of its {len(shapes_stored)} weights: {_some(surplus)}"
         yield (
-            f"{where}: its config.json does not ask for {text}. They would be left out. Give weights and config of one "
+            f"{where}: its config.json does not need {text}. They would be dropped. Use weights and config of the same "
             "model."
         )
 
 
 def _wrapper(stored: Mapping[str, Stored], asked: Architecture) -> str | None:
-    """What another program has put before the names."""
+    """The prefix that another program added to all names; None if there is none."""
     name = next(iter(asked.shapes))
-    wrappers = {given.removesuffix(name) for given in stored if given.endswith(name)}
+    wrappers = {full.removesuffix(name) for full in stored if full.endswith(name)}
     return None if "" in wrappers or len(wrappers) != 1 else wrappers.pop()
 
 
@@ -297,15 +301,15 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _tokens_problems(folder: Path) -> Iterator[str]:
-    """A tokenizer that is not there, or ids that have no row in the embedding."""
+    """A missing tokenizer, or token ids without a row in the embedding."""
     if not _has_tokenizer(folder):
-        yield f"model: {folder}: there is no tokenizer. Allowed is tokenizer.json. Complete the folder."
+        yield f"model: {folder}: has no tokenizer. It must contain tokenizer.json. Complete the folder."
     rows = find_card(str(folder)).vocabulary_size
     tokens = _tokens(folder)
     if tokens > rows:
         yield (
-            f"model: {folder}: its tokenizer has ids up to {tokens - 1:,}, and its embedding {rows:,} rows "
-            "(vocab_size in config.json). Resize the model's embedding, or use the tokenizer that belongs to it."
+            f"model: {folder}: its tokenizer has ids up to {tokens - 1:,}, but its embedding has {rows:,} rows "
+            "(vocab_size in config.json). Resize the model's embedding, or use its own tokenizer."
         )
 
 
@@ -314,7 +318,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _tokens(folder: Path) -> int:
-    """One more than the highest id that the tokenizer's files name; 0 where there is no tokenizer.json."""
+    """One more than the highest id in the tokenizer's files; 0 without a tokenizer.json."""
     if not (folder / "tokenizer.json").exists():
         return 0
     content = read_json(folder, "tokenizer.json", VOCABULARY_BYTES)
@@ -326,7 +330,7 @@ def _tokens(folder: Path) -> int:
             ids += map(int, read_json(folder, "tokenizer_config.json").get("added_tokens_decoder") or ())
         return 1 + max(number for number in cast(list[Any], ids) if type(number) is int)
     except (KeyError, TypeError, ValueError):
-        return 0  # told when it is loaded
+        return 0  # loading it reports what is wrong
 
 
 def _some(names: Sequence[str]) -> str:

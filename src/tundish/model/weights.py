@@ -1,4 +1,4 @@
-"""Weights of a checkpoint: which ones it has, and whether they are those of a model."""
+"""The weights of a checkpoint: where they are, and whether they belong to a model."""
 
 import re
 import tempfile
@@ -22,36 +22,36 @@ LINKED = re.compile(r"[\w-][\w.=+-]{0,250}")
 
 
 def find_weights(address: str) -> str:
-    """Look whether there are weights at an address, or at that which a `.symlink` names; returns where they are.
+    """Check that there are weights at an address, or at the one that a `.symlink` names; returns where they are.
 
-    Neither torch nor weights are loaded; `check_weights` looks inside.
+    Loads neither torch nor weights; `check_weights` reads them.
 
     Args:
         address: path or URI of an `ep#-ba#` folder, a `.symlink` or a `.pt` file.
 
     Raises:
-        SpecError: there is nothing of that kind.
-        CheckpointError: the folder is incomplete, its metadata names what no checkpoint needs, or its store cannot be
-            asked.
+        SpecError: there are none.
+        CheckpointError: the folder is incomplete, its metadata names what no checkpoint needs, or its store does not
+            answer.
     """
     place, name = save_folder_of(address)
     if name.endswith(".symlink"):
-        # What it names lies beside it, wherever both have been moved to.
+        # The checkpoint lies beside the link, wherever both were moved.
         name = place.read_link(name).rstrip("/").rpartition("/")[2]
         if not LINKED.fullmatch(name):
-            raise CheckpointError(f"{address}: names {shown(name)!r}, which is no checkpoint. Give another path.")
+            raise CheckpointError(f"{address}: names {shown(name)!r}, which is not a checkpoint. Use another path.")
     if place.is_remote:
-        found = place.holds(name)
+        exists = place.holds(name)
     else:
         path = Path(address).with_name(name)
-        found = path.is_dir() or (path.suffix == ".pt" and path.is_file())
+        exists = path.is_dir() or (path.suffix == ".pt" and path.is_file())
         if path.is_dir():
             check_complete(path)
-    if not found:
+    if not exists:
         other = not place.is_remote and Path(address).with_name(name).exists()
         raise SpecError(
-            f"{address}: {'is another kind of file' if other else 'there is nothing there'}; "
-            "allowed is an ep…-ba… folder, a .symlink or a .pt file. Copy the path from get_checkpoints()."
+            f"{address}: {'is not a checkpoint' if other else 'does not exist'}; it must be an ep…-ba… folder, a "
+            ".symlink or a .pt file. Copy the path from get_checkpoints()."
         )
     return f"{place.address}/{name}"
 
@@ -60,46 +60,46 @@ def fetch_weights(address: str) -> Path:
     """The weights that `find_weights` finds, on this machine.
 
     Raises:
-        SpecError: there is nothing of that kind.
-        CheckpointError: they are damaged, or cannot be fetched.
+        SpecError: there are none.
+        CheckpointError: they are damaged, or cannot be downloaded.
     """
     place, name = save_folder_of(find_weights(address))
     return place.fetch(name)
 
 
 def compare_weights(address: str, model: str) -> None:
-    """Compare names and shapes of the weights at an address with the model's; of a store's checkpoint, its metadata.
+    """Compare names and shapes of the weights at an address with the model's; of a checkpoint in a store, by metadata.
 
     Raises:
-        SpecError: there is nothing of that kind.
-        CheckpointError: they are damaged or unsafe, cannot be fetched, or are another model's.
+        SpecError: there are none.
+        CheckpointError: they are damaged or unsafe, cannot be downloaded, or belong to another model.
     """
     place, name = save_folder_of(find_weights(address))
     if not place.is_remote:
         return check_weights(place.local / name, model)
     if name.endswith(".pt"):
-        return None  # nothing of it can be read without all of it: the run tells
+        return None  # it would have to be downloaded whole; the run checks it
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / name
         folder.mkdir()
         place.fetch_metadata(name, folder)
         shapes = read_shapes(folder).items()
-    found = {_plain(key): shape for key, shape in shapes if key.startswith(WEIGHT_PREFIX)}
-    return check_shapes(address, found, architecture_of(model).shapes)
+    stored = {_plain(key): shape for key, shape in shapes if key.startswith(WEIGHT_PREFIX)}
+    return check_shapes(address, stored, architecture_of(model).shapes)
 
 
 def check_weights(path: Path, model: str) -> None:
-    """Make sure that loading `path` (what `fetch_weights` gave) runs no code and gives all weights of `model`.
+    """Check that loading `path` (from `fetch_weights`) runs no code and gives all weights of `model`.
 
     Raises:
-        CheckpointError: it is damaged or unsafe, or another model's.
+        CheckpointError: it is damaged or unsafe, or belongs to another model.
     """
-    found = {name: tensor.shape for name, tensor in read_weights(path).items()} if path.is_dir() else _pt_shapes(path)
-    check_shapes(path, found, architecture_of(model).shapes)
+    stored = {name: tensor.shape for name, tensor in read_weights(path).items()} if path.is_dir() else _pt_shapes(path)
+    check_shapes(path, stored, architecture_of(model).shapes)
 
 
 def read_weights(checkpoint: Path) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint's model by their Hugging Face names.
+    """The tensors of a checkpoint's model, by their Hugging Face names.
 
     Raises:
         CheckpointError: it is damaged or unsafe.
@@ -109,7 +109,7 @@ def read_weights(checkpoint: Path) -> dict[str, StoredTensor]:
 
 
 def fit_vocabulary(config: Any, weights: Mapping[str, StoredTensor], tokens: int, checkpoint: Path) -> None:
-    """Give `config` the vocabulary of the checkpoint, where tokens were added before it was trained.
+    """Set the vocabulary of `config` to the checkpoint's, as tokens may have been added before training.
 
     Raises:
         CheckpointError: the tokenizer has more tokens than the checkpoint's embedding.
@@ -119,27 +119,27 @@ def fit_vocabulary(config: Any, weights: Mapping[str, StoredTensor], tokens: int
     name = next(name for name, tensor in model.named_parameters() if tensor is embedding)
     stored = weights.get(name)
     if stored is None or len(stored.shape) != 2 or stored.shape[0] == config.vocab_size:
-        return  # what is missing is told with everything else
+        return  # a missing embedding is reported with all other missing weights
     if tokens > stored.shape[0]:
         raise CheckpointError(
             f"{checkpoint}: its vocabulary has {stored.shape[0]:,} tokens, the model's tokenizer {tokens:,}. "
-            "Give the model that the run started from.",
+            "Use the model that the run started from.",
             failure=FailureCause.MODEL_MISMATCH,
         )
     config.vocab_size = stored.shape[0]
 
 
-def check_shapes(checkpoint: Path | str, found: Shapes, expected: Shapes) -> None:
-    """Compare what a checkpoint has with what a model needs.
+def check_shapes(checkpoint: Path | str, stored: Shapes, expected: Shapes) -> None:
+    """Compare the weights of a checkpoint with those that a model needs.
 
     Raises:
         CheckpointError: a weight is missing or has another shape.
     """
-    missing = [name for name in expected if name not in found]
+    missing = [name for name in expected if name not in stored]
     other = [
-        f"{name} {list(found[name])} instead of {list(shape)}"
+        f"{name} {list(stored[name])} instead of {list(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in stored and stored[name] != shape
     ]
     if missing or other:
         raise CheckpointError(
@@ -158,7 +158,7 @@ def _pt_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _plain(name: str) -> str:
-    # Activation checkpointing wraps layers, and the wrapper's name may stand inside theirs.
+    # Activation checkpointing wraps layers and may insert its name into theirs.
     return name.removeprefix(WEIGHT_PREFIX).replace("_checkpoint_wrapped_module.", "")
 
 
