@@ -59,5 +59,7 @@ def test_the_second_call_needs_no_torch_until_the_config_changes(config_folder: 
 def test_a_config_of_which_no_model_can_be_made_is_told(config_folder: Path, changes: dict[str, Any]) -> None:
     """A traceback of transformers, after the data was prepared."""
     _write_config(config_folder, **changes)
-    with pytest.raises(SpecError, match=r"model: .*tiny: .*(transformers cannot build a model|its config cannot be loaded)"):
+    with pytest.raises(
+        SpecError, match=r"model: .*tiny: .*(transformers cannot build a model|its config cannot be loaded)"
+    ):
         architecture_of(str(config_folder))

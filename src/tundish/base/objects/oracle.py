@@ -13,6 +13,7 @@ from tundish.base.objects.contract import StoredObject
 from tundish.base.objects.errors import explained
 
 BLOCK_BYTES = 16 << 20
+RETRY_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class OracleBucket:
 
         file, profile = oci.config.DEFAULT_LOCATION, os.environ.get("OCI_CONFIG_PROFILE", oci.config.DEFAULT_PROFILE)
         config = oci.config.from_file(os.environ.get("OCI_CONFIG_FILE", file), profile)
-        return oci.object_storage.ObjectStorageClient(config, retry_strategy=oci.retry.DEFAULT_RETRY_STRATEGY)
+        # Oracle's default strategy tries for ten minutes.
+        retry = oci.retry.RetryStrategyBuilder(max_attempts=5, total_elapsed_time_seconds=RETRY_SECONDS)
+        return oci.object_storage.ObjectStorageClient(config, retry_strategy=retry.get_retry_strategy())
 
     @cached_property
     def _place(self) -> tuple[str, str]:
