@@ -12,7 +12,7 @@ from tundish.checkpoints.folder import in_order
 from tundish.checkpoints.save_folder import SaveFolder, save_folder_of
 from tundish.errors import CheckpointError, RunNotFoundError, SpecError
 from tundish.export.plan import ExportDtype
-from tundish.export.safetensors import Progress, export
+from tundish.export.safetensors import BytesWritten, export
 from tundish.model.weights import fetch_weights
 from tundish.plan.address import Address
 from tundish.plan.spec import RunSpec, TaskType
@@ -69,7 +69,7 @@ def find_exportable(given: str, model: str | None = None) -> Exportable:
     )
 
 
-def export_checkpoint(exportable: Exportable, out: Path, dtype: ExportDtype, progress: Progress | None = None) -> None:
+def export_checkpoint(exportable: Exportable, out: Path, dtype: ExportDtype, progress: BytesWritten | None = None) -> None:
     """Export a checkpoint as a Hugging Face folder.
 
     Raises:
