@@ -69,7 +69,9 @@ def find_exportable(given: str, model: str | None = None) -> Exportable:
     )
 
 
-def export_checkpoint(exportable: Exportable, out: Path, dtype: ExportDtype, progress: BytesWritten | None = None) -> None:
+def export_checkpoint(
+    exportable: Exportable, out: Path, dtype: ExportDtype, progress: BytesWritten | None = None
+) -> None:
     """Export a checkpoint as a Hugging Face folder.
 
     Raises:
