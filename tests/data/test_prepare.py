@@ -290,6 +290,15 @@ def test_the_same_data_is_prepared_once(
     assert _left(home) == [Path(first.folder).name]
 
 
+def test_the_name_of_a_prepared_folder_stays_as_it_was(tiny_model: Path, pairs: Source) -> None:
+    """All that users have prepared with an earlier version would be prepared again, and fill the disk twice."""
+    prepared = _prepare(pairs, tiny_model)
+    facts = {name: getattr(prepared, name) for name in ("source_hash", "tokenizer_hash", "context_length", "versions")}
+    rules = {"task_type": "INSTRUCTION_FINETUNE", "system_message": True}
+    key = json.dumps([facts, rules, "all", False, "26 Jul 2024", 3])
+    assert Path(prepared.folder).name == hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
 def test_other_inputs_are_prepared_apart(
     tiny_model: Path, bare_model: Path, pairs: Source, tmp_path: Path, write_lines: WriteLines
 ) -> None:
