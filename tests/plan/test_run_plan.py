@@ -107,7 +107,7 @@ def test_a_plan_comes_back_from_its_file(plan: Plan, tmp_path: Path) -> None:
     [
         ("", "is empty"),
         ('{"version": 1', "is not JSON, or was cut off"),
-        ("[]", "instead of a JSON object"),
+        ("[]", "JSON object"),
         ('{"version": 2}', "was written by a newer version of tundish"),
         ('{"version": 1}', "lacks 'spec'"),
         (None, "is missing"),

@@ -168,14 +168,16 @@ def test_of_many_with_one_name_one_is_made(checked: dict[str, Any], home: Path) 
     assert told.count("mine") == 1 and _left(home)["mlflow"] == _left(home)["runs"] == {"mine"}
     _end(fm.get("mine"))
     others = "\n".join(text for text in told if text != "mine")
-    assert "run_name: run 'mine' already exists" in others or "a run 'mine' is just being created" in others
+    assert "run_name: run 'mine' already exists" in others or "run 'mine' is being created right now" in others
 
 
 def test_who_makes_a_run_of_that_name_is_told(checked: dict[str, Any], home: Path) -> None:
     """The caller would wait for a process that was stopped, and not know for which."""
     runs_dir().mkdir(parents=True)
     with locked(runs_dir() / ".mine.lock"):
-        with pytest.raises(SpecError, match=rf"'mine' is just being created.* is locked by process {os.getpid()} on"):
+        with pytest.raises(
+            SpecError, match=rf"'mine' is being created right now.* is locked by process {os.getpid()} on"
+        ):
             fm.create(**checked, run_name="mine")
         drafts.undo_left()  # leaves it alone
         assert (runs_dir() / ".mine.lock").exists()
@@ -196,7 +198,7 @@ def test_what_cannot_be_undone_now_is_undone_later(
             fm.create(**checked, run_name="mine")
         assert "create() has left of the run mine" in caplog.text and "the server is away" in caplog.text
         assert _left(home) == {"runs": {".mine.draft"}, "queue": set(), "mlflow": {"mine"}} and len(fm.list()) == 0
-        with pytest.raises(SpecError, match=r"\.mine\.draft is left of an earlier create\(\)"):
+        with pytest.raises(SpecError, match=r"\.mine\.draft is left over from an earlier create\(\)"):
             fm.create(**checked, run_name="mine")
     drafts.undo_left()
     assert _left(home) == NOTHING

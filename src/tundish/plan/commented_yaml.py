@@ -1,6 +1,6 @@
 """YAML text with comments: reads the comment above each key of a layer and writes it above that key in the result.
 
-PyYAML drops comments; it does tell the line of every key, which is all that is needed.
+PyYAML drops comments, but it knows the line of every key, which is all that is needed.
 """
 
 from collections.abc import Iterator, Mapping

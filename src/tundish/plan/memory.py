@@ -120,7 +120,7 @@ def step_memory(setting: Setting, choice: Choice) -> StepMemory:
 def candidates(setting: Setting, fixed: Mapping[str, Any]) -> Iterator[StepMemory]:
     """What could be chosen, best first: no layer computed twice, then as many rows at once as make a step faster.
 
-    `fixed`: fields of `Choice` that somebody else has chosen.
+    `fixed`: fields of `Choice` that the caller's overrides decide.
     """
     most = max(1, min(setting.rows_per_device, math.ceil(ENOUGH_TOKENS / setting.context_length)))
     sizes = [size for size in range(most, 0, -1) if setting.rows_per_device % size == 0]

@@ -143,6 +143,11 @@ class RunPlan:
         )
 
     @property
+    def stores(self) -> tuple[str, str | None]:
+        """MLflow's: `tracking_uri` and `registry_uri`."""
+        return self.tracking_uri, self.registry_uri
+
+    @property
     def is_prepared(self) -> bool:
         """Whether the prepared data is on this machine; a folder of it is complete as soon as it exists."""
         return all(part.prepared is not None and Path(part.prepared.folder).is_dir() for part in self.data.values())

@@ -33,7 +33,7 @@ def longer(plan: RunPlan, training_duration: object, run: RunFolder) -> tuple[Ru
     """The plan of a run that is trained longer, and what its learning rate does then; nothing is changed yet.
 
     Raises:
-        SpecError: the duration is none, or is not longer than the run's; or the checkpoints no longer exist.
+        SpecError: the duration is malformed or not longer than the run's, or the checkpoints no longer exist.
     """
     before = plan.spec.training_duration
     try:
@@ -42,28 +42,31 @@ def longer(plan: RunPlan, training_duration: object, run: RunFolder) -> tuple[Ru
         raise SpecError(f"training_duration: {error}") from None
     checkpoints, trained = selecting.checkpoints(run.folder.name), run.is_done("train")
     source = f"custom_weights_path={checkpoints[-1]!r}" if checkpoints else f"model={str(run.export)!r}"
-    instead = f"Create a run with {source} instead, whose optimizer and schedule begin anew."
+    instead = f"Create a run with {source} instead, whose optimizer and schedule start over."
     if trained and not checkpoints:
-        raise SpecError(f"training_duration: the run's checkpoints are gone, and its optimizer with them. {instead}")
+        raise SpecError(
+            f"training_duration: the run's checkpoints no longer exist, and its optimizer is lost with them. {instead}"
+        )
     after = plan.longer(duration)
     if plan.steps is None or after.steps is None:
         return after, ""  # nothing has been prepared, so nothing has been trained
-    found = f"training_duration: found {duration}; the run's is {before}"
+    wrong = f"training_duration: {duration} is not longer than the run's {before}"
     if (duration.unit == "tok") != (before.unit == "tok"):
         raise SpecError(
-            f"{found}, and tokens cannot be compared with epochs and batches. Give the same unit. {instead}"
+            f"training_duration: {duration} cannot be compared with the run's {before}: one is in tokens. Give the "
+            f"same unit. {instead}"
         )
     in_tokens = duration.unit == "tok"
     lengths = (before.value, duration.value) if in_tokens else (plan.steps, after.steps)
     if lengths[1] < lengths[0] or (trained and lengths[1] == lengths[0]):
-        raise SpecError(f"{found}; allowed is a longer one. {instead}")
+        raise SpecError(f"{wrong}. {instead}")
     if duration == before:
         return after, ""
     begins = ""
     if checkpoints and not in_tokens and "scheduler.name" not in plan.spec.overrides:
         # The learning rate had fallen to 0 at the end of the shorter run.
         left = 1 - int(checkpoints[-1].rpartition("-ba")[2]) / after.steps
-        begins = f", goes on from about {left:.0%} of its peak"
+        begins = f", continues from about {left:.0%} of its peak"
     return after, (
         f"training_duration is {duration} instead of {before}: the learning rate is that of a run of {duration}"
         f"{begins}, and follows its schedule to the end. "

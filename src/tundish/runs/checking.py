@@ -1,4 +1,4 @@
-"""What a call names: what is wrong with the paths and rows of its data, and with the devices it asks for."""
+"""Checks of the data that a call names: its addresses, its rows, and whether the eval prompts fit."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 Tell = Callable[[int, int | None], None]
 BarOf = Callable[[str], AbstractContextManager[Tell]]
-"""Makes a progress bar with a title; entered, it is told how much is done, and of how much."""
+"""Makes a progress bar with a title; entered, it is called with how much is done, and of how much."""
 
 
 def no_bar(title: str) -> AbstractContextManager[Tell]:
-    """Progress for nobody."""
+    """Progress that is not shown."""
     return nullcontext(lambda done, total: None)
 
 
 @dataclass(slots=True)
 class CheckedData:
-    """What was found in training and evaluation data."""
+    """The results of checking training and evaluation data."""
 
     problems: list[str] = field(default_factory=list[str])
-    """Of the paths, and of the tokenizer."""
+    """With the addresses and the tokenizer."""
     reports: "list[Report]" = field(default_factory=list)
-    """Of the rows."""
+    """On the rows."""
     unreadable: list[str] = field(default_factory=list[str])
-    """Data that gives no report: nothing but blank lines, or damaged."""
+    """Problems of data on which there is no report: it is damaged, or has nothing but blank lines."""
 
     @property
     def row_problems(self) -> list[str]:
@@ -55,10 +55,10 @@ def check_data(
 
     spec = read.spec if complete else None
     if spec is not None and spec.data_prep_cluster_id and rows:
-        # A Spark session is this process's.
+        # The Spark session belongs to this process.
         return _check_data(read, spec, rows, most, progress)
     if spec is not None and rows and _is_small(read.data.values(), most):
-        # Here, so that the next process has them too.
+        # Imported here, so that the process that is forked next has them, too.
         import streaming
         from transformers import AutoTokenizer
 
@@ -77,37 +77,37 @@ def _is_small(addresses: Iterable[Address], most: float) -> bool:
         files = [address.path for address in addresses]
         return bool(files) and all(file.is_file() and file.stat().st_size <= most for file in files)
     except (SpecError, OSError):
-        return False  # told when it is opened
+        return False  # reported when it is opened
 
 
 def _check_data(read: Arguments, spec: RunSpec | None, rows: bool, most: float, progress: BarOf) -> CheckedData:
-    found = CheckedData()
+    data = CheckedData()
     sources = dict[str, "Source"]()
     system_message = spec is None or read.card is None or read.card.system_message
     for name, address in read.data.items():
-        with collected(found, name):
+        with collected(data, name):
             if (source := _open(address, read.task_type, system_message)) is not None:
                 sources[name] = source
     if not rows:
-        return found
+        return data
     small = all((source.size or 0) <= most for source in sources.values())
     job = None
-    if spec is not None and not found.problems and (small or spec.eval_prompts):
-        with collected(found, "model"):
+    if spec is not None and not data.problems and (small or spec.eval_prompts):
+        with collected(data, "model"):
             from tundish.data.encoding import Job
 
             job = Job.of(spec)
-            found.problems.extend(_prompt_problems(spec, job))
+            data.problems.extend(_prompt_problems(spec, job))
     for name, source in sources.items():
-        with collected(found, name):
-            to_prepare = job if small and not found.problems else None
+        with collected(data, name):
+            to_prepare = job if small and not data.problems else None
             cluster = None if spec is None else spec.data_prep_cluster_id
-            found.reports.append(_report(name, source, to_prepare, cluster, progress))
-    return found
+            data.reports.append(_report(name, source, to_prepare, cluster, progress))
+    return data
 
 
 def _prompt_problems(spec: RunSpec, job: "Job") -> list[str]:
-    """Eval prompts that leave the model no room for an answer."""
+    """Eval prompts that leave no room in the context for a completion."""
     from tundish.base.workers import guarded, limited
     from tundish.data.encoding import allowed
 
@@ -121,7 +121,7 @@ def _prompt_problems(spec: RunSpec, job: "Job") -> list[str]:
         with limited(f"eval_prompts: the model's tokenizer, at prompt {number},", *allowed([prompt])):
             lengths.append((number, len(tokenizer(prompt)["input_ids"])))
     return [
-        f"eval_prompts: prompt {number} has {length:,} tokens; with an answer of {ANSWER_TOKENS}, at most "
+        f"eval_prompts: prompt {number} has {length:,} tokens; with a completion of {ANSWER_TOKENS}, at most "
         f"{max(0, room):,} fit into the context of {spec.context_length:,}. Shorten it, or raise context_length."
         for number, length in lengths
         if length > room
@@ -129,18 +129,18 @@ def _prompt_problems(spec: RunSpec, job: "Job") -> list[str]:
 
 
 @contextmanager
-def collected(found: CheckedData, name: str) -> Iterator[None]:
-    """Errors become problems of an argument."""
+def collected(data: CheckedData, name: str) -> Iterator[None]:
+    """Turn errors into problems of an argument."""
     try:
         yield
     except InputError as error:
         prefix = f"{name}: "
-        kind = found.unreadable if isinstance(error, DataError) else found.problems
+        kind = data.unreadable if isinstance(error, DataError) else data.problems
         kind.extend(prefix + problem.removeprefix(prefix) for problem in error.problems)
     except WorkerError as error:
-        found.problems.append(error.message)
+        data.problems.append(error.message)
     except (OSError, ValueError) as error:
-        found.problems.append(f"{name}: cannot be read ({error}). Check the path.")
+        data.problems.append(f"{name}: cannot be read ({error}). Check the path.")
 
 
 def _open(address: Address, task_type: TaskType | None, system_message: bool) -> "Source | None":
@@ -160,5 +160,5 @@ def _report(name: str, source: "Source", job: "Job | None", cluster: str | None,
 
     if job is None:
         return report_of(name, source, check_structure(source), [])
-    with progress(f"Preparing {name}") as tell:
-        return report_on(name, source, job, cluster, tell)
+    with progress(f"Preparing {name}") as update:
+        return report_on(name, source, job, cluster, update)

@@ -29,7 +29,7 @@ def create(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> RunRecord:
         SpecError, DataError: with all problems of the call; nothing is left behind.
     """
     plan = check(arguments, progress)
-    check_registry(plan.spec.registered_name)
+    check_registry(plan.spec.registered_name, plan.stores)
     _check_save_folder(plan)
     drafts.undo_left()
     with drafts.reserved(plan.spec.run_name) as draft:
@@ -70,7 +70,8 @@ def _write(plan: RunPlan, draft: drafts.Draft) -> None:
     tags = {"tundish.version": __version__, "tundish.run": spec.run_name, "mlflow.user": spec.created_by}
     tags |= {MARK: draft.mark}
     answers = partial(draft.note_mlflow, plan.tracking_uri, spec.experiment_path)
-    tracking = open_tracking(spec.run_name, spec.experiment_path, tags, save_root(spec.overrides), answers)
+    root = save_root(spec.overrides)
+    tracking = open_tracking(spec.run_name, spec.experiment_path, tags, root, answers, stores=plan.stores)
     tracking.write(run)
     tell_arguments(tracking, spec)
     events.append(run.events, "CREATED", "Run created. It waits to be scheduled.")

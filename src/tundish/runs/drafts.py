@@ -1,7 +1,8 @@
-"""A run while `create()` makes it: its name is reserved, and nothing stays of one that fails or whose maker is killed.
+"""A run while `create()` makes it: its name is reserved, and nothing is left of it if `create()` fails or is killed.
 
-Beside the runs lie `.NAME.lock`, held by the maker, and `.NAME.draft` with what is made and what must be undone. Who
-is killed leaves both; the kernel frees the lock, and the next `create()` undoes the rest.
+Beside the runs are `.NAME.lock`, held by the process that makes the run, and `.NAME.draft` with what it has made and
+what must be undone. A process that is killed leaves both: the kernel releases its lock, and the next `create()` undoes
+the rest.
 """
 
 import json
@@ -24,12 +25,12 @@ from tundish.tracking.experiment import delete_runs
 
 log = logging.getLogger(__name__)
 BALLAST_BYTES = 1 << 18
-"""Freed before anything is undone: on a full disk, MLflow's database has no room to delete a run either."""
+"""Freed before anything is undone: on a full disk, MLflow's database could not even delete a run."""
 
 
 @dataclass(frozen=True, slots=True)
 class InMLflow:
-    """Where the run of a draft is in MLflow, known before it is made."""
+    """Where the MLflow run of a draft will be, recorded before it is made."""
 
     tracking_uri: str
     experiment_name: str
@@ -38,17 +39,17 @@ class InMLflow:
 
 
 class Draft:
-    """A run that is being made."""
+    """A run that is being made, not visible yet."""
 
     def __init__(self, name: str) -> None:
         self.folder = runs_dir() / f".{name}.draft"
         self.run = RunFolder(self.folder / "run")
-        """As it is made; nobody sees it."""
+        """Where it is made."""
         self.published = RunFolder(runs_dir() / name)
-        """Where it is moved as a whole."""
+        """Where it is moved to as a whole."""
         self.mark = secrets.token_hex(16)
         self.started = False
-        """From then on it stays."""
+        """From then on it is kept."""
 
     def make(self) -> None:
         """Make the folder."""
@@ -57,7 +58,7 @@ class Draft:
         self.run.folder.mkdir()
 
     def note_mlflow(self, tracking_uri: str, experiment_name: str) -> None:
-        """Keep what must be undone in a store that answers; called before anything is made there."""
+        """Record what must be undone in MLflow, before anything is made there."""
         record = InMLflow(tracking_uri, experiment_name, self.mark)
         write_atomic(self.folder / "mlflow.json", json.dumps(asdict(record)) + "\n")
 
@@ -75,8 +76,8 @@ class Draft:
         (self.folder / "ballast").unlink(missing_ok=True)
         launch.release_devices(self.published)
         with suppress(FileNotFoundError, ValueError):  # killed before MLflow was asked
-            found = parse(InMLflow, read_object(self.folder / "mlflow.json"))
-            delete_runs(found.tracking_uri, found.experiment_name, found.mark)
+            record = parse(InMLflow, read_object(self.folder / "mlflow.json"))
+            delete_runs(record.tracking_uri, record.experiment_name, record.mark)
         shutil.rmtree(self.folder)
 
 
@@ -95,7 +96,7 @@ def reserved(name: str) -> Iterator[Draft]:
             if os.path.lexists(draft.published.folder):
                 raise SpecError(f"run_name: run {name!r} already exists. Choose another name.")
             if draft.folder.exists():
-                raise SpecError(f"run_name: {draft.folder} is left of an earlier create(). Choose another name.")
+                raise SpecError(f"run_name: {draft.folder} is left over from an earlier create(). Choose another name.")
             try:
                 yield draft
             except BaseException:
@@ -106,12 +107,12 @@ def reserved(name: str) -> Iterator[Draft]:
                 if draft.started:
                     shutil.rmtree(draft.folder, ignore_errors=True)
     except LockHeldError as error:
-        text = f"run_name: a run {name!r} is just being created. Choose another name. {error.message}"
+        text = f"run_name: run {name!r} is being created right now. Choose another name. {error.message}"
         raise SpecError(text) from None
 
 
 def undo_left() -> None:
-    """Undo what was left by those who were killed while they made a run."""
+    """Undo what was left by processes that were killed while they made a run."""
     for path in runs_dir().glob(".*"):
         if path.suffix == ".draft":
             name = path.name[1:].removesuffix(".draft")
@@ -124,7 +125,7 @@ def _undo_left(name: str) -> None:
     if not draft.folder.exists():
         return
     if draft.published.folder.exists() and not draft.run.folder.exists() and launch.is_submitted(draft.published):
-        shutil.rmtree(draft.folder)  # it was started, and stays
+        shutil.rmtree(draft.folder)  # it was started, and is kept
     else:
         _try_to_undo(draft)
 
@@ -134,7 +135,7 @@ def _try_to_undo(draft: Draft) -> None:
         draft.undo()
     except (StoreError, OSError) as error:
         name = draft.published.folder.name
-        text = "What create() has left of the run %s in %s cannot be removed now; the next create() tries again: %s"
+        text = "What create() left of the run %s in %s cannot be removed now; the next create() tries again: %s"
         log.warning(text, name, draft.folder, " ".join(str(error).split()))
 
 

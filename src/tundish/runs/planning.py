@@ -136,9 +136,9 @@ def _estimate(planned: RunPlan, progress: BarOf) -> "Estimate":
         return sized.batch_size, sized.steps or 0
 
     spec = planned.spec
-    with progress("Estimating") as tell:
+    with progress("Estimating") as update:
         source = open_source(spec.train_data_path, spec.task_type, system_message=planned.card.system_message)
-        data = estimate_data(source, Job.of(spec), steps, str(spec.training_duration), tell)
+        data = estimate_data(source, Job.of(spec), steps, str(spec.training_duration), update)
         return replace(data, memory=memory_plan(spec, planned.card, data.batch_size))
 
 

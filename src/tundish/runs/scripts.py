@@ -1,8 +1,8 @@
-"""Training that people start themselves: what is to be typed, or submitted, on which machine.
+"""Scripts with which people start training themselves, on hosts that no scheduler manages.
 
-For hosts without Slurm. `write` makes a folder, on a disk that all hosts share, with prepared data, `foundry.yaml`, and
-a script for each host; checkpoints go there too. Scripts that are started once more go on; made once more, for more
-hosts or fewer, too.
+`write` makes a folder, on a disk that all hosts share, with the plan, prepared data, `foundry.yaml`, and a script for
+each host; checkpoints go there too. A script that is started again resumes; so does one that is written again, for more
+hosts or fewer.
 """
 
 import re
@@ -19,7 +19,6 @@ from tundish.errors import SpecError
 from tundish.launch import launcher_of
 from tundish.plan.foundry import render
 from tundish.plan.run_plan import RunPlan
-from tundish.plan.spec import RunSpec
 from tundish.runs import planning
 from tundish.supervise.preparing import batch_size_before, prepare
 from tundish.tracking.experiment import open_tracking
@@ -30,12 +29,12 @@ HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,250}[A-Za-z0-9])?|[0-9A-Fa-f:.]*:[0-9A-Fa-f
 
 
 def scripts(arguments: Mapping[str, Any], address: str | None, port: int) -> dict[str, str]:
-    """What starts the run that the arguments of `create()` describe, by file name; nothing is read or made.
+    """The scripts that start the run of these arguments, by file name; nothing is read or written.
 
     Args:
         arguments: of `create()`.
-        address: of the first host, for the others; None where there are none.
-        port: of the first host, free.
+        address: of the first host, for the others; None if it is the only one.
+        port: a free port of the first host.
 
     Raises:
         SpecError: an argument is wrong.
@@ -45,7 +44,7 @@ def scripts(arguments: Mapping[str, Any], address: str | None, port: int) -> dic
 
 
 def write(arguments: Mapping[str, Any], address: str | None, port: int, out: Path) -> list[Path]:
-    """Make the folder for a run that people start themselves; the paths of its scripts.
+    """Write the folder of a run that people start themselves, and return the paths of its scripts.
 
     Raises:
         SpecError, DataError: an argument or the data is wrong.
@@ -65,7 +64,7 @@ def write(arguments: Mapping[str, Any], address: str | None, port: int, out: Pat
         assert part.prepared is not None
         shutil.rmtree(run.data(split), ignore_errors=True)
         shutil.copytree(part.prepared.folder, run.data(split))
-    tracking = _tracking(plan.spec, run)
+    tracking = _tracking(plan, run)
     plan = plan.completed(save_folder=tracking.save_folder)
     write_atomic(run.foundry_yaml, render(plan, run))
     plan.write(run)
@@ -84,17 +83,20 @@ def _plan(arguments: Mapping[str, Any], address: str | None) -> RunPlan:
     if by_hosts and address is None:
         raise SpecError("--master-addr is missing: the other hosts must reach the first one. Give its address.")
     if address is not None and not by_hosts:
-        raise SpecError("--master-addr is of no use without several --nodes that nobody schedules. Leave it out.")
+        raise SpecError(
+            "--master-addr has no effect unless there are several --nodes without a scheduler. Leave it out."
+        )
     if address is not None and not re.fullmatch(HOST, address):
-        raise SpecError(f"--master-addr: found {address!r}; allowed is the name of a host, or its IP address.")
+        raise SpecError(f"--master-addr: must be the name or the IP address of a host, not {address!r}.")
     return planned
 
 
-def _tracking(spec: RunSpec, paths: RunFolder) -> Tracking:
-    """The MLflow run of the folder; made once, whoever of the hosts is started how often."""
-    if not paths.result("tracking").exists():
+def _tracking(plan: RunPlan, run: RunFolder) -> Tracking:
+    """The MLflow run of the folder: made once, however often the scripts are written."""
+    if not run.result("tracking").exists():
+        spec = plan.spec
         tags = {"tundish.version": __version__, "tundish.run": spec.run_name}
-        made = open_tracking(spec.run_name, spec.experiment_path, tags)
+        made = open_tracking(spec.run_name, spec.experiment_path, tags, stores=plan.stores)
         tell_arguments(made, spec)
-        replace(made, save_folder=str(paths.folder / "checkpoints")).write(paths)
-    return RunFolder(paths.folder).read_tracking()
+        replace(made, save_folder=str(run.folder / "checkpoints")).write(run)
+    return run.read_tracking()

@@ -26,7 +26,7 @@ def planned(run: RunFolder) -> RunPlan:
     """The plan of a run; one that was created before there were plans gets it now.
 
     Raises:
-        RunDamagedError, RunNotFoundError: the run's folder does not say what it trains.
+        RunDamagedError, RunNotFoundError: a file of the run's folder is damaged or missing.
         SpecError: the model of a run without a plan no longer exists.
     """
     if run.plan.exists():
@@ -40,7 +40,7 @@ def batch_size_before(run: RunFolder) -> int | None:
     """Rows in a batch of a folder that was made before; None where nothing has been prepared in it.
 
     Raises:
-        RunDamagedError: the file that says so cannot be read.
+        RunDamagedError: the file with the batch size cannot be read.
     """
     if run.plan.exists():
         plan = run.read(run.plan, RunPlan.from_json)

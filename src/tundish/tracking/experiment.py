@@ -25,6 +25,8 @@ from tundish.errors import RequestError, SpecError, StoreError
 from tundish.tracking import this_process
 
 SQLITE = "sqlite:///"
+Stores = tuple[str, str | None]
+"""URIs of the tracking store and of the model registry; None: the tracking store is the registry, too."""
 MARK = "tundish.draft"
 """Tag by which a run is found that was made in MLflow by somebody who was killed before it could be noted."""
 
@@ -88,6 +90,8 @@ def open_tracking(
     tags: dict[str, str],
     root: str | None = None,
     answers: Callable[[], None] = lambda: None,
+    *,
+    stores: Stores | None = None,
 ) -> Tracking:
     """Make the experiment, where it does not exist, and the run.
 
@@ -97,11 +101,13 @@ def open_tracking(
         tags: of the run.
         root: path or URI below which the checkpoints go; None = the run's MLflow artifacts.
         answers: called when the store has answered, before anything is made in it.
+        stores: the ones that the run's plan names; None: those that are chosen now.
 
     Raises:
         SpecError: MLflow refuses.
     """
-    uri, registry = _made(tracking_uri()), registry_uri()
+    given, registry = stores or (tracking_uri(), registry_uri())
+    uri = _made(given)
     # A SQLite file that is made by two at once is made by none: MLflow's migrations know no lock.
     alone = locked(home() / "mlflow" / "lock") if uri == default_tracking_uri() else nullcontext()
     try:
@@ -141,16 +147,17 @@ def delete_runs(uri: str, experiment_name: str, mark: str) -> None:
             client.delete_run(run.info.run_id)
 
 
-def check_registry(name: str) -> None:
+def check_registry(name: str, stores: Stores | None = None) -> None:
     """Ask the model registry for a name, where it is another store than the tracking's, which `create()` uses anyway.
 
     Raises:
         SpecError: it does not answer, or refuses the name. Better now than after the training.
     """
-    if (uri := registry_uri()) is None:
+    tracking, registry = stores or (tracking_uri(), registry_uri())
+    if registry is None:
         return
     try:
-        ask_registry(uri, _made(tracking_uri()), name)
+        ask_registry(registry, _made(tracking), name)
     except StoreError as error:
         raise SpecError(
             f"register_to: the model registry takes no model {name!r}: {error.message} MLFLOW_REGISTRY_URI names it."
