@@ -242,7 +242,7 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test if a run is accepted, instead of training it."""
     from tundish.runs import creating
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         pytest.fail("a run was accepted")
 
     monkeypatch.setattr(creating.launch, "submit", refuse)

@@ -199,7 +199,7 @@ def test_a_failure_while_the_run_is_made_leaves_no_folder(
 ) -> None:
     """A run that was never created would block its name, or be listed."""
 
-    def unreachable(*_: object) -> None:
+    def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("the tracking server cannot be reached")
 
     monkeypatch.setattr(creating, "open_tracking", unreachable)
