@@ -1,5 +1,6 @@
 """run_folder.py: whatever a run's files have become, one error names the file, and all other runs stay in sight."""
 
+import ast
 import ctypes
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import tundish
 from tundish import cli
 from tundish import foundation_model as fm
 from tundish.base.run_folder import RunFolder
@@ -296,3 +298,20 @@ def test_the_error_crosses_processes(tmp_path: Path) -> None:
     """A worker's error would lose its path, or not arrive."""
     error = pickle.loads(pickle.dumps(RunDamagedError("x: is empty.", tmp_path)))
     assert (error.message, error.path) == ("x: is empty.", tmp_path)
+
+
+def test_no_other_module_spells_a_file_name_of_a_run() -> None:
+    """A file that is renamed in one place would be looked for under its old name in another."""
+    folder = RunFolder(Path("/runs/x"))
+    properties = [name for name, value in vars(RunFolder).items() if isinstance(value, property)]
+    paths = [path for path in (getattr(folder, name) for name in properties) if isinstance(path, Path)]
+    names = {path.name for path in paths if path.suffix}
+    assert {"spec.json", "events.jsonl", "supervisor.json", "foundry.yaml"} <= names
+    spelled = [
+        f"{file.name}: {node.value}"
+        for file in Path(tundish.__file__).parent.rglob("*.py")
+        if file.name != "run_folder.py"
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.rpartition("/")[2] in names
+    ]
+    assert spelled == []

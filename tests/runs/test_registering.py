@@ -35,7 +35,7 @@ def exported_run(make_run: MakeRun, tiny_model: Path) -> Callable[[str], RunFold
         paths = make_run(name, ("CREATED", "waits"), ("FAILED", "in register"))
         open_tracking(name, f"/Users/me/{name}", {}).write(paths)
         shutil.copytree(tiny_model, paths.export)
-        write_atomic(paths.foundry_yaml, "save_num_checkpoints_to_keep: -1\n")
+        write_atomic(paths.foundry_yaml, "global_train_batch_size: 4\nsave_num_checkpoints_to_keep: -1\n")
         for stage in ("prepare", "train", "export"):
             write_atomic(paths.result(stage), "{}")
         return paths
