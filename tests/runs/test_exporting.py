@@ -136,7 +136,7 @@ def test_verifying_reads_every_byte(run: RunFolder, capsys: Capture) -> None:
     (shard.parent / "manifest.json").unlink()
     assert main(["checkpoints", str(shard.parent), "--verify", "--json"]) == 1
     (facts,) = json.loads(capsys.readouterr().out)
-    assert len(facts["problems"]) == 1 and "(CRC-32)" in facts["problems"][0]
+    assert len(facts["problems"]) == 1 and "(CRC-32 differs)" in facts["problems"][0]
     shard.unlink()
     assert main(["checkpoints", "ift-1", "--verify"]) == 1
     assert "ep0-ba5: DAMAGED" in capsys.readouterr().out
@@ -174,5 +174,5 @@ def test_what_is_in_a_store_is_verified_there(
     bucket.client.put_object(Bucket=bucket.name, Key=key, Body=bytes(content))
     assert main(["checkpoints", bucket.uri("kept"), "--verify"]) == 1
     shown = capsys.readouterr().out
-    assert "ep0-ba5: OK" in shown and "ep1-ba10: DAMAGED" in shown and "(SHA-256)" in shown
+    assert "ep0-ba5: OK" in shown and "ep1-ba10: DAMAGED" in shown and "(SHA-256 differs)" in shown
     assert [path.name for path in (home / "checkpoints").iterdir()] == [place.local.name], "copies are removed"
