@@ -168,8 +168,8 @@ def test_wrong_data_alone_is_exit_code_1(
         (["checkpoints", "none"], 2, "there is no run 'none'"),
         (["cancel"], 2, "Must provide training run(s) or MLflow experiment ID to cancel"),
         (["run", "/no/such.yaml"], 2, "/no/such.yaml: cannot be read"),
-        (["create", "--set", "seed"], 2, "found 'seed'; needed is key=value"),
-        (["create", "--set", "seed=[1"], 2, "found 'seed=[1'"),
+        (["create", "--set", "seed"], 2, "'seed' must have the form key=value"),
+        (["create", "--set", "seed=[1"], 2, "'seed=[1': the value is not valid YAML"),
         (["create"], 2, "model: is missing"),
     ],
 )
@@ -214,9 +214,9 @@ def test_what_is_in_a_file_is_replaced_key_by_key(words: list[str], changed: dic
     ("word", "found"),
     [
         ("trainig_duration=1ep", "create() has no argument trainig_duration; .*Did you mean training_duration"),
-        ("optimizer.lr=1", "create() has no argument optimizer.lr; .* is written overrides.optimizer.lr"),
+        ("optimizer.lr=1", "create() has no argument optimizer.lr; .* are written overrides.optimizer.lr"),
         ("compute.nods=2", "has no key nods"),
-        ("compute.device.x=2", "device: found 'cpu'; allowed is a mapping"),
+        ("compute.device.x=2", "device must be a mapping to set device.x, not 'cpu'"),
     ],
 )
 def test_a_key_that_there_is_not_is_refused(word: str, found: str, tmp_path: Path, capsys: Capture) -> None:
@@ -345,8 +345,8 @@ def test_paths_in_an_experiment_file_start_from_its_folder(
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        (b"- a\n- b\n", "found no mapping. Write one argument of create\\(\\) a line"),
-        (b"", "found no mapping"),
+        (b"- a\n- b\n", "must be a mapping. Write one argument of create\\(\\) per line"),
+        (b"", "must be a mapping"),
         (b"a: [1\n", "cannot be read"),
         (b"\xff\xfe\x00", "cannot be read"),
         (

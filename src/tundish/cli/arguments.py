@@ -24,7 +24,7 @@ from tundish.plan.spec import RunSpec
 
 LARGEST_FILE = 1 << 20
 MOST_VALUES = 100_000
-"""In a YAML file, those that aliases stand for counted each time."""
+"""In a YAML file; what aliases stand for counts each time."""
 SECTIONS = ("compute", "overrides")
 """Arguments of `create()` that are mappings: `SECTION.KEY` names one of their keys."""
 GROUPS = ("data", "training", "output")
@@ -40,7 +40,7 @@ NUMBERS = {
 
 
 class Loader(yaml.SafeLoader):
-    """YAML with the numbers of its version 1.2: `1e-5` is one, and `12:00:00` is text."""
+    """YAML with the numbers of YAML 1.2: `1e-5` is a number, and `12:00:00` is text."""
 
 
 Loader.yaml_implicit_resolvers = {
@@ -118,7 +118,7 @@ def _add_option(group: Any, field: DocumentedField, option: Option, *, required:
 
 
 def create_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `create()` that the options mean."""
+    """The arguments of `create()` that the options set."""
     values: dict[str, Any] = {field.name: getattr(arguments, field.name, None) for field, _ in _options(RunSpec)}
     values |= {"compute": compute_arguments(arguments) or {}, "overrides": {}}
     for text in arguments.set or ():
@@ -127,10 +127,10 @@ def create_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def replaced(values: dict[str, Any], arguments: argparse.Namespace, assignments: Iterable[str]) -> None:
-    """Replace arguments of `create()` by those that assignments and options mean, the options last.
+    """Replace arguments of `create()` by those of assignments and then of options.
 
     Raises:
-        SpecError: an assignment is none, or of an argument that `create()` does not have.
+        SpecError: an assignment is malformed, or names an argument that `create()` does not have.
     """
     for text in assignments:
         key, value = assignment(text)
@@ -159,7 +159,7 @@ def _set_below(values: dict[str, Any], section: str, key: str, value: Any) -> No
     """Set a key of `compute` or `overrides`, after all others: of two ways to write a key, the later one counts."""
     given: Any = values.get(section) or {}
     if not isinstance(given, Mapping):
-        raise SpecError(f"{section}: found {given!r}; allowed is a mapping. Write {section}.{key} below it.")
+        raise SpecError(f"{section} must be a mapping to set {section}.{key}, not {given!r}.")
     if section == "compute" and "." in key:  # sbatch's options; LLM-Foundry keys are dotted themselves
         name, _, below = key.partition(".")
         values[section] = inner = dict(given)
@@ -169,7 +169,7 @@ def _set_below(values: dict[str, Any], section: str, key: str, value: Any) -> No
 
 
 def compute_arguments(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """The `compute` argument that the options mean; None where none was given."""
+    """The `compute` argument that the options set; None if there are none."""
     compute = {field.name: getattr(arguments, field.name) for field, _ in _options(Compute)}
     compute["sbatch"] = {key: value for text in arguments.sbatch or () for key, value in _sbatch_option(text)} or None
     return {name: value for name, value in compute.items() if value is not None} or None
@@ -185,12 +185,12 @@ def read_experiment(given: str | Path) -> dict[str, Any]:
     """The arguments of `create()` in a YAML file; relative paths in it start from the file's own folder.
 
     Raises:
-        SpecError: the file cannot be read or is no mapping, or names an argument that `create()` does not have.
+        SpecError: the file cannot be read, is not a mapping, or names an argument that `create()` does not have.
     """
     file = local_path(given, "FILE")
     content = _read_yaml(file)
     if not isinstance(content, dict):
-        raise SpecError(f"{file}: found no mapping. Write one argument of create() a line, like 'model: …'.")
+        raise SpecError(f"{file}: must be a mapping. Write one argument of create() per line, like 'model: …'.")
     check_names(str(file), content)
     beside: dict[str, Any] = {
         field.name: Beside(text, file.parent)
@@ -227,15 +227,15 @@ def _read_yaml(file: Path) -> Any:
 
 
 def _load(text: str) -> Any:
-    """What YAML says.
+    """Parse YAML.
 
     Raises:
-        yaml.YAMLError, RecursionError, ValueError: it is none, or would not end.
+        yaml.YAMLError, RecursionError, ValueError: it is not valid YAML, or too large.
     """
     loader = Loader(text)
     try:
         node = loader.get_single_node()
-        # Ten aliases of ten of ten … are a line each, and a billion values for whoever walks over them.
+        # A "billion laughs" file: nested aliases, one line each, that stand for billions of values.
         if node is not None and _values(node, {}) > MOST_VALUES:
             raise ValueError(f"its aliases stand for more than {MOST_VALUES:,} values")
         return None if node is None else loader.construct_document(node)
@@ -244,7 +244,7 @@ def _load(text: str) -> Any:
 
 
 def _values(node: yaml.Node, counted: dict[int, int]) -> int:
-    """How many values a node comes to, those of aliases each time; `counted`: those of nodes seen before."""
+    """The number of values in a node, with aliases counted each time; `counted` holds nodes seen before."""
     if id(node) not in counted:
         counted[id(node)] = MOST_VALUES + 1  # of one that holds itself
         value: Any = node.value
@@ -256,12 +256,12 @@ def _values(node: yaml.Node, counted: dict[int, int]) -> int:
 
 
 def check_names(where: str, arguments: Iterable[Any]) -> None:
-    """Refuse what is no argument of `create()`, with a SpecError that lists those that are."""
+    """Raise a SpecError for names that are not arguments of `create()`, with those that are."""
     known = inspect.signature(fm.create).parameters
     if unknown := sorted(str(key) for key in arguments if key not in known):
         near = "".join(did_you_mean(key, known) for key in unknown[:1])
         if "." in unknown[0]:
-            near = f" An LLM-Foundry key is written overrides.{unknown[0]}."
+            near = f" LLM Foundry keys are written overrides.{unknown[0]}."
         near += f" {INSTEAD_OF_SECRETS}" if any(map(names_secret, unknown)) else ""
         raise SpecError(f"{where}: create() has no argument {', '.join(unknown)}; it has {', '.join(known)}.{near}")
 
@@ -270,12 +270,12 @@ def assignment(text: str) -> tuple[str, Any]:
     """Key and value of `key=value`, the value read as YAML.
 
     Raises:
-        SpecError: it is none.
+        SpecError: it is malformed.
     """
     key, sign, value = text.partition("=")
     if not sign or not key:
-        raise SpecError(f"found {text!r}; needed is key=value.")
+        raise SpecError(f"{text!r} must have the form key=value.")
     try:
         return key, _load(value) if value else None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise SpecError(f"found {text!r}; the value is not YAML. Quote it.") from error
+        raise SpecError(f"{text!r}: the value is not valid YAML. Quote it.") from error
