@@ -143,9 +143,13 @@ def new_folder(target: Path, *, wait: bool = False) -> Iterator[Path]:
 
 
 def remove_half_made(parent: Path) -> None:
-    """Remove the folders in `parent` that processes which were killed have left half made: their locks are free."""
+    """Remove from `parent` what `new_folder` was making in processes that were killed: their locks are free.
+
+    Names of the folders in `parent` have no dots.
+    """
     for beside in parent.glob(".*.tmp"):
-        target = parent / beside.name[1 : -len(".tmp")]
+        # Earlier versions put the number of the process behind the name: .<name>.<pid>.tmp
+        target = parent / beside.name.split(".")[1]
         with contextlib.suppress(LockHeldError), locked(_lock_of(target), timeout=0):
             shutil.rmtree(beside, ignore_errors=True)
 
