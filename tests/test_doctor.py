@@ -83,7 +83,7 @@ def test_a_server_that_hangs_is_named_in_time(
     assert "geheim" not in out and "me:" not in out
     (finding,) = [one for one in json.loads(out) if one["check"] == "MLflow"]
     assert finding["state"] == "problem" and "MLFLOW_TRACKING_URI" in finding["advice"]
-    assert finding["found"] == f"http://***@127.0.0.1:{silent_port}: it does not answer in time"
+    assert finding["found"] == f"http://***@127.0.0.1:{silent_port}: it timed out"
 
 
 def test_a_home_that_cannot_be_written_is_a_problem(

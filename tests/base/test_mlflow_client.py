@@ -77,7 +77,7 @@ def _refusals(uri: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
         ("gopher://x", ("knows no store of this kind", "Known are http(s)://, sqlite:///")),
         ("s3://bucket/x", ("knows no store of this kind",)),
         ("databricks", ("credentials are missing", "pip install databricks-sdk", "DATABRICKS_HOST")),
-        ("http://127.0.0.1:1", ("nothing listens there", "Check MLFLOW_TRACKING_URI")),
+        ("http://127.0.0.1:1", ("connection refused", "Check MLFLOW_TRACKING_URI")),
         ("http://127.0.0.1:99999", ("no address of a store",)),
         ("sqlite:////{tmp}/text.db", ("no SQLite database",)),
         ("sqlite:////{tmp}/none/m.db", ("there is no such folder",)),
@@ -107,7 +107,7 @@ def test_a_store_that_cannot_be_opened_is_one_sentence(
         (404, b"<html>", "no MLflow server"),
         (401, b"who are you", "another login (401). Set MLFLOW_TRACKING_USERNAME"),
         (403, b"no", "does not permit this (403)"),
-        (500, b"boom", "fails on its own side (500)"),
+        (500, b"boom", "returned a server error (500)"),
         (507, b"full", "its disk is full"),
     ],
 )
@@ -153,7 +153,7 @@ def test_a_store_that_does_not_answer_leaves_nothing_to_undo(
     """A refusal would be told twice, and a folder be left that only a store that is gone could free."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(SpecError, match="nothing listens there"):
+    with pytest.raises(SpecError, match="connection refused"):
         fm.create(**arguments)
     assert not list((home / "runs").iterdir()) and not [one for one in caplog.records if "create()" in one.message]
 
@@ -207,7 +207,7 @@ def test_an_artifact_store_that_cannot_be_used_is_told_before_the_run() -> None:
 def test_reading_metrics_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """A notebook would show a hundred lines of requests' own."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(RequestError, match=r"metrics of run abc: http://127\.0\.0\.1:1: nothing listens there\. Check"):
+    with pytest.raises(RequestError, match=r"metrics of run abc: http://127\.0\.0\.1:1: connection refused\. Check"):
         metrics.read("http://127.0.0.1:1", "abc")
 
 

@@ -138,7 +138,7 @@ def test_a_server_that_is_away_is_named(
     spec, tracking = _spec(arguments)
     with pytest.raises(
         StageError,
-        match=r"^main\.lab\..* could not be registered: http://127\.0\.0\.1:1: nothing listens there\. Check",
+        match=r"^main\.lab\..* could not be registered: http://127\.0\.0\.1:1: connection refused\. Check",
     ):
         register(
             unreadable_export,

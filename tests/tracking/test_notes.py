@@ -134,7 +134,7 @@ def test_a_store_that_is_away_costs_a_run_nothing(
         assert Publisher(channels(prepared_run), None).attempt() is not None
         notes.tell_files(prepared_run)
     said = [record.getMessage() for record in caplog.records if record.name == "tundish.tracking.notes"]
-    assert [text.partition(":")[0] for text in said] == ["MLflow has not taken the run's files"]
+    assert [text.partition(":")[0] for text in said] == ["Could not log the run's files to MLflow"]
     tracking.write(prepared_run)
     assert Publisher(channels(prepared_run), None).attempt() is None
     run = MlflowClient(tracking.tracking_uri).get_run(tracking.run_id)

@@ -1,4 +1,4 @@
-"""The way to MLflow's stores: opened in one place, and what their clients raise told in a sentence.
+"""Opens MLflow's stores, and turns what their clients raise into a sentence.
 
 A store is a server, a database or a folder; behind each is another library with errors of its own.
 """
@@ -44,26 +44,27 @@ _STORE_LOGIN = "Set the credentials of the store that keeps the artifacts, where
 _SENTENCES = (
     # Signs in what an error and its causes say; what is wrong; what to do.
     (r"Name or service not known|NameResolution|Failed to resolve|nodename nor servname|could not translate host",
-     "the name of its host is not known", _RUNS),
-    (r"Connection refused", "nothing listens there", _RUNS),
-    (r"No route to host|Network is unreachable", "no way leads to its host", _RUNS),
+     "its host name cannot be resolved", _RUNS),
+    (r"Connection refused", "connection refused", _RUNS),
+    (r"No route to host|Network is unreachable", "no route to its host", _RUNS),
     (r"CERTIFICATE_VERIFY|SSLError|certificate", "its certificate is not accepted",
      "Set MLFLOW_TRACKING_SERVER_CERT_PATH, or MLFLOW_TRACKING_INSECURE_TLS=true."),
     (r"ProxyError", "the proxy that the environment names does not connect", "Check HTTPS_PROXY and NO_PROXY."),
-    (r"[Tt]imed out|TimeoutError", "it does not answer in time", _RUNS),
-    (r"Connection aborted|RemoteDisconnected|Connection reset|BrokenPipe|Broken pipe", "it hung up", _RUNS),
+    (r"[Tt]imed out|TimeoutError", "it timed out", _RUNS),
+    (r"Connection aborted|RemoteDisconnected|Connection reset|BrokenPipe|Broken pipe",
+     "it closed the connection", _RUNS),
     (r"InvalidURL|InvalidSchema|Failed to parse|Could not parse|invalid literal for int|could not be cast",
      "this is no address of a store", "Write `/`, `@`, `:` and `#` in an address's parts as %2F, %40, %3A and %23."),
-    (r"error code 401|too many 401|UNAUTHENTICATED", "it wants another login (401)", _LOGIN),
+    (r"error code 401|too many 401|UNAUTHENTICATED", "it requires another login (401)", _LOGIN),
     (r"error code 403|too many 403|PERMISSION_DENIED", "it does not permit this (403)", _LOGIN),
     (r"error code 507|too many 507|No space left|disk is full|ENOSPC|Disk quota|QuotaExceeded|Insufficient Storage",
-     "its disk is full", "Make room there."),
+     "its disk is full", "Free some space there."),
     (r"ValueError: not enough values to unpack", "it is not in an MLflow server's artifacts, as http(s) addresses are",
      "Copy the address from get_checkpoints()."),
-    (r"error code 413", "it does not take so large a file (413)", "Raise the limit of the proxy before the server."),
+    (r"error code 413", "it does not accept so large a file (413)", "Raise the limit of the proxy before the server."),
     (r"not in a valid JSON format|error code (?:30\d|404|405)\b", _NO_SERVER, _RUNS),
-    (r"(?:error code |too many )(5\d\d)", r"it fails on its own side (\1)", "Look into the log of the server."),
-    (r"Resource\w* exhausted|error code 429|too many 429", "it is asked too often (429)", "Try again later."),
+    (r"(?:error code |too many )(5\d\d)", r"it returned a server error (\1)", "Check the server's log."),
+    (r"Resource\w* exhausted|error code 429|too many 429", "it received too many requests (429)", "Try again later."),
     (r"must be in (?:the )?'?active'? (?:state|lifecycle)|Current state is deleted|deleted state",
      "the experiment or the run has been deleted there",
      "Restore it (`mlflow experiments restore`, `mlflow runs restore`), or name another experiment_path."),

@@ -50,13 +50,13 @@ def read(tracking_uri: str, run_id: str, key: str | None = None, kept: Path | No
         text = f"MLflow does not give the metrics of run {run_id}: {error.message}"
         if kept is None or not kept.is_file():
             raise RequestError(text) from error
-        log.warning("%s These are those of the run's own disk.", text)
+        log.warning("%s Showing those on the run's own disk.", text)
         points = list(_of_disk(kept))
         names = sorted({name for name, *_ in points})
         points = [point for point in points if key in (None, point[0])]
     if key is not None and key not in names and names:
         near = did_you_mean(key, names)
-        raise RequestError(f"found no metric {key!r} in the run; there are {', '.join(names)}.{near}")
+        raise RequestError(f"the run has no metric {key!r}; there are {', '.join(names)}.{near}")
     frame = pd.DataFrame(points, columns=pd.Index(COLUMNS))
     frame["time"] = pd.to_datetime(frame["time"], unit="ms", utc=True)
     frame = frame.astype({"key": str, "step": "int64", "value": "float64"})

@@ -41,7 +41,7 @@ def _unimportant(what: str) -> Iterator[None]:
         with told("MLflow"), quiet(), impatient():
             yield
     except StoreError as error:
-        log.warning("MLflow has not taken %s: %s", what, error.message)
+        log.warning("Could not log %s to MLflow: %s", what, error.message)
 
 
 def tell_arguments(tracking: Tracking, spec: RunSpec) -> None:

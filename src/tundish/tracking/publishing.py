@@ -172,13 +172,13 @@ class Publisher:
                 self._tell_away(error)
         if failure is None and self._away:
             self._away = False
-            self._tell(BACK, "MLflow takes what is sent again; all metrics and checkpoints that waited are published.")
+            self._tell(BACK, "Uploads work again; all pending metrics and checkpoints are published.")
         return failure
 
     def _tell_away(self, error: TundishError) -> None:
         if not self._away:
             self._away = True
-            text = "The run goes on: metrics and checkpoints wait on its disk, and are published when that works again."
+            text = "Training continues: metrics and checkpoints are kept on disk, and uploaded when that works again."
             self._tell(AWAY, f"{error.message} {text}")
 
     def start(self) -> None:
@@ -238,7 +238,7 @@ def publish_all(paths: RunFolder, seconds: float, sleep: Callable[[float], None]
     while (failure := publisher.attempt()) is not None:
         if time.monotonic() + pause > end:
             raise StageError(
-                f"{failure.message} The run has waited {events.short_duration(seconds)} for it "
+                f"{failure.message} Gave up after waiting {events.short_duration(seconds)} "
                 f"({WAIT_VARIABLE} sets the seconds). Metrics and checkpoints are kept, and published with the model.",
                 failure=failure.failure,
             )
@@ -247,7 +247,7 @@ def publish_all(paths: RunFolder, seconds: float, sleep: Callable[[float], None]
 
 
 def log_params(tracking: Tracking, params: Mapping[str, str]) -> None:
-    """Log params that the run does not have. MLflow changes none: those of a run that goes on with others are tags.
+    """Log params that the run does not have yet; changed ones become tags, since MLflow never changes a param.
 
     Raises:
         Exception: MLflow's client's.
@@ -265,7 +265,7 @@ def log_params(tracking: Tracking, params: Mapping[str, str]) -> None:
 
 
 def tell_status(paths: RunFolder, status: str) -> None:
-    """Say in MLflow that a run goes on, is done or has failed, which people have started: it has no supervisor."""
+    """Set the MLflow status of a run that has no supervisor to do so."""
     tracking = paths.read_tracking()
     try:
         with told(tracking.tracking_uri), impatient(retries=1):
@@ -274,7 +274,7 @@ def tell_status(paths: RunFolder, status: str) -> None:
             else:
                 _client(tracking).set_terminated(tracking.run_id, status)
     except StoreError as error:
-        log.warning("MLflow does not know that the run is %s: %s", status, error.message)
+        log.warning("The run's status in MLflow could not be set to %s: %s", status, error.message)
 
 
 def _client(tracking: Tracking) -> Any:
