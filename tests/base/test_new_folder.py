@@ -66,3 +66,16 @@ def test_what_is_being_written_is_known_by_its_lock_not_by_a_number(tmp_path: Pa
         with new_folder(tmp_path / "one") as folder:
             assert not _names(folder)
         assert _names(tmp_path) == ["one"]
+
+
+def test_a_folder_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
+    """Outdated data would stay; or be lost for a download that fails."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "old").touch()
+    with pytest.raises(OSError), new_folder(tmp_path / "one", wait=True, replace=True):
+        raise OSError
+    assert _names(tmp_path / "one") == ["old"]
+    with new_folder(tmp_path / "one", wait=True, replace=True) as folder:
+        (folder / "new").touch()
+        assert _names(tmp_path / "one") == ["old"]
+    assert _names(tmp_path / "one") == ["new"]

@@ -69,8 +69,8 @@ def test_what_somebody_works_with_stays(home: Path) -> None:
     copy = _folder(copies_dir() / ("c" * 24) / "read").parent
     _folder(runs_dir() / ".chat-0.tmp")  # of a removal of this moment
     draft = _folder(runs_dir() / ".chat-9.draft")
-    locks = [prepared.with_name(f".{prepared.name}.lock"), Path(f"{download}.lock"), copy / "read" / ".ep1-ba2.lock"]
-    locks.append(draft.with_suffix(".lock"))
+    locks = [folder.with_name(f".{folder.name}.lock") for folder in (prepared, download)]
+    locks += [copy / "read" / ".ep1-ba2.lock", draft.with_suffix(".lock")]
     found, _ = cleaning.leftovers()
     assert len(found) == 4
     with locked(locks[0]), locked(locks[1]), locked(locks[2]), locked(locks[3]):

@@ -111,16 +111,17 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextmanager
-def new_folder(target: Path, *, wait: bool = False) -> Iterator[Path]:
+def new_folder(target: Path, *, wait: bool = False, replace: bool = False) -> Iterator[Path]:
     """A folder to fill, which is renamed to `target` at the end of the block, or removed if the block fails.
 
     Args:
         target: the folder; an empty one is replaced.
         wait: for another process that makes the same folder. Its lock file then stays, so that other users who may not
             write beside the folder can hold it.
+        replace: an existing folder gives way to the new one, but only once that is complete.
 
     Raises:
-        FolderExistsError: it exists already, or another process has made it meanwhile.
+        FolderExistsError: it exists already, or another process has made it meanwhile, and `replace` is False.
         SpecError: another process is making the same folder, and `wait` is False.
     """
     # The lock is released when its holder dies, and machines that share the disk see it. So a half-written folder that
@@ -128,12 +129,15 @@ def new_folder(target: Path, *, wait: bool = False) -> Iterator[Path]:
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     with _alone(target, wait):
-        _refuse_existing(target)
+        if not replace:
+            _refuse_existing(target)
         beside = _half_made(target)
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         try:
             yield beside
+            if replace:
+                shutil.rmtree(target, ignore_errors=True)
             _refuse_existing(target)  # made meanwhile by a program that does not use the lock
             flush_folder(beside)
             beside.rename(target)

@@ -121,6 +121,15 @@ class RunFolder:
         """The folder of the run of that name, whether it exists or not."""
         return cls(inside(runs_dir(), run_name))
 
+    def check_name(self, run_name: str) -> None:
+        """Check the run's name in one of its files.
+
+        Raises:
+            ValueError: it is of another run.
+        """
+        if run_name != self.folder.name:
+            raise ValueError(f"is of the run {run_name!r}: this folder was copied, or renamed from it")
+
     @classmethod
     def of_this_process(cls) -> Self | None:
         """The folder of the run that this process works for, started by its supervisor or by a script of the folder."""

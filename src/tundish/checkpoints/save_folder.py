@@ -9,20 +9,20 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tundish.base.files import locked, make_folder, write_atomic
 from tundish.base.home import copies_dir
 from tundish.base.objects.contract import is_uri
+from tundish.base.objects.errors import store_errors_as
 from tundish.base.objects.opening import open_store
 from tundish.checkpoints.folder import CHECKPOINT_LINK, NAME, check_complete, in_order, list_checkpoints
 from tundish.checkpoints.format.metadata import METADATA
 from tundish.checkpoints.format.pickles import shown
 from tundish.checkpoints.manifest import problems, read_manifest
-from tundish.errors import CheckpointError, StoreError
+from tundish.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 FILE_NAME = re.compile(r"\.metadata|manifest\.json|[\w-]+\.(distcp|pt)|[\w-]+\.symlink")
@@ -118,7 +118,7 @@ class SaveFolder:
         Raises:
             CheckpointError: the store does not answer.
         """
-        with _checkpoint_errors():
+        with store_errors_as(CheckpointError):
             return open_store(self.address).find(name if name.endswith(".pt") else f"{name}/{METADATA}") is not None
 
     def read_link(self, name: str) -> str:
@@ -130,7 +130,7 @@ class SaveFolder:
         path = self.local / name
         try:
             if self.is_remote:
-                with _checkpoint_errors():
+                with store_errors_as(CheckpointError):
                     return open_store(self.address).read(name, 0, LONGEST_LINK).decode().strip()
             if not path.is_file():  # opening a named pipe would wait forever
                 raise FileNotFoundError("no such file")
@@ -182,21 +182,21 @@ class SaveFolder:
         """
         for name in in_order({key.partition("/")[0] for key in self._keys()}):
             self._remove(name)
-        with _checkpoint_errors():
+        with store_errors_as(CheckpointError):
             open_store(self.address).delete(CHECKPOINT_LINK)
 
     def _remove(self, name: str) -> None:
         # `.metadata` first: what is interrupted is not complete any more.
         for key in sorted(self._keys(name), key=lambda key: (key != f"{name}/{METADATA}", key)):
-            with _checkpoint_errors():
+            with store_errors_as(CheckpointError):
                 open_store(self.address).delete(key)
 
     def _keys(self, below: str = "") -> set[str]:
-        with _checkpoint_errors():
+        with store_errors_as(CheckpointError):
             return {entry.key for entry in open_store(self.address).list(below)}
 
     def _put(self, file: Path, key: str) -> None:
-        with _checkpoint_errors():
+        with store_errors_as(CheckpointError):
             open_store(self.address).upload(file, key)
 
     def _get(self, key: str, target: Path) -> None:
@@ -204,7 +204,7 @@ class SaveFolder:
             raise CheckpointError(
                 f"{self.address}/{shown(key)}: checkpoints have no file of this name. Use another checkpoint."
             )
-        with _checkpoint_errors():
+        with store_errors_as(CheckpointError):
             open_store(self.address).download(key, target)
 
     def _download(self, name: str, copy: Path) -> None:
@@ -247,11 +247,3 @@ def _check_copy(folder: Path) -> None:
         check_complete(folder)
     elif damage := problems(folder):
         raise CheckpointError(f"{damage[0]} The copy was not used; try again, or use another checkpoint.")
-
-
-@contextmanager
-def _checkpoint_errors() -> Iterator[None]:
-    try:
-        yield
-    except StoreError as error:
-        raise CheckpointError(error.message) from error

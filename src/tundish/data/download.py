@@ -1,27 +1,26 @@
-"""Training data of object stores, copied to this machine once for each version of it."""
+"""Training data in object stores: copied to this machine, once for each version of it."""
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
-from tundish.base.files import inside, locked, make_folder
+from tundish.base.files import inside, make_folder, new_folder, remove_half_made
 from tundish.base.home import downloads_dir
 from tundish.base.objects.contract import ObjectStore
+from tundish.base.objects.errors import store_errors_as
 from tundish.base.objects.opening import open_store
-from tundish.errors import SpecError, StoreError
+from tundish.errors import FolderExistsError, SpecError
 
 
 def fetch_file(uri: str) -> Path:
-    """A local copy of one object. An object whose version has not changed is not downloaded again.
+    """The path of a local copy of one object. It is downloaded again only if its version has changed.
 
     Raises:
-        SpecError: it does not exist, or may not be read.
+        SpecError: it does not exist, or cannot be read.
     """
     root, _, key = uri.rpartition("/")
-    with _data_errors():
+    with store_errors_as(SpecError):
         store = open_store(root)
         entry = store.find(key)
     if entry is None:
@@ -30,14 +29,14 @@ def fetch_file(uri: str) -> Path:
 
 
 def fetch_folder(uri: str, suffix: str) -> Path:
-    """A folder with copies of all objects below a prefix whose names end with `suffix`.
+    """A folder with copies of all objects below a prefix whose names end with `suffix`; empty if there are none.
 
-    It is not downloaded again unless an object changed.
+    It is downloaded again only if an object has changed.
 
     Raises:
-        SpecError: the prefix may not be read. Without any object, the folder is empty.
+        SpecError: the prefix cannot be read, or an object's name cannot be that of a file.
     """
-    with _data_errors():
+    with store_errors_as(SpecError):
         store = open_store(uri)
         versions = {entry.key: entry.version for entry in store.list() if entry.key.endswith(suffix)}
     return _copy(store, versions)
@@ -48,32 +47,22 @@ def _copy(store: ObjectStore, versions: Mapping[str, str | None]) -> Path:
     facts = json.dumps([f"{store.root}/", sorted(versions.items())])
     folder = downloads_dir() / hashlib.sha256(facts.encode()).hexdigest()[:24]
     make_folder(folder.parent)
-    with locked(folder.with_name(f"{folder.name}.lock")):
-        if folder.exists() and None not in versions.values():
-            return folder
-        beside = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
-        beside.mkdir()
-        for key in versions:
-            try:
-                copy = inside(beside, key)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.touch(exist_ok=False)
-            except (OSError, SpecError) as error:  # a file and a folder of one name, '..', a name that is too long
-                raise SpecError(
-                    f"{store.root}/{key}: cannot be the name of a file here ({error}). Rename the object."
-                ) from error
-            with _data_errors():
-                store.download(key, copy)
-        # Where the store has no versions, a folder that is there may be old.
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-        return folder
-
-
-@contextmanager
-def _data_errors() -> Iterator[None]:
+    remove_half_made(folder.parent)
+    # Where the store has no versions, an existing copy may be outdated.
+    outdated = None in versions.values()
     try:
-        yield
-    except StoreError as error:
-        raise SpecError(error.message) from error
+        with new_folder(folder, wait=True, replace=outdated) as beside:
+            for key in versions:
+                try:
+                    copy = inside(beside, key)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    copy.touch(exist_ok=False)
+                except (OSError, SpecError) as error:  # a file and a folder of one name, '..', a name that is too long
+                    raise SpecError(
+                        f"{store.root}/{key}: cannot be the name of a file here ({error}). Rename the object."
+                    ) from error
+                with store_errors_as(SpecError):
+                    store.download(key, copy)
+    except FolderExistsError:
+        pass  # the same versions were downloaded before, or by another process just now
+    return folder

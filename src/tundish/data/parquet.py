@@ -1,6 +1,5 @@
 """Parquet files of samples: one file, or all files of a folder, read row group by row group."""
 
-import hashlib
 import os
 from bisect import bisect
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from tundish.base.workers import limited
 from tundish.data.findings import Location
 from tundish.data.rows import BATCH_BYTES, batch_rows, bounded, check_types, sample_columns
 from tundish.data.samples import Rules
-from tundish.data.source import Chunk, Source, file_digest, file_version, files_below, groups
+from tundish.data.source import Chunk, Source, file_digest, file_version, files_below, files_digest, groups
 from tundish.errors import DataError, SpecError
 
 SUFFIX = ".parquet"
@@ -97,10 +96,7 @@ class ParquetRows:
         """See Source; that of one file does not depend on its name."""
         if self.files == ("",):
             return file_digest(self.path)
-        total = hashlib.sha256()
-        for name in self.files:
-            total.update(os.fsencode(name) + f"\0{file_digest(self.path / name)}\n".encode())
-        return total.hexdigest()
+        return files_digest(self.path, self.files)
 
     def state(self) -> object:
         """See Source."""

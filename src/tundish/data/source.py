@@ -66,7 +66,7 @@ class Source(Protocol):
         ...
 
     def state(self) -> object:
-        """What is another one when somebody has written to it."""
+        """Equal as long as the data is not written to."""
         ...
 
     def chunks(self) -> Iterator[Chunk]:
@@ -142,6 +142,14 @@ def file_version(path: Path) -> tuple[int, int, int]:
     """What changes when a file is written or replaced."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def files_digest(folder: Path, names: Iterable[str]) -> str:
+    """SHA-256 over the names and contents of files in a folder."""
+    total = hashlib.sha256()
+    for name in names:
+        total.update(os.fsencode(name) + f"\0{file_digest(folder / name)}\n".encode())
+    return total.hexdigest()
 
 
 def file_digest(path: Path) -> str:

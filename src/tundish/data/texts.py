@@ -1,7 +1,5 @@
 """A folder of .txt files."""
 
-import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +7,7 @@ from pathlib import Path
 from tundish.base.text import printable
 from tundish.data.findings import Location
 from tundish.data.samples import Problem, Rules, Sample
-from tundish.data.source import CHUNK_BYTES, EMPTY, Chunk, Source, file_digest, file_version, files_below, groups
+from tundish.data.source import CHUNK_BYTES, EMPTY, Chunk, Source, file_version, files_below, files_digest, groups
 
 SUFFIX = ".txt"
 MAX_TEXT_BYTES = 1 << 28
@@ -50,10 +48,7 @@ class TextFolder:
 
     def digest(self) -> str:
         """See Source."""
-        total = hashlib.sha256()
-        for name in self.names:
-            total.update(os.fsencode(name) + f"\0{file_digest(self.path / name)}\n".encode())
-        return total.hexdigest()
+        return files_digest(self.path, self.names)
 
     def state(self) -> object:
         """See Source."""

@@ -238,8 +238,7 @@ class RunPlan:
 
         def parsed(text: bytes) -> RunPlan:
             plan = cls.from_json(text)
-            if plan.spec.run_name != run.folder.name:
-                raise ValueError(f"is of the run {plan.spec.run_name!r}: this folder was copied, or renamed from it")
+            run.check_name(plan.spec.run_name)
             return plan
 
         return run.read(run.plan, parsed)

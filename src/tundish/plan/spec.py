@@ -136,8 +136,7 @@ class RunSpec:
 
         def parsed(text: bytes) -> RunSpec:
             spec = cls.from_json(text)
-            if spec.run_name != run.folder.name:
-                raise ValueError(f"is of the run {spec.run_name!r}: this folder was copied, or renamed from it")
+            run.check_name(spec.run_name)
             return spec
 
         return run.read(run.spec, parsed)

@@ -105,9 +105,9 @@ def needs_of_runs() -> Needs:
 
 
 def _all() -> Iterator[Leftover]:
-    for kind, parent, lock in (("prepared data", prepared_dir(), ".{}.lock"), ("download", downloads_dir(), "{}.lock")):
+    for kind, parent in (("prepared data", prepared_dir()), ("download", downloads_dir())):
         for folder, name, whole in _folders(parent):
-            yield _leftover(kind if whole else INCOMPLETE, folder, [parent / lock.format(name)])
+            yield _leftover(kind if whole else INCOMPLETE, folder, [parent / f".{name}.lock"])
     for folder, _, whole in _folders(copies_dir()):
         locks = [*folder.glob(".*.lock"), *(folder / READ).glob(".*.lock")]
         yield _leftover("checkpoints" if whole else INCOMPLETE, folder, locks)
@@ -129,7 +129,7 @@ def _leftover(kind: str, folder: Path, locks: Sequence[Path]) -> Leftover:
 
 
 def _is_used(one: Leftover) -> bool:
-    """Whether somebody holds a lock on it or, where there is none, has touched it lately."""
+    """Whether a process holds its lock or, where it has none, has changed it lately."""
     if one.locks or one.kind in NEEDED:
         return any(map(is_held, one.locks))
     newest = max(path.lstat().st_mtime for path in (one.path, *one.path.rglob("*")))

@@ -62,6 +62,15 @@ def explained(address: str, *, anonymous: bool = False) -> Iterator[None]:
         raise StoreError(f"{address}: {wrong}", advice) from error
 
 
+@contextmanager
+def store_errors_as(kind: type[TundishError]) -> Iterator[None]:
+    """Turn a StoreError into an error of another kind with the same message."""
+    try:
+        yield
+    except StoreError as error:
+        raise kind(error.message) from error
+
+
 def explain(error: Exception, scheme: str, *, anonymous: bool = False) -> tuple[str, str]:
     """What is wrong with a store, and what to do, from what its client raised."""
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
