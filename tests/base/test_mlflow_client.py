@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tundish import foundation_model as fm
-from tundish.base.mlflow_client import open_client, told, why
+from tundish.base.mlflow_client import open_client, store_errors, why
 from tundish.base.objects.opening import check_artifacts
 from tundish.doctor import services
 from tundish.errors import RequestError, SpecError, StoreError
@@ -74,14 +74,14 @@ def _refusals(uri: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
         ("mysql://lab@127.0.0.1:1/db", ("not installed", "`pip install mysqlclient`")),
         ("mysql+pymysql://lab@127.0.0.1:1/db", ("not installed", "`pip install pymysql`")),
         ("mssql://lab@127.0.0.1:1/db", ("not installed", "`pip install pyodbc`")),
-        ("gopher://x", ("knows no store of this kind", "Known are http(s)://, sqlite:///")),
-        ("s3://bucket/x", ("knows no store of this kind",)),
+        ("gopher://x", ("does not support this kind of store", "Supported are http(s)://, sqlite:///")),
+        ("s3://bucket/x", ("does not support this kind of store",)),
         ("databricks", ("credentials are missing", "pip install databricks-sdk", "DATABRICKS_HOST")),
         ("http://127.0.0.1:1", ("connection refused", "Check MLFLOW_TRACKING_URI")),
-        ("http://127.0.0.1:99999", ("no address of a store",)),
-        ("sqlite:////{tmp}/text.db", ("no SQLite database",)),
+        ("http://127.0.0.1:99999", ("the address is malformed",)),
+        ("sqlite:////{tmp}/text.db", ("not a SQLite database",)),
         ("sqlite:////{tmp}/none/m.db", ("there is no such folder",)),
-        ("sqlite:////{tmp}/text.db/m.db", ("is no folder",)),
+        ("sqlite:////{tmp}/text.db/m.db", ("is not a folder",)),
         ("sqlite:////{tmp}", ("is a folder",)),
         ("{tmp}/text.db", ("text.db",)),
     ],
@@ -95,18 +95,18 @@ def test_a_store_that_cannot_be_opened_is_one_sentence(
     created, looked_at = _refusals(uri.format(tmp=tmp_path).replace("/////", "////"), monkeypatch)
     for part in parts:
         assert part in created and part in looked_at
-    assert created.startswith("experiment_path: MLflow takes no run in '/Users/me/chat-1': ")
+    assert created.startswith("experiment_path: MLflow cannot create a run in '/Users/me/chat-1': ")
     assert len(created.splitlines()) == 1 and len(created) < 420, created
 
 
 @pytest.mark.parametrize(
     ("status", "body", "part"),
     [
-        (200, b"<html>hello</html>", "no MLflow server"),
-        (302, b"", "no MLflow server"),
-        (404, b"<html>", "no MLflow server"),
-        (401, b"who are you", "another login (401). Set MLFLOW_TRACKING_USERNAME"),
-        (403, b"no", "does not permit this (403)"),
+        (200, b"<html>hello</html>", "not an MLflow server"),
+        (302, b"", "not an MLflow server"),
+        (404, b"<html>", "not an MLflow server"),
+        (401, b"who are you", "authentication failed (401). Set MLFLOW_TRACKING_USERNAME"),
+        (403, b"no", "permission denied (403)"),
         (500, b"boom", "returned a server error (500)"),
         (507, b"full", "its disk is full"),
     ],
@@ -144,7 +144,7 @@ def test_a_database_of_another_mlflow_is_told(tmp_path: Path, monkeypatch: pytes
         database.execute("UPDATE alembic_version SET version_num = 'f00000000000'")
         database.commit()
     created, looked_at = _refusals(f"sqlite:///{tmp_path}/theirs.db", monkeypatch)
-    assert "another version of MLflow has made it" in created and "another version" in looked_at
+    assert "created by another version of MLflow" in created and "another version" in looked_at
 
 
 def test_a_store_that_does_not_answer_leaves_nothing_to_undo(
@@ -198,7 +198,7 @@ def test_a_registry_s_errors_are_told_alike(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_an_artifact_store_that_cannot_be_used_is_told_before_the_run() -> None:
     """The first checkpoint would be the first to learn of it."""
-    with pytest.raises(StoreError, match=r"^gopher://x: MLflow knows no store of this kind"):
+    with pytest.raises(StoreError, match=r"^gopher://x: MLflow does not support this kind of store"):
         check_artifacts("gopher://x", "unused")
     missing = ModuleNotFoundError("No module named 'google.cloud'", name="google.cloud")
     assert why(missing) == ("it needs a package that is not installed", "`pip install google-cloud-storage`.")
@@ -207,7 +207,10 @@ def test_an_artifact_store_that_cannot_be_used_is_told_before_the_run() -> None:
 def test_reading_metrics_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """A notebook would show a hundred lines of requests' own."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(RequestError, match=r"metrics of run abc: http://127\.0\.0\.1:1: connection refused\. Check"):
+    with pytest.raises(
+        RequestError,
+        match=r"metrics of run abc cannot be read from MLflow: http://127\.0\.0\.1:1: connection refused\. Check",
+    ):
         metrics.read("http://127.0.0.1:1", "abc")
 
 
@@ -216,6 +219,6 @@ def test_unknown_errors_are_one_line_without_secrets() -> None:
     wrong, advice = why(RuntimeError("cannot log in\n  at http://me:geheim@host\n" + "x" * 1000))
     assert wrong.startswith("cannot log in at http://***@host xxx") and len(wrong) <= 300 and "\n" not in wrong
     assert advice
-    with pytest.raises(StoreError, match="a store: no disk") as error, told("a store"):
+    with pytest.raises(StoreError, match="a store: no disk") as error, store_errors("a store"):
         raise RuntimeError("no disk")
     assert pickle.loads(pickle.dumps(error.value)).advice == error.value.advice

@@ -158,7 +158,7 @@ def test_resuming_without_the_server_is_refused_in_a_sentence(
     write_atomic(paths.result("tracking"), json.dumps(tracking | {"tracking_uri": "http://127.0.0.1:1"}))
     with pytest.raises(
         RequestError,
-        match=r"MLflow cannot reopen run .*http://127\.0\.0\.1:1: connection refused.*Then resume the run",
+        match=r"MLflow run \S+ cannot be reopened: .*http://127\.0\.0\.1:1: connection refused.*Then resume the run",
     ):
         fm.resume("chat-3")
     assert events.read(paths.events)[-1].type == "FAILED"
@@ -172,5 +172,5 @@ def test_a_registry_that_cannot_be_used_is_told_before_the_training(uri: str, mo
     for name in [name for name in os.environ if name.startswith("DATABRICKS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("DATABRICKS_CONFIG_FILE", "/nowhere")
-    with pytest.raises(SpecError, match=f"^register_to: the model registry takes no model 'main.lab.x': {uri}: "):
+    with pytest.raises(SpecError, match=f"^register_to: the model registry does not accept 'main.lab.x': {uri}: "):
         check_registry("main.lab.x")

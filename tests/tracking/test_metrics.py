@@ -44,7 +44,7 @@ def test_points_come_back_in_order_and_the_picture_shows_them(logged: RunFolder)
     assert list(zip(train["step"], train["value"], strict=True)) == [(0, 3.0), (1, 2.0), (2, 9.0), (2, 1.5)]
     assert str(train["time"].iloc[3]) == "1970-01-01 00:00:03+00:00"
     assert len(frame) == 5 and set(frame["key"]) == {"loss/train/total", "metrics/eval/LanguageCrossEntropy"}
-    with pytest.raises(RequestError, match=r"the run has no metric 'loss'; there are loss/train/total, metrics/eval"):
+    with pytest.raises(RequestError, match=r"the run has no metric 'loss'; it has loss/train/total, metrics/eval"):
         run.metrics("loss")
     with pytest.raises(RequestError, match=r"Did you mean loss/train/total\?$"):
         run.metrics("loss/train/totl")
@@ -94,7 +94,7 @@ def test_while_the_store_is_away_the_run_s_own_points_are_there(logged: RunFolde
     train = run.metrics("loss/train/total")
     assert list(zip(train["step"], train["value"], strict=True)) == [(1, 2.5), (2, 1.5)] and len(run.metrics()) == 3
     assert str(train["time"].iloc[1]) == "1970-01-01 00:00:02+00:00"
-    with pytest.raises(RequestError, match=r"the run has no metric 'loss'; there are loss/train/total, lr-x\."):
+    with pytest.raises(RequestError, match=r"the run has no metric 'loss'; it has loss/train/total, lr-x\."):
         run.metrics("loss")
 
 
@@ -105,6 +105,7 @@ def test_a_store_that_is_away_is_told_in_a_sentence(make_run: MakeRun, monkeypat
     away = paths.result("tracking").read_text().replace("sqlite:////nowhere.db", "http://127.0.0.1:1")
     write_atomic(paths.result("tracking"), away)
     with pytest.raises(
-        RequestError, match=r"^MLflow does not give the metrics of run .*http://127\.0\.0\.1:1: connection refused"
+        RequestError,
+        match=r"^The metrics of run \S+ cannot be read from MLflow: .*http://127\.0\.0\.1:1: connection refused",
     ):
         fm.get("chat-3").metrics()

@@ -88,18 +88,18 @@ def test_mlflow_has_plan_data_and_files_of_a_run(
     paths, tracking = prepared_run, prepared_run.read_tracking()
     monkeypatch.setenv("HF_TOKEN", "hf_geheimgeheim")
     spec = RunSpec.read(paths)
-    notes.tell_arguments(tracking, spec)
-    notes.tell_plan(paths)
+    notes.log_arguments(tracking, spec)
+    notes.log_plan(paths)
     assert Publisher(channels(paths), None).attempt() is None
     # Resumed with two devices: MLflow changes no param, and refuses the whole batch.
     more = dataclasses.replace(spec, compute=dataclasses.replace(spec.compute, devices_per_node=2))
     dataclasses.replace(RunPlan.read(paths), spec=more).write(paths)
-    notes.tell_plan(paths)
+    notes.log_plan(paths)
     assert Publisher(channels(paths), None).attempt() is None
     paths.logs.mkdir()
     monkeypatch.setattr(notes, "LOG_BYTES", 100)
     paths.log("train").write_text("x" * 1000 + "\nrefused: hf_geheimgeheim is no token\n")
-    notes.tell_files(paths)
+    notes.log_files(paths)
 
     client: Any = MlflowClient(tracking.tracking_uri)
     run = client.get_run(tracking.run_id)
@@ -130,9 +130,9 @@ def test_a_store_that_is_away_costs_a_run_nothing(
     tracking = prepared_run.read_tracking()
     dataclasses.replace(tracking, tracking_uri="http://127.0.0.1:1").write(prepared_run)
     with caplog.at_level(logging.WARNING):
-        notes.tell_plan(prepared_run)
+        notes.log_plan(prepared_run)
         assert Publisher(channels(prepared_run), None).attempt() is not None
-        notes.tell_files(prepared_run)
+        notes.log_files(prepared_run)
     said = [record.getMessage() for record in caplog.records if record.name == "tundish.tracking.notes"]
     assert [text.partition(":")[0] for text in said] == ["Could not log the run's files to MLflow"]
     tracking.write(prepared_run)

@@ -24,7 +24,7 @@ from tundish.tracking.publishing import (
     Publisher,
     channels,
     publish_all,
-    tell_status,
+    set_status,
     wait_seconds,
 )
 
@@ -199,13 +199,13 @@ def test_a_run_without_supervisor_says_itself_how_it_is(make_run: MakeRun, monke
     Publisher(channels(paths), paths.events).finish()  # started once more when all is trained
     assert _points(paths) == [(1, 1.0)]
     for status in ("FAILED", "RUNNING", "FINISHED"):
-        tell_status(paths, status)
+        set_status(paths, status)
         assert MlflowClient(tracking.tracking_uri).get_run(tracking.run_id).info.status == status
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     said: list[str] = []
     monkeypatch.setattr("tundish.tracking.publishing.log.warning", lambda text, *values: said.append(text % values))
     replace(tracking, tracking_uri="http://127.0.0.1:1").write(paths)
-    tell_status(paths, "FINISHED")
+    set_status(paths, "FINISHED")
     (line,) = said
     assert line.startswith(
         "The run's status in MLflow could not be set to FINISHED: http://127.0.0.1:1: connection refused"

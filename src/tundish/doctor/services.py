@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tundish.base.files import obstacle_to_writing
 from tundish.base.home import default_tracking_uri
-from tundish.base.mlflow_client import ask_registry, check_file, file_of, open_client, told, why
+from tundish.base.mlflow_client import ask_registry, check_file, file_of, open_client, store_errors, why
 from tundish.base.objects.opening import check_artifacts
 from tundish.doctor.finding import Finding
 from tundish.errors import StoreError
@@ -46,7 +46,7 @@ def _missing(uri: str) -> Path | None:
     if missing is None or missing.exists():
         return None
     if file is not None and uri != default_tracking_uri():
-        with told(uri):
+        with store_errors(uri):
             check_file(file)
     elif obstacle := obstacle_to_writing(missing.parent):
         advice = "Set TUNDISH_HOME or MLFLOW_TRACKING_URI to a location that you can write to."

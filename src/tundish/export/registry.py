@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tundish.base.mlflow_client import told
+from tundish.base.mlflow_client import store_errors
 from tundish.errors import FailureCause, StageError, StoreError
 from tundish.plan.models import license_of
 from tundish.plan.spec import RunSpec, TaskType
@@ -86,7 +86,7 @@ def register(
         os.environ.setdefault("MLFLOW_S3_ENDPOINT_URL", endpoint)
     client, name = mlflow.MlflowClient(), spec.registered_name
     try:
-        with told(registry_uri), _running(mlflow_run_id):
+        with store_errors(registry_uri), _running(mlflow_run_id):
             version = version_of(client, name, mlflow_run_id, model_path) or _log(export, spec, model_path)
             _wait_until_ready(client, name, version)
     except StoreError as error:

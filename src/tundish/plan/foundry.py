@@ -62,7 +62,7 @@ def render(plan: RunPlan, run: RunFolder) -> str:
         raise SpecError(f"{'; '.join(problems)}: '${{' is not allowed there. Rename the folder, or use another one.")
     header = (
         f"# Run {plan.spec.run_name}, written by tundish {__version__}.\n"
-        "# Stock LLM Foundry trains it too, on two ranks or more and into a save_folder of its own:\n"
+        "# Stock LLM Foundry trains it too, on two ranks or more and with a different save_folder:\n"
         f"#   FSDP_VERSION=2 composer -n {max(2, plan.spec.compute.devices_per_node)} "
         f"$(which llmfoundry) train {run.foundry_yaml.name} save_folder=./checkpoints\n\n"
     )

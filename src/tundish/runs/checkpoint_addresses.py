@@ -1,7 +1,7 @@
 """Where a checkpoint is that a user names: a path on this machine, a URI, or an artifact of an MLflow run."""
 
 from tundish.base.home import default_tracking_uri
-from tundish.base.mlflow_client import artifact_address, open_client, told
+from tundish.base.mlflow_client import artifact_address, open_client, store_errors
 from tundish.errors import SpecError, StoreError
 from tundish.plan.address import ARTIFACTS, Address
 from tundish.plan.spec import RunSpec
@@ -50,7 +50,7 @@ def _of_store(given: str, mlflow_run: str, path: str) -> str:
             raise
         try:
             client = open_client(tracking_uri())
-            with told(tracking_uri()):
+            with store_errors(tracking_uri()):
                 root = str(client.get_run(mlflow_run).info.artifact_uri)
         except StoreError as error:
             raise SpecError(f"{given}: {error.message}") from missing

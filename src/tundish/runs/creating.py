@@ -19,7 +19,7 @@ from tundish.runs.planning import check
 from tundish.runs.reading import read_run
 from tundish.runs.records import RunRecord
 from tundish.tracking.experiment import MARK, check_registry, open_tracking
-from tundish.tracking.notes import tell_arguments
+from tundish.tracking.notes import log_arguments
 
 
 def create(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> RunRecord:
@@ -69,11 +69,11 @@ def _write(plan: RunPlan, draft: drafts.Draft) -> None:
     run.logs.mkdir()
     tags = {"tundish.version": __version__, "tundish.run": spec.run_name, "mlflow.user": spec.created_by}
     tags |= {MARK: draft.mark}
-    answers = partial(draft.note_mlflow, plan.tracking_uri, spec.experiment_path)
+    on_answer = partial(draft.note_mlflow, plan.tracking_uri, spec.experiment_path)
     root = save_root(spec.overrides)
-    tracking = open_tracking(spec.run_name, spec.experiment_path, tags, root, answers, stores=plan.stores)
+    tracking = open_tracking(spec.run_name, spec.experiment_path, tags, root, on_answer, stores=plan.stores)
     tracking.write(run)
-    tell_arguments(tracking, spec)
+    log_arguments(tracking, spec)
     events.append(run.events, "CREATED", "Run created. It waits to be scheduled.")
     plan.completed(save_folder=tracking.save_folder).write(run)
     # Last: a folder without it is not a run.

@@ -13,7 +13,7 @@ from typing import Any
 from tundish.base.events import TERMINAL_TYPES
 from tundish.base.files import is_held, locked
 from tundish.base.home import mlflow_artifacts_dir
-from tundish.base.mlflow_client import impatient, open_client, quiet, told
+from tundish.base.mlflow_client import impatient, open_client, quiet, store_errors
 from tundish.base.run_folder import RunFolder, Tracking
 from tundish.checkpoints.save_folder import SaveFolder, hidden
 from tundish.checkpoints.save_folder import remove as remove_at_once
@@ -225,7 +225,7 @@ def _asking(tracking: Tracking) -> Iterator[Any]:
     """A client of the run's store, whose errors become RequestErrors."""
     try:
         client = open_client(tracking.tracking_uri, tracking.registry_uri or tracking.tracking_uri)
-        with told(tracking.tracking_uri), quiet(), impatient():
+        with store_errors(tracking.tracking_uri), quiet(), impatient():
             yield client
     except StoreError as error:
         raise RequestError(

@@ -22,7 +22,7 @@ from tundish.plan.run_plan import RunPlan
 from tundish.runs import planning
 from tundish.supervise.preparing import batch_size_before, prepare
 from tundish.tracking.experiment import open_tracking
-from tundish.tracking.notes import tell_arguments
+from tundish.tracking.notes import log_arguments
 
 HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,250}[A-Za-z0-9])?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[\w.-]+)?"
 """A host's name or IPv4 address, or an IPv6 address."""
@@ -97,6 +97,6 @@ def _tracking(plan: RunPlan, run: RunFolder) -> Tracking:
         spec = plan.spec
         tags = {"tundish.version": __version__, "tundish.run": spec.run_name}
         made = open_tracking(spec.run_name, spec.experiment_path, tags, stores=plan.stores)
-        tell_arguments(made, spec)
+        log_arguments(made, spec)
         replace(made, save_folder=str(run.folder / "checkpoints")).write(run)
     return run.read_tracking()

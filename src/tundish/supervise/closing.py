@@ -37,14 +37,14 @@ def main(folder: str, status: str, *options: str) -> None:
 def _close(run: RunFolder, status: str) -> None:
     from tundish.base.mlflow_client import impatient
     from tundish.tracking.experiment import end_tracking
-    from tundish.tracking.notes import tell_files
+    from tundish.tracking.notes import log_files
     from tundish.tracking.publishing import Checkpoints, Publisher, channels
 
     with impatient(seconds=5, retries=0):
         # Metrics that MLflow does not have yet, but no checkpoints: their upload may take hours.
         Publisher([channel for channel in channels(run) if not isinstance(channel, Checkpoints)], None).attempt()
         end_tracking(run.read_tracking(), status)
-    tell_files(run)
+    log_files(run)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tundish.plan.run_plan import RunPlan
 from tundish.plan.spec import RunSpec
 from tundish.supervise.causes import cause_of
 from tundish.supervise.preparing import finish, planned, prepare, weights_warning
-from tundish.tracking.notes import tell_files
+from tundish.tracking.notes import log_files
 from tundish.tracking.publishing import publish_all, wait_seconds
 
 PROGRESS_SECONDS = 2.0
@@ -117,7 +117,7 @@ def register_stage(run: RunFolder) -> dict[str, Any]:
         registry_uri=tracking.registry_uri or tracking.tracking_uri,
         model_path=tracking.model_path,
     )
-    tell_files(run)
+    log_files(run)
     return {"name": name, "version": version}
 
 

@@ -1,1 +1,1 @@
-"""MLflow: the store, the run in it, and what it is told."""
+"""MLflow: the store, the run in it, and what is logged to it."""

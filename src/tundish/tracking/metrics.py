@@ -1,4 +1,4 @@
-"""A run's metrics: all points as a DataFrame, and the losses as a picture."""
+"""A run's metrics: all points as a DataFrame, and a plot of the losses."""
 
 import io
 import logging
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 
 from tundish.base.journal import Journal
-from tundish.base.mlflow_client import impatient, open_client, quiet, told
+from tundish.base.mlflow_client import impatient, open_client, quiet, store_errors
 from tundish.errors import RequestError, StoreError, did_you_mean
 
 if TYPE_CHECKING:
@@ -22,22 +22,21 @@ EVAL_LOSS = "metrics/eval/LanguageCrossEntropy"
 """Composer's names; both are the mean over target tokens, in nats."""
 COLUMNS = ["key", "step", "time", "value"]
 MANY_POINTS = 100
-"""A line of more is drawn faintly, with its moving average above it."""
+"""Lines of more points are drawn faintly, with their moving average on top."""
 TRAIN_COLOR, EVAL_COLOR = "#2f6f8f", "#c1440e"
 
 
-def read(tracking_uri: str, run_id: str, key: str | None = None, kept: Path | None = None) -> "pd.DataFrame":
-    """All points of all metrics, or of one: a row a point, by key, step and time.
+def read(tracking_uri: str, run_id: str, key: str | None = None, journal: Path | None = None) -> "pd.DataFrame":
+    """All points of all metrics, or of one: one row each, sorted by key, step and time.
 
-    They come from MLflow; while that is away, from the run's disk.
-
-    A run that went on from a checkpoint has two points for the steps that it took twice.
+    They come from MLflow or, while it does not answer, from the run's disk. A run that was resumed from a checkpoint
+    has two points for each step that it took twice.
 
     Args:
         tracking_uri: of the store.
-        run_id: MLflow's.
-        key: Composer's name of a metric; None = all.
-        kept: the run's own file of them, which need not be there.
+        run_id: MLflow's id of the run.
+        key: Composer's name of a metric; None: all.
+        journal: the run's own file of metrics, which may be missing.
 
     Raises:
         RequestError: MLflow does not answer and there is no such file, or the run has no metric of that name.
@@ -45,18 +44,18 @@ def read(tracking_uri: str, run_id: str, key: str | None = None, kept: Path | No
     import pandas as pd
 
     try:
-        names, points = _of_mlflow(tracking_uri, run_id, key)
+        names, points = _from_mlflow(tracking_uri, run_id, key)
     except StoreError as error:
-        text = f"MLflow does not give the metrics of run {run_id}: {error.message}"
-        if kept is None or not kept.is_file():
+        text = f"The metrics of run {run_id} cannot be read from MLflow: {error.message}"
+        if journal is None or not journal.is_file():
             raise RequestError(text) from error
-        log.warning("%s Showing those on the run's own disk.", text)
-        points = list(_of_disk(kept))
+        log.warning("%s Showing the metrics on the run's own disk.", text)
+        points = list(_from_disk(journal))
         names = sorted({name for name, *_ in points})
         points = [point for point in points if key in (None, point[0])]
     if key is not None and key not in names and names:
-        near = did_you_mean(key, names)
-        raise RequestError(f"the run has no metric {key!r}; there are {', '.join(names)}.{near}")
+        hint = did_you_mean(key, names)
+        raise RequestError(f"the run has no metric {key!r}; it has {', '.join(names)}.{hint}")
     frame = pd.DataFrame(points, columns=pd.Index(COLUMNS))
     frame["time"] = pd.to_datetime(frame["time"], unit="ms", utc=True)
     frame = frame.astype({"key": str, "step": "int64", "value": "float64"})
@@ -67,24 +66,24 @@ Point = tuple[str, int, int, float]
 """Key, step, milliseconds and value."""
 
 
-def _of_mlflow(tracking_uri: str, run_id: str, key: str | None) -> tuple[list[str], list[Point]]:
-    """The names of all metrics, and the points of those that are asked for."""
+def _from_mlflow(tracking_uri: str, run_id: str, key: str | None) -> tuple[list[str], list[Point]]:
+    """The names of all metrics, and the points of `key`, or of all."""
     client = open_client(tracking_uri)
-    with told(tracking_uri), quiet(), impatient():
+    with store_errors(tracking_uri), quiet(), impatient():
         names = sorted(client.get_run(run_id).data.metrics)
-        wanted = [name for name in names if key in (None, name)]
-        points = [point for name in wanted for point in client.get_metric_history(run_id, name)]
-    return names, [(one.key, one.step, one.timestamp, one.value) for one in points]
+        keys = [name for name in names if key in (None, name)]
+        points = [point for name in keys for point in client.get_metric_history(run_id, name)]
+    return names, [(point.key, point.step, point.timestamp, point.value) for point in points]
 
 
-def _of_disk(file: Path) -> Iterator[Point]:
-    for record in Journal(file):
+def _from_disk(journal: Path) -> Iterator[Point]:
+    for record in Journal(journal):
         for name, value in record["metrics"].items():
             yield name, record["step"], record["time"], value
 
 
 class LossPlot(Figure):
-    """A figure that a notebook shows, whether pyplot has been set up in it or not."""
+    """A figure that a notebook displays even if pyplot was never imported in it."""
 
     def _repr_png_(self) -> bytes:
         sink = io.BytesIO()
@@ -96,8 +95,8 @@ def plot(metrics: "pd.DataFrame", title: str) -> Figure:
     """Training and evaluation loss by batch.
 
     Args:
-        metrics: as `read` gives them; other metrics are left out.
-        title: above the picture.
+        metrics: as returned by `read`; metrics other than the losses are ignored.
+        title: of the plot.
     """
     figure = LossPlot(figsize=(8, 4.5), layout="constrained")
     axes: Any = figure.add_subplot()
@@ -126,5 +125,5 @@ def plot(metrics: "pd.DataFrame", title: str) -> Figure:
 
 
 def _line(metrics: "pd.DataFrame", key: str) -> Any:
-    """The values of a metric as a Series by step; of a step that was taken twice, the later one."""
+    """The values of a metric as a Series by step; for a step that was taken twice, the later one."""
     return metrics[metrics["key"] == key].groupby("step")["value"].last()

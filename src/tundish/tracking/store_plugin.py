@@ -1,7 +1,7 @@
-"""How MLflow opens a database, in every process where tundish is installed: without a stray `mlruns` folder.
+"""Opens MLflow's databases without creating a stray `mlruns` folder, in every process where tundish is installed.
 
-Registered with MLflow as a plugin (`mlflow.tracking_store`). MLflow's own way makes `./mlruns` in whatever folder the
-process is in, also to read, and an experiment of the default store would keep its artifacts there.
+Registered with MLflow as a plugin (`mlflow.tracking_store`). MLflow itself creates `./mlruns` in the working directory,
+even if it only reads, and experiments of the default store would keep their artifacts there.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def open_store(store_uri: str, artifact_uri: str | None = None) -> "SqlAlchemyStore":
-    """The tracking store at a database's address; that of `$TUNDISH_HOME` keeps its artifacts beside it."""
+    """The tracking store in a database; the one in `$TUNDISH_HOME` keeps its artifacts beside the database."""
     from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -24,10 +24,10 @@ def open_store(store_uri: str, artifact_uri: str | None = None) -> "SqlAlchemySt
     if store_uri == default_tracking_uri():
         return SqlAlchemyStore(store_uri, mlflow_artifacts_dir().as_uri())
     folder = Path(DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
-    was_there = folder.exists()
+    existed = folder.exists()
     try:
         return SqlAlchemyStore(store_uri, DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
     finally:
-        if not was_there:
-            with contextlib.suppress(OSError):  # nothing was made, or another process has put something there
+        if not existed:
+            with contextlib.suppress(OSError):  # it was not created, or another process has written into it
                 folder.rmdir()

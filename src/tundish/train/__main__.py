@@ -25,8 +25,8 @@ from composer.utils import dist
 from omegaconf import DictConfig, OmegaConf
 
 from tundish.errors import TundishError
-from tundish.tracking.notes import tell_plan
-from tundish.tracking.publishing import tell_status
+from tundish.tracking.notes import log_plan
+from tundish.tracking.publishing import set_status
 from tundish.train.guard import has_learned, nothing_learned
 from tundish.train.trainer import build_trainer
 
@@ -61,9 +61,9 @@ def _report_status(status: str) -> None:
         return
     supervised = run.spec.is_file()
     if supervised and status == "RUNNING":
-        tell_plan(run)
+        log_plan(run)
     elif not supervised and run.result("tracking").exists():
-        tell_status(run, status)
+        set_status(run, status)
 
 
 def _write_result(result: dict[str, Any]) -> None:

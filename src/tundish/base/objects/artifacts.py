@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tundish.base.mlflow_client import told
+from tundish.base.mlflow_client import store_errors
 from tundish.base.objects.contract import StoredObject
 
 
@@ -24,7 +24,7 @@ class ArtifactFolder:
     def list(self, prefix: str = "") -> list[StoredObject]:
         """See ObjectStore; one request for each folder."""
         objects, folders = list[StoredObject](), [prefix]
-        with told(self.root):
+        with store_errors(self.root):
             while folders:
                 for entry in self._client.list_artifacts(folders.pop() or None):
                     if entry.is_dir:
@@ -36,7 +36,7 @@ class ArtifactFolder:
     def find(self, key: str) -> StoredObject | None:
         """See ObjectStore."""
         folder = key.rpartition("/")[0]
-        with told(self.root):
+        with store_errors(self.root):
             entries = self._client.list_artifacts(folder or None)
         sizes = (entry.file_size for entry in entries if entry.path == key and not entry.is_dir)
         return next((StoredObject(key, size, None) for size in sizes), None)
@@ -52,18 +52,18 @@ class ArtifactFolder:
 
     def download(self, key: str, path: Path) -> None:
         """See ObjectStore."""
-        with told(self.root):
+        with store_errors(self.root):
             self._client._download_file(key, str(path))
 
     def upload(self, path: Path, key: str) -> None:
         """See ObjectStore. MLflow gives an artifact the name of its file."""
         folder, _, name = key.rpartition("/")
-        with tempfile.TemporaryDirectory() as scratch, told(self.root):
+        with tempfile.TemporaryDirectory() as scratch, store_errors(self.root):
             named = Path(scratch) / name
             named.symlink_to(path.absolute())
             self._client.log_artifact(str(named if path.name != name else path), folder or None)
 
     def delete(self, key: str) -> None:
         """See ObjectStore."""
-        with told(self.root):
+        with store_errors(self.root):
             self._client.delete_artifacts(key)
