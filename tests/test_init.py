@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "mlflow", "composer", "llmfoundry", "streaming", "pandas", "tokenizers")
+HEAVY = tuple("torch transformers mlflow composer llmfoundry streaming pandas tokenizers numpy pyarrow".split())
 
 
 def _loaded_by(code: str) -> set[str]:

@@ -13,7 +13,6 @@ from tundish import launch
 from tundish.base.files import obstacle_to_writing
 from tundish.base.run_folder import RunFolder
 from tundish.base.workers import guarded
-from tundish.data.encoding import Job
 from tundish.data.opening import may_be_table, open_source
 from tundish.errors import CheckpointError, DataError, SpecError
 from tundish.model.pretrained import check_pretrained, state_of
@@ -129,6 +128,7 @@ def estimate(arguments: Mapping[str, Any], progress: BarOf = no_bar) -> "Estimat
 
 
 def _estimate(planned: RunPlan, progress: BarOf) -> "Estimate":
+    from tundish.data.encoding import Job
     from tundish.data.estimate import estimate as estimate_data
 
     def steps(rows: int, tokens: int) -> tuple[int, int]:
