@@ -60,6 +60,12 @@ def submitted(make_run: MakeRun, cluster: Path) -> Callable[..., RunFolder]:
     return submit
 
 
+@pytest.mark.parametrize("name", ["GCS_KEY", "GCS_SECRET", "MOSAICML_STREAMING_AWS_REQUESTER_PAYS", "OCI_CONFIG_FILE"])
+def test_the_variables_of_stores_are_passed_on(name: str) -> None:
+    """What `create()` has checked could not be read by the job."""
+    assert slurm.PASSED_ON.fullmatch(name)
+
+
 def test_the_script_is_as_recorded() -> None:
     """Each option is there for a reason, and a change of the script is a decision."""
     text = job_script(GPUS, RunFolder(Path("/shared/runs/recorded"))).replace(sys.executable, "python")
