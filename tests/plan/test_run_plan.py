@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tundish.base.run_folder import RunFolder
 from tundish.errors import RunDamagedError, RunNotFoundError, SpecError
 from tundish.plan.compute import Compute
+from tundish.plan.foundry import render
 from tundish.plan.run_plan import DataFacts, RunPlan
 from tundish.plan.spec import Duration, parse_spec
 
@@ -74,6 +76,14 @@ def test_other_devices_keep_the_batches_of_training_that_has_begun(plan: Plan) -
     assert (fresh.batch_size, fresh.batch_size_is_final) == (12, True), "nothing was trained: batches of its own"
     with pytest.raises(SpecError, match=r"batches of 8 rows cannot"):
         plan(overrides={"global_train_batch_size": 8}).on(three, keep_batches=False)
+
+
+def test_the_batches_of_training_that_has_begun_are_rendered_whatever_the_overrides_say(plan: Plan) -> None:
+    """The plan would have the batches of before, and the YAML, which is what is trained, others."""
+    kept = plan(overrides={"global_train_batch_size": 8}).with_batches(4)
+    assert kept.batch_size == kept.spec.overrides["global_train_batch_size"] == 4
+    assert yaml.safe_load(render(kept, RunFolder.of("one")))["global_train_batch_size"] == 4
+    assert "global_train_batch_size" not in plan().with_batches(4).spec.overrides
 
 
 def test_a_longer_run_changes_its_steps_and_schedule_alone(plan: Plan) -> None:

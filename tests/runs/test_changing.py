@@ -1,6 +1,8 @@
 """runs/changing.py: what a longer training needs, and what is refused. `test_resuming.py` trains one."""
 
+import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ from tundish.plan.foundry import render
 from tundish.plan.run_plan import RunPlan
 from tundish.plan.spec import RunSpec
 from tundish.runs import changing, control
-from tundish.supervise.preparing import adopt
+from tundish.supervise.preparing import adopt, planned
 from tundish.supervise.stages import prepare_stage
 
 MakeRun = Callable[..., RunFolder]
@@ -123,6 +125,51 @@ def test_prepared_data_that_was_removed_is_prepared_again_unless_its_source_has_
         prepare_stage(paths)
 
 
+@pytest.mark.parametrize("killed_before", ["render", "write_atomic"])
+def test_a_change_that_was_interrupted_is_completed_by_the_next_one(
+    paths: RunFolder, submitted: list[Any], monkeypatch: pytest.MonkeyPatch, killed_before: str
+) -> None:
+    """The YAML would be that of the shorter run: nothing would be trained, and the run be COMPLETED once more."""
+    with monkeypatch.context() as patch:
+        patch.setattr(changing, killed_before, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fm.resume("chat-1", training_duration="3ep")
+    fm.resume("chat-1", training_duration="3ep")
+    assert len(submitted) == 1 and RunSpec.read(paths) == RunPlan.read(paths).spec
+    assert paths.is_done("prepare") or adopt(paths)
+    assert yaml.safe_load(paths.foundry_yaml.read_text())["max_duration"] == "3ep"
+
+
+def test_any_duration_can_replace_that_of_a_run_without_data(make_run: MakeRun) -> None:
+    """A run that failed over its data could be made longer in batches, but not shorter."""
+    run = make_run("chat-1", training_duration="100ba")
+    plan = planned(run)
+    for duration in ("50ba", "2ep", "1_000tok"):
+        changed, note = changing.longer(plan, duration, run)
+        assert str(changed.spec.training_duration) == duration.replace("_", "") and not note
+
+
+def test_durations_are_compared_without_the_data_where_they_can_be(paths: RunFolder) -> None:
+    """A run of before whose prepared data was removed would be trained for a shorter time, which trains nothing."""
+    plan = RunPlan.read(paths).without_data()
+    plan = dataclasses.replace(plan, steps=None)
+    with pytest.raises(SpecError, match="2ba cannot be compared with the run's 1ep: the run's prepared data no longer"):
+        changing.longer(plan, "2ba", paths)
+    with pytest.raises(SpecError, match="1ep is not longer than the run's 1ep"):
+        changing.longer(plan, "1ep", paths)
+    assert changing.longer(plan, "2ep", paths)[1].startswith("training_duration is 2ep instead of 1ep")
+
+
+def test_custom_weights_that_were_removed_are_copied_again(make_run: MakeRun, submitted: list[Any]) -> None:
+    """Training would fail for want of a copy that can be made again."""
+    run = make_run("chat-1", ("CREATED", "waits"))
+    write_atomic(run.result("prepare"), json.dumps(prepare_stage(run)))
+    RunPlan.read(run).completed(load_path=str(run.folder / "none")).write(run)
+    events.append(run.events, "FAILED", "")
+    fm.resume("chat-1")
+    assert len(submitted) == 1 and not run.is_done("prepare")
+
+
 def test_stages_behind_the_data_are_done_again(paths: RunFolder, submitted: list[Any]) -> None:
     """The old export would be registered as the result of the longer training, or the old version be changed."""
     fm.resume("chat-1", training_duration="3ep")
@@ -130,5 +177,6 @@ def test_stages_behind_the_data_are_done_again(paths: RunFolder, submitted: list
     assert [paths.is_done(stage) for stage in ("prepare", "train", "export", "register")] == [True] + [False] * 3
     assert paths.read_tracking().model_path == "model-3ep"
     assert yaml.safe_load(paths.foundry_yaml.read_text())["max_duration"] == "3ep"
+    assert paths.read_result("prepare") == {"train": os.readlink(paths.data("train")), "batch_size": 1, "steps": 3}
     message = events.read(paths.events)[-1].message
     assert message.endswith("Training continues from checkpoint ep1-ba1.") and "3ep instead of 1ep" in message

@@ -183,13 +183,19 @@ class RunPlan:
             weights_model=weights_model or plan.weights_model,
         )
 
+    def without_data(self) -> Self:
+        """The plan without what its data came to: it must be prepared again, in batches of the same size."""
+        return replace(self, data={split: replace(part, prepared=None) for split, part in self.data.items()})
+
     def for_rows(self, rows: int, tokens: int) -> Self:
         """The plan for an epoch of so many rows and tokens; a batch size that is final is kept."""
         batch_size = self.batch_size if self.batch_size_is_final else choose_batch_size(rows, self.spec.compute.devices)
         return replace(self, batch_size=batch_size, **_consequences(self.spec, self.card, batch_size, rows, tokens))
 
     def with_batches(self, batch_size: int) -> Self:
-        """The plan with the batches of an earlier one: training that has begun continues with the same.
+        """The plan with the batches of an earlier one, which also replace those of the overrides.
+
+        Training that has begun continues with the same batches.
 
         Raises:
             SpecError: the devices cannot share them.
@@ -200,7 +206,10 @@ class RunPlan:
                 f"compute: batches of {batch_size} rows cannot be shared equally by {devices} devices, and training "
                 f"that has begun keeps its batches. Use a number of devices that divides {batch_size}."
             )
-        return replace(self._changed(self.spec, batch_size), batch_size_is_final=True)
+        spec = self.spec
+        if BATCH_SIZE in spec.overrides:  # the YAML would have theirs, as overrides are merged last
+            spec = replace(spec, overrides={**spec.overrides, BATCH_SIZE: batch_size})
+        return replace(self._changed(spec, batch_size), batch_size_is_final=True)
 
     def on(self, compute: Compute, *, keep_batches: bool) -> Self:
         """The plan for other devices.

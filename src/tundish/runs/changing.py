@@ -1,6 +1,7 @@
 """What may change when a run is resumed: its devices, and a longer duration."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from tundish import launch
 from tundish.base.files import write_atomic
@@ -48,22 +49,25 @@ def longer(plan: RunPlan, training_duration: object, run: RunFolder) -> tuple[Ru
             f"training_duration: the run's checkpoints no longer exist, and its optimizer is lost with them. {instead}"
         )
     after = plan.longer(duration)
-    if plan.steps is None or after.steps is None:
+    if not run.foundry_yaml.exists():
         return after, ""  # nothing has been prepared, so nothing has been trained
-    wrong = f"training_duration: {duration} is not longer than the run's {before}"
-    if (duration.unit == "tok") != (before.unit == "tok"):
+    in_tokens, why = duration.unit == "tok", ""
+    lengths = (before.value, duration.value) if duration.unit == before.unit else (plan.steps, after.steps)
+    if in_tokens != (before.unit == "tok"):
+        why = "one is in tokens"
+    elif lengths[0] is None or lengths[1] is None:
+        why = "the run's prepared data no longer exists"
+    if why or lengths[0] is None or lengths[1] is None:
         raise SpecError(
-            f"training_duration: {duration} cannot be compared with the run's {before}: one is in tokens. Give the "
-            f"same unit. {instead}"
+            f"training_duration: {duration} cannot be compared with the run's {before}: {why}. Give the same unit. "
+            f"{instead}"
         )
-    in_tokens = duration.unit == "tok"
-    lengths = (before.value, duration.value) if in_tokens else (plan.steps, after.steps)
     if lengths[1] < lengths[0] or (trained and lengths[1] == lengths[0]):
-        raise SpecError(f"{wrong}. {instead}")
+        raise SpecError(f"training_duration: {duration} is not longer than the run's {before}. {instead}")
     if duration == before:
         return after, ""
     begins = ""
-    if checkpoints and not in_tokens and "scheduler.name" not in plan.spec.overrides:
+    if checkpoints and after.steps and not in_tokens and "scheduler.name" not in plan.spec.overrides:
         # The learning rate had fallen to 0 at the end of the shorter run.
         left = 1 - int(checkpoints[-1].rpartition("-ba")[2]) / after.steps
         begins = f", continues from about {left:.0%} of its peak"
@@ -82,15 +86,27 @@ def apply(before: RunPlan, plan: RunPlan, run: RunFolder, *, train_again: bool) 
         run: its folder.
         train_again: whether training, export and registration are to be done once more.
     """
+    prepared = run.read_result("prepare") if run.is_done("prepare") else None
+    trains = train_again or not run.is_done("train")
+    is_lost = _is_lost(plan, run)
+    if prepared is not None and trains and (is_lost or plan != before):
+        # First of all: if this process is killed before the YAML is that of the plan, the stage writes it.
+        run.result("prepare").unlink()
     if train_again:
         for stage in ("train", "export", "register"):
             run.result(stage).unlink(missing_ok=True)
         replace(run.read_tracking(), model_path=f"model-{plan.spec.training_duration}").write(run)
     plan.write(run)
     write_atomic(run.spec, plan.spec.to_json())
-    if not run.is_done("prepare") or run.is_done("train"):
-        return
-    if not plan.is_prepared or not all(run.data(split).exists() for split in plan.data):
-        run.result("prepare").unlink()  # the stage prepares what no longer exists
-    elif plan != before:
+    if prepared is not None and trains and not is_lost and plan != before:
         write_atomic(run.foundry_yaml, render(plan, run))
+        run.write_result("prepare", prepared | {"batch_size": plan.batch_size, "steps": plan.steps})
+
+
+def _is_lost(plan: RunPlan, run: RunFolder) -> bool:
+    """Whether something no longer exists that was prepared, and that training needs: the stage prepares it again."""
+    if not plan.is_prepared or not all(run.data(split).exists() for split in plan.data):
+        return True
+    # Custom weights are where training starts; later it continues from its own checkpoints.
+    is_missing = plan.load_path is not None and not Path(plan.load_path).exists()
+    return is_missing and not selecting.checkpoints(run.name)
