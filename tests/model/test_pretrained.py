@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tundish.errors import SpecError
-from tundish.model.pretrained import check_pretrained
+from tundish.model.pretrained import check_pretrained, state_of
 
 # Of PyTorch's own, in `torch.save` of a parameter's storage.
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
@@ -423,3 +423,16 @@ def test_all_that_is_wrong_is_told_at_once(base: Path) -> None:
         "model-00001-of-00003.safetensors",
         "model-00002-of-00003.safetensors",
     ]
+
+
+def test_a_file_that_is_replaced_by_one_of_its_size_and_time_changes_the_state(base: Path) -> None:
+    """Weights or a tokenizer that nobody has checked would be taken for those that `create()` has seen."""
+    config, before = base / "config.json", state_of(str(base))
+    assert before is not None and before == state_of(str(base))
+    stat = config.stat()
+    with open(config, "r+b") as file:  # in place, as rsync and cp do it
+        file.write(b"[")
+    os.utime(config, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    now = config.stat()
+    assert (now.st_size, now.st_mtime_ns, now.st_ino) == (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    assert state_of(str(base)) != before

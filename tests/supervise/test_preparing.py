@@ -87,8 +87,25 @@ def test_what_has_changed_since_is_left_to_the_stage(accepted: RunFolder, tmp_pa
         prepare_stage(accepted)
         assert RunPlan.read(accepted) == plan and plan.is_prepared, "from the same data, the same folder"
     elif changed == "base model":
-        with pytest.raises(SpecError, match=r"model\.safetensors: is cut off"):
+        with pytest.raises(SpecError, match=r"model\.safetensors: is truncated"):
             prepare_stage(accepted)
+
+
+def test_data_is_prepared_again_for_another_tokenizer(
+    make_run: MakeRun, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """The model would be trained on the tokens of the tokenizer that its folder had when the run was created."""
+    model = Path(shutil.copytree(arguments["model"], tmp_path / "copy"))
+    run = make_run("chat-1", model=str(model))
+    plan = planning.check(arguments | {"run_name": "chat-2", "model": str(model)})
+    dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, run_name="chat-1")).write(run)
+    (file,) = (file for file in model.iterdir() if b"</s>{% endif %}" in file.read_bytes())
+    file.write_text(file.read_text().replace("</s>{% endif %}", "</s> {% endif %}"))
+    assert not preparing.adopt(run)
+    prepare_stage(run)
+    first, second = plan.data["train"].prepared, RunPlan.read(run).data["train"].prepared
+    assert first is not None and second is not None and first.folder != second.folder
+    assert os.readlink(run.data("train")) == second.folder and preparing.adopt(run)
 
 
 @pytest.fixture

@@ -77,7 +77,8 @@ def state_of(model: str) -> str | None:
         stats = {file.name: file.stat() for file in files}
     except OSError:
         return None
-    states = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()]
+    # No copy or archive can set the time of the last change (ctime), as it can that of the content.
+    states = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats.items()]
     return hashlib.sha256(json.dumps(states).encode()).hexdigest() if states else None
 
 

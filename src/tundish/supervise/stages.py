@@ -51,7 +51,10 @@ def prepare_stage(run: RunFolder) -> dict[str, Any]:
     plan = planned(run)
     state = state_of(plan.spec.model)
     check_pretrained(plan.spec.model)  # again: the folder may have changed since create()
-    complete = prepare(plan, lambda split: _progress(run, f"Preparing the {split} data: {{share:.0%}}."))
+    # With another model, its tokenizer may be another one. Data that is still right is found again.
+    same_model = state is not None and state == plan.model_state
+    known = plan if same_model else plan.without_data()
+    complete = prepare(known, lambda split: _progress(run, f"Preparing the {split} data: {{share:.0%}}."))
     if any(event.type == "TRAIN_STARTED" for event in run.read_events()):
         _check_same_data(plan, complete)
     return finish(run, complete.completed(model_state=state), weights_warning(complete))
