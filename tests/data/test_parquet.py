@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.s3 import Bucket
 
+from tundish.base.home import downloads_dir
 from tundish.base.workers import guarded
 from tundish.data import rows as table_rows
 from tundish.data.encoding import Job
@@ -428,6 +429,10 @@ def test_folders_that_hold_more_than_one_thing_are_refused(tmp_path: Path, write
         _write(tmp_path / "hub" / name, _pairs([1]))
     problem = _refusal(tmp_path / "hub")
     assert "holds several splits (test-00000-of-00001.parquet, train-00000-of-00001.parquet)" in problem
+    _write(tmp_path / "warehouse" / "a.parquet", _pairs([1]))
+    write_deltalake(tmp_path / "warehouse" / "b", pa.Table.from_pylist(_pairs([2])))
+    problem = _refusal(tmp_path / "warehouse")
+    assert problem.startswith(f"{tmp_path / 'warehouse'}: holds the Delta table {tmp_path / 'warehouse' / 'b'}, whose")
     _write(tmp_path / "links" / "a.parquet", _pairs([1]))
     (tmp_path / "links" / "b.parquet").symlink_to(tmp_path / "mixed" / "a.parquet")
     assert "1 links out of the folder" in _refusal(tmp_path / "links")
@@ -535,6 +540,24 @@ def test_a_table_in_a_store_is_not_read_as_its_files(tmp_path: Path, bucket: Buc
     others = pa.Table.from_pylist([{"question": "a"}])
     write_deltalake(bucket.uri("t"), others, mode="overwrite", schema_mode="overwrite", storage_options=options)
     assert "has the columns question" in _refusal(bucket.uri("t"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("below", ["data", "data.parquet"])
+def test_prefixes_that_hold_more_than_one_thing_are_refused(tmp_path: Path, bucket: Bucket, below: str) -> None:
+    """As of a folder: the test split would be trained, or the old rows of a table; and all be downloaded first."""
+    content = _write(tmp_path / "a.parquet", _pairs([1])).read_bytes()
+    uri = bucket.put(f"1/{below}/train/0.parquet", content).removesuffix("/train/0.parquet")
+    bucket.put(f"1/{below}/test/0.parquet", content)
+    problem = _refusal(uri)
+    assert problem.startswith(f"{uri}: holds several splits (test/0.parquet, train/0.parquet), which would")
+    uri = bucket.put(f"2/{below}/a.parquet", content).removesuffix("/a.parquet")
+    bucket.put(f"2/{below}/b.jsonl", b"{}")
+    assert _refusal(uri).startswith(f"{uri}: holds .parquet files beside b.jsonl; a folder is read as one kind")
+    uri = bucket.put(f"3/{below}/table/a.parquet", content).removesuffix("/table/a.parquet")
+    bucket.put(f"3/{below}/table/_delta_log/00000000000000000000.json", b"{}")
+    assert _refusal(uri).startswith(f"{uri}: holds the Delta table {uri}/table, whose log says")
+    assert not list(downloads_dir().glob("*/**/*.parquet"))
 
 
 @pytest.mark.slow

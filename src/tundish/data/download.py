@@ -36,9 +36,28 @@ def fetch_folder(uri: str, suffix: str) -> Path:
     Raises:
         SpecError: the prefix cannot be read, or an object's name cannot be that of a file.
     """
+    versions = versions_below(uri)
+    return fetch_objects(uri, {key: version for key, version in versions.items() if key.endswith(suffix)})
+
+
+def versions_below(uri: str) -> dict[str, str | None]:
+    """Keys of all objects below a prefix, each with its version.
+
+    Raises:
+        SpecError: the prefix may not be read.
+    """
+    with store_errors_as(SpecError):
+        return {entry.key: entry.version for entry in open_store(uri).list()}
+
+
+def fetch_objects(uri: str, versions: Mapping[str, str | None]) -> Path:
+    """A folder with copies of some of the objects that `versions_below` names.
+
+    Raises:
+        SpecError: one of them cannot be read, or its name cannot be that of a file.
+    """
     with store_errors_as(SpecError):
         store = open_store(uri)
-        versions = {entry.key: entry.version for entry in store.list() if entry.key.endswith(suffix)}
     return _copy(store, versions)
 
 

@@ -5,9 +5,11 @@ Opening a source finds out what it is and refuses what cannot be read; it reads 
 
 import difflib
 import re
+from collections.abc import Iterable, Mapping
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 
+from tundish.base.objects.contract import is_uri
 from tundish.data.lines import Lines
 from tundish.data.parquet import SUFFIX as PARQUET
 from tundish.data.parquet import ParquetRows
@@ -108,21 +110,47 @@ def _is_part(path: Path) -> bool:
 def _open_parquet_folder(address: Address, rules: Rules) -> Source:
     path, given = address.path, address.given
     _refuse_file_of_table(path, given)
-    if lines := files_below(path, LINE_SUFFIXES, hidden=False):
+    names = files_below(path, (PARQUET, *LINE_SUFFIXES), hidden=False)
+    folders = {folder for name in names for folder in PurePath(name).parents}
+    parts = _parts(given, names, [str(folder) for folder in folders if (path / folder / "_delta_log").is_dir()])
+    if not parts:
+        raise SpecError(f"{given}: the folder holds no .parquet file. Folders inside it are searched too.")
+    return ParquetRows.open(path, given, rules)
+
+
+def _parts(given: str, names: Iterable[str], tables: Iterable[str]) -> list[str]:
+    """The Parquet files of a folder, or of a prefix, that is read as a whole.
+
+    Args:
+        given: the folder, for messages.
+        names: of the files below it that are not hidden.
+        tables: Delta tables below it.
+
+    Raises:
+        SpecError: something else is there, or what must not be read as one.
+    """
+    names, folder = list(names), given.rstrip("/")
+    parts = sorted(name for name in names if name.endswith(PARQUET))
+    if not parts:
+        return []
+    if table := min(tables, default=None):
+        raise SpecError(
+            f"{given}: holds the Delta table {folder}/{table}, whose log says which of its files count. Give the path "
+            "of the table, or of one file."
+        )
+    if lines := sorted(name for name in names if name.endswith(LINE_SUFFIXES)):
         raise SpecError(
             f"{given}: holds .parquet files beside {lines[0]}{' and others' * (len(lines) > 1)}; a folder is read as "
             "one kind of data. Give the path of one file, or move the others to another folder."
         )
-    names = files_below(path, PARQUET, hidden=False)
-    if not names:
-        raise SpecError(f"{given}: the folder holds no .parquet file. Folders inside it are searched too.")
-    splits = {match[1].lower(): name for name in names if (match := _SPLIT.search(name))}
+    splits = {match[1].lower(): name for name in parts if (match := _SPLIT.search(name))}
     if len(splits) > 1:
+        advice = "" if is_uri(given) else f", or name a split behind the folder, as in {folder}/train"
         raise SpecError(
             f"{given}: holds several splits ({', '.join(sorted(splits.values()))}), which would be read as one. Give "
-            f"the path of one file, or name a split behind the folder, as in {given.rstrip('/')}/train."
+            f"the path of one file{advice}."
         )
-    return ParquetRows.open(path, given, rules)
+    return parts
 
 
 def _refuse_file_of_table(path: Path, given: str) -> None:
@@ -180,7 +208,7 @@ def _open_texts(address: Address, rules: Rules) -> Source:
 
 def _open_object(uri: str, rules: Rules) -> Source:
     from tundish.data.delta import has_table
-    from tundish.data.download import fetch_file, fetch_folder
+    from tundish.data.download import fetch_file, fetch_folder, versions_below
 
     if rules.task_type == TEXT_TASK:
         return _open_texts(Address("path", str(fetch_folder(uri, TEXT)), uri), rules)
@@ -189,24 +217,32 @@ def _open_object(uri: str, rules: Rules) -> Source:
     if uri.endswith(PARQUET):
         return ParquetRows.open(_fetch_parquet(uri), uri, rules)
     # The data files of a Delta table end with .parquet, too, but only its log says which of their rows count.
-    if not has_table(uri.rstrip("/")):
-        parts = fetch_folder(uri, PARQUET)
-        if any(parts.iterdir()):
-            return ParquetRows.open(parts, uri, rules)
+    if not has_table(uri.rstrip("/")) and (folder := _fetch_parts(uri, versions_below(uri))):
+        return ParquetRows.open(folder, uri, rules)
     return _open_table(uri.rstrip("/"), uri, rules)
 
 
 def _fetch_parquet(uri: str) -> Path:
     """A local copy of an object, or of the parts below a prefix of that name: Spark names folders like files."""
-    from tundish.data.download import fetch_file, fetch_folder
+    from tundish.data.download import fetch_file, versions_below
 
     try:
         return fetch_file(uri)
     except SpecError as missing:
         try:
-            parts = fetch_folder(uri, PARQUET)
+            versions = versions_below(uri)
         except SpecError:
             raise missing from None
-        if any(parts.iterdir()):
-            return parts
+        if folder := _fetch_parts(uri, versions):
+            return folder
         raise
+
+
+def _fetch_parts(uri: str, versions: Mapping[str, str | None]) -> Path | None:
+    """A local copy of the Parquet files below a prefix; None if there are none."""
+    from tundish.data.download import fetch_objects
+
+    tables = [table.rstrip("/") for table, log, _ in (key.partition("_delta_log/") for key in versions) if log]
+    visible = [key for key in versions if not any(part[:1] in "._" for part in key.split("/"))]
+    parts = _parts(uri, visible, tables)
+    return fetch_objects(uri, {key: versions[key] for key in parts}) if parts else None
