@@ -74,7 +74,7 @@ class FailureCause(StrEnum):
     KILLED = "KILLED"
     """A process of the run was killed from outside, often by the out-of-memory killer."""
     CRASHED = "CRASHED"
-    """A process of the run was ended by a fault of its own, such as SIGSEGV."""
+    """A process of the run crashed, for example with SIGSEGV."""
     RUN_DAMAGED = "RUN_DAMAGED"
     """A file of the run's folder is damaged."""
     UNKNOWN = "UNKNOWN"
@@ -89,7 +89,7 @@ class FailureCause(StrEnum):
 class TundishError(Exception):
     """Base of all errors of tundish; `.message` is the whole text.
 
-    `.failure` is the cause that a run has which fails with this error: the class's own, or the one given.
+    `.failure` is the cause of a run that fails with this error: the one given, or the default of its class.
     """
 
     failure: FailureCause = FailureCause.UNKNOWN

@@ -79,7 +79,7 @@ class TrainingRun(RunRecord):
             key: only this metric, such as `loss/train/total`; None returns all.
 
         Raises:
-            RequestError: MLflow cannot be reached and the run's folder has no metrics, or there is none of that name.
+            RequestError: MLflow cannot be reached and the run's folder has no metrics, or no metric of that name.
         """
         from tundish.tracking import metrics  # loads matplotlib
 
@@ -90,7 +90,7 @@ class TrainingRun(RunRecord):
         )
 
     def plot(self) -> "Figure":
-        """Training and evaluation loss so far, by batch; `run.plot().savefig("loss.png")` saves the picture.
+        """Training and evaluation loss so far, by batch; `run.plot().savefig("loss.png")` saves it.
 
         Raises:
             RequestError: MLflow cannot be reached and the run's folder has no metrics.
@@ -219,7 +219,7 @@ def get(training_run: str | TrainingRun) -> TrainingRun:
     """The run as it is now.
 
     Raises:
-        RunNotFoundError: there is none of that name.
+        RunNotFoundError: there is no run of that name.
     """
     run = reading.read_run(selecting.name_of(training_run))
     _use_store_of(run)

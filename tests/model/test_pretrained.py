@@ -224,7 +224,7 @@ def test_a_good_model_of_every_family_is_taken(family: str, bare_model: Path, tm
         (
             "names of PEFT",
             "the names of its weights start with 'base_model.model.', which another program added; "
-            "transformers knows none of them. Save the model without the prefix.",
+            "transformers does not know them. Save the model without the prefix.",
         ),
         ("names of another library", "its config.json does not need 21 of its 21 weights: encoder."),
         (

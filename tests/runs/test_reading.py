@@ -114,7 +114,7 @@ def test_a_run_whose_supervisor_died_has_failed(make_run: MakeRun) -> None:
         process.kill()
     run = read_run("ift-1")
     assert run.status is RunStatus.FAILED
-    assert "The supervisor exited without an event after TRAIN_STARTED" in (run.details or "")
+    assert "The supervisor exited after TRAIN_STARTED without reporting a result" in (run.details or "")
 
 
 def test_a_run_that_ended_stays_ended_when_its_supervisor_is_gone(make_run: MakeRun) -> None:

@@ -76,7 +76,7 @@ def test_a_run_survives_the_death_of_all_its_processes(
     for one in [process, *process.children(recursive=True)]:
         one.send_signal(signal.SIGKILL)
     _wait(lambda: fm.get(run).status.display_name == "Failed")
-    assert "The supervisor exited without an event" in str(fm.get(run).details)
+    assert "without reporting a result" in str(fm.get(run).details)
     done = fm.resume(run).wait(timeout=900)
     assert done.status.display_name == "Completed", done.details
 

@@ -33,7 +33,7 @@ _NO_SECRET = re.compile(
 )
 """A folder, where a secret is, or a tokenizer's token."""
 _SAID_WITH_A_COLON = re.compile(r"passw|passphrase|secret|(access|api|private)[_-]?key", re.IGNORECASE)
-"""Names that mask what follows their colon even in a sentence; `token: …` is said of many a token."""
+"""Names that mask what follows their colon even in a sentence; `token: …` is often about tokens of text."""
 
 _USER_AND_PASSWORD = re.compile(r"(?<=://)[^\s/:@]*:\S{0,1000}@")
 """Up to the last `@`: a password may hold `/` and `@`."""
@@ -82,10 +82,10 @@ def names_secret(name: str) -> bool:
 
 
 def redacted(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """`text` with `***` for every secret that is seen in it, or that the environment holds.
+    """`text` with `***` for every secret that is recognized in it, or that the environment holds.
 
-    Masked are passwords in addresses, values of names that say what they are, authorization headers, and tokens whose
-    beginning tells them. Masking twice changes nothing.
+    Masked are passwords in addresses, values of names that say what they are, authorization headers, and tokens with a
+    known prefix. Masking twice changes nothing.
     """
     for secret in sorted(_secrets_of(environment), key=len, reverse=True):
         if len(secret) >= SHORTEST_SECRET and secret.lower() not in PLAIN_WORDS:
@@ -135,9 +135,9 @@ def _may_hold(match: re.Match[str]) -> bool:
     if name.lower() == "pwd" or match["in_address"] is not None:
         return name.lower() == "pwd" or names_secret(name)
     if name == "key":
-        return False  # so it is said how options are written
-    said = ":" not in match["sign"] or bool(match["quote"]) or _SAID_WITH_A_COLON.search(name) is not None
-    return said and names_secret(name)
+        return False  # `key=value` is how help texts describe options
+    assigns = ":" not in match["sign"] or bool(match["quote"]) or _SAID_WITH_A_COLON.search(name) is not None
+    return assigns and names_secret(name)
 
 
 def _is_harmless(name: str, value: str) -> bool:

@@ -2,7 +2,7 @@
 
 Chat templates, tokenizers and damaged data can take all time and memory there is, or end the process that reads them.
 So a forked process does it, and ends as a sentence: `guarded` runs one function in such a process, `Workers` many tasks
-in several. In them, `limited` says how much a piece of work may take, and what is told if it takes more.
+in several. In them, `limited` sets how much a piece of work may take, and the error if it takes more.
 """
 
 import faulthandler
@@ -59,11 +59,11 @@ _allowed = MEMORY_BYTES
 def limited(what: object, seconds: float | None = None, memory: int | None = None) -> Iterator[None]:
     """Let the block take so much; a process that takes more ends, and its starter says so.
 
-    A process that nobody here has started is not limited: it is Spark's, or a test's.
+    A process that was not started here is not limited: it is Spark's, or a test's.
 
     Args:
         what: it is at, for the error.
-        seconds: of its CPUs' time, so that a busy machine is no reason to end.
+        seconds: of CPU time, so that a busy machine does not end it.
         memory: bytes beyond what it has; None: MEMORY_BYTES.
     """
     if _starter is None:
@@ -86,7 +86,7 @@ def limited(what: object, seconds: float | None = None, memory: int | None = Non
 
 
 def took_memory(memory: int | None = None) -> str:
-    """What is said of work that took more memory than it may, behind its name; without a number, the last one's."""
+    """The end of an error's sentence on work that took more than `memory` bytes; None: the latest limit."""
     return f"took more than {(memory or _allowed) / (1 << 30):.2g} GiB of memory"
 
 

@@ -125,7 +125,7 @@ class SaveFolder:
         """The text of a `.symlink` file, read anew each time.
 
         Raises:
-            CheckpointError: it does not exist, or is no text.
+            CheckpointError: it does not exist, or is not text.
         """
         path = self.local / name
         try:

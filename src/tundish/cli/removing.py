@@ -89,7 +89,7 @@ def clean(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print_table(
             ["WHAT", "SIZE", "WHERE"],
-            [(each.kind, size_text(each.bytes), each.path.relative_to(home())) for each in leftovers],
+            [(item.kind, size_text(item.bytes), item.path.relative_to(home())) for item in leftovers],
         )
         print(f"In {home()}; another {size_text(used)} are in use and stay.")
     removed = list[cleaning.Leftover]()

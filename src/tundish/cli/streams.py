@@ -48,7 +48,7 @@ def reader_closed() -> bool:
 
 
 def flush() -> OSError | None:
-    """Flush standard output. Returns the error if that fails; a closed pipe is none, its reader has read enough."""
+    """Flush standard output. Returns the error if that fails, except for a closed pipe: its reader has read enough."""
     try:
         sys.stdout.flush()
     except OSError as error:

@@ -1,8 +1,8 @@
 """Byte-level BPE tokenizers (Llama 3, GPT-2, Qwen, DBRX …) run by tiktoken: about three times the speed of
 `tokenizers` on plain text.
 
-Ranks and pattern are taken from the tokenizer itself. Whether both give the same ids is not argued but tried, on
-texts made to tell them apart; a tokenizer that fails, or that tiktoken cannot express, stays with `tokenizers`.
+Ranks and pattern are taken from the tokenizer itself. Whether both give the same ids is tested on texts made to
+reveal differences; a tokenizer that fails, or that tiktoken cannot express, stays with `tokenizers`.
 """
 
 import re

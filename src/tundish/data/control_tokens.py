@@ -16,7 +16,7 @@ BORDER_LETTERS = 4
 
 
 class Finder:
-    """Finds any of some words in a text, fast where there is none."""
+    """Finds any of a set of words in a text; fast for texts without one."""
 
     def __init__(self, words: Iterable[str]) -> None:
         longest_first = sorted(words, key=lambda word: (-len(word), word))
@@ -44,7 +44,7 @@ class Known(NamedTuple):
     control: int
     """How many of them."""
     borders: tuple[str, ...]
-    """Texts between two contents that are no tokens: in a content, nothing could tell them from a turn."""
+    """Texts between two contents that are not tokens: inside a content, they could not be distinguished from a turn."""
 
     @classmethod
     def of(cls, fixed: tuple[str, ...], control: Finder) -> "Known":

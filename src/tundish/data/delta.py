@@ -44,7 +44,7 @@ class DeltaRows:
         """The newest version of the table at a path or URI.
 
         Raises:
-            SpecError: there is no table, it lacks the columns, or it uses what cannot be read.
+            SpecError: there is no table, it lacks the columns, or it uses a feature that cannot be read.
         """
         from deltalake.exceptions import DeltaError
 
@@ -135,7 +135,7 @@ def _delta_table(uri: str, version: int | None = None) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The first and the last cause that an error names; a store's is an XML document in colours."""
+    """The first and the last cause that an error names; a store's is an XML document in colors."""
     text = str(error).strip() or repr(error)
     causes = re.split(r"\s*\x1b\[31m↳\x1b\[0m\s*", text)
     code = re.search(r"<Code>(\w+)</Code>", causes[-1])

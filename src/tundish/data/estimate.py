@@ -187,7 +187,7 @@ def estimate(source: Source, job: Job, steps: Steps, duration: str, progress: Pr
         job: what is made of its samples.
         steps: batch size and steps of the run.
         duration: of the run, for the report.
-        progress: told how far it is.
+        progress: called with the progress.
 
     Raises:
         DataError: there is no good sample in what was read, or compressed data is damaged.

@@ -16,7 +16,7 @@ MAX_EXPANDED_BYTES = 1 << 30
 MAX_RATIO = 200
 """Of compressed data that expands to more than MAX_EXPANDED_BYTES; text is compressed to a third, or to a twentieth."""
 MAX_PASSED_BYTES = 1 << 30
-"""A line that is longer still ends the reading: the file is none of lines."""
+"""A line that is even longer ends the reading: the file does not consist of lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +151,6 @@ def open_lines(path: Path, compression: Compression) -> BinaryIO:
         return open(path, "rb")
     import pyarrow as pa
 
-    # Unlike Python's own readers of these formats, it tells a stream that is cut off from one that has ended.
+    # Unlike Python's own readers of these formats, it distinguishes a truncated stream from a complete one.
     stream = pa.input_stream(str(path), compression={".gz": "gzip", ".zst": "zstd"}[compression])
     return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, stream), CHUNK_BYTES))

@@ -33,7 +33,7 @@ class Prepared:
     refused: int = 0
     """Empty .txt files, which hold no sample; a bad sample is an error."""
     warnings: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """What was found that is no problem: rule, text and the numbers of the samples."""
+    """Warnings: rule, text and the numbers of the samples."""
     engine: str = "tokenizers"
     """The library that turned text into ids; both give the same."""
     template_date: str = TEMPLATE_DATE

@@ -81,7 +81,7 @@ def _load(job: Job) -> None:
 
 
 class _HasProblems(Exception):
-    """Ends the block that makes a folder, so that there is none."""
+    """Ends the block that creates a folder, so that none is created."""
 
 
 def examine(source: Source, job: Job, cluster: str | None = None, progress: Progress = no_progress) -> Outcome:

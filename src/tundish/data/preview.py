@@ -29,7 +29,7 @@ def segments(tokens: NDArray[Any], targets: NDArray[Any], backend: Any) -> Itera
 
 
 def marked_html(parts: Sequence[Segment]) -> str:
-    """A `pre` element in which trained text has a colour."""
+    """A `pre` element in which trained text has a color."""
     marked = "".join(
         f'<mark style="background:#c8e6c9">{html.escape(text)}</mark>' if trained else html.escape(text)
         for text, trained in parts

@@ -54,7 +54,7 @@ class Report:
 
     def to_dict(self, most: int) -> dict[str, Any]:
         """The report for JSON, with `most` bytes for the places of each finding."""
-        content = {one.name: getattr(self, one.name) for one in fields(self)}
+        content = {field.name: getattr(self, field.name) for field in fields(self)}
         content["problems"] = [finding.to_dict(most) for finding in self.problems]
         content["warnings"] = [finding.to_dict(most) for finding in self.warnings]
         # What it keeps of the warnings is those of above.
@@ -94,11 +94,11 @@ class Validation:
     def save(self, path: str | Path) -> None:
         """Write `to_dict()` as JSON."""
         content = self.to_dict()
-        findings = [one for report in content["reports"] for one in (*report["problems"], *report["warnings"])]
+        findings = [item for report in content["reports"] for item in (*report["problems"], *report["warnings"])]
         # With a line for each place, a file would have a million lines.
-        places = [json.dumps(one["where"], ensure_ascii=False) for one in findings]
-        for number, one in enumerate(findings):
-            one["where"] = f"\0{number}"
+        places = [json.dumps(finding["where"], ensure_ascii=False) for finding in findings]
+        for number, finding in enumerate(findings):
+            finding["where"] = f"\0{number}"
         text = json.dumps(content, indent=2, ensure_ascii=False)
         text = re.sub(r'"\\u0000(\d+)"', lambda match: places[int(match[1])], text)
         write_atomic(local_path(path, "path"), text + "\n")
@@ -118,10 +118,10 @@ class Validation:
 
 def _html(report: Report) -> str:
     head, *rest = report.lines()
-    colour = "#b00020" if report.problems else "#1b5e20"
+    color = "#b00020" if report.problems else "#1b5e20"
     items = "".join(f"<li>{html.escape(line.strip())}</li>" for line in rest)
     sample = f"<p>The first sample as the model sees it; trained tokens are marked.</p>{marked_html(report.preview)}"
-    title = f'<b style="color:{colour}">{html.escape(head)}</b>'
+    title = f'<b style="color:{color}">{html.escape(head)}</b>'
     return f"<div>{title}<ul>{items}</ul>{sample if report.preview else ''}</div>"
 
 
@@ -134,7 +134,7 @@ def report_on(argument: str, source: Source, job: Job, cluster: str | None, prog
     if cluster is None:
         outcome = examine(source, job, cluster, progress)
         return report_of(argument, source, outcome, _preview(source, job))
-    # Before the tokenizer is loaded here. What the source is, the reader of tables has told.
+    # Before the tokenizer is loaded in this process.
     preview = guarded(_preview, source, job, tables=True)
     return report_of(argument, source, examine(source, job, cluster, progress), preview)
 

@@ -45,7 +45,7 @@ def prepare_on_cluster(job: Job, source: Source, folder: Path, cluster: str, pro
         source: the samples.
         folder: seen by driver and executors.
         cluster: `spark://host:port`, `sc://host:port` or `local[n]`.
-        progress: told how far it is.
+        progress: called with the progress.
 
     Raises:
         DataError: the data cannot be read.
@@ -155,7 +155,7 @@ def _is_running() -> bool:
 
 
 def _reach(cluster: str) -> None:
-    """Try an address: Spark itself goes on for minutes, and does not say then that nobody listens.
+    """Connect to a cluster once: Spark itself retries for minutes, and then does not report that the port is closed.
 
     Raises:
         OSError: none of the cluster's masters can be reached.

@@ -1,4 +1,4 @@
-"""What can be said of data without a tokenizer: whether its lines or rows are samples."""
+"""Checks data without a tokenizer: whether its lines or rows are samples."""
 
 from tundish.base.workers import Workers, no_collection
 from tundish.data.encoding import EncodedChunk
@@ -10,7 +10,7 @@ from tundish.errors import DataError
 
 
 def check_structure(source: Source) -> Outcome:
-    """What can be said of a source without a tokenizer: whether its lines or rows are samples.
+    """Check a source without a tokenizer: whether its lines or rows are samples.
 
     Raises:
         DataError: compressed data is damaged.

@@ -64,7 +64,7 @@ class Rendered(NamedTuple):
     turns: list[Turn]
     """Prompt and reply of each assistant message."""
     fixed: "tuple[str, ...] | None"
-    """What the template wrote itself, around and between the contents; None where that cannot be told from them."""
+    """What the template wrote itself, around and between the contents; None if it cannot be distinguished from them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ class ChatTemplate:
         try:
             turns = self.turns_by_prefix(marked) if len(roles) <= EVERY_PREFIX else self._turns_by_places(marked)
         except DataError:
-            return None  # told of the chat itself
+            return None  # the same error is raised for the chat itself
         turns_of_pieces = [(list(_pieces(prompt)), list(_pieces(reply))) for prompt, reply in turns]
         pieces = [piece for turn in turns_of_pieces for pieces in turn for piece in pieces]
         holes = [piece.message for piece in pieces if isinstance(piece, _Hole)]

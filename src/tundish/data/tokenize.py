@@ -2,7 +2,7 @@
 
 Three differences on purpose: a chat template that prints the date gets a fixed one, so that the same data gives the
 same tokens tomorrow; a tokenizer without a template gets ChatML visibly, saved with the tokenizer; and in a chat, what
-looks like a control token inside a message stays text, so that nobody's words can end a turn or begin one.
+looks like a control token inside a message stays text, so that no text can end a turn or begin one.
 """
 
 import functools
@@ -162,7 +162,7 @@ class Encoder:
         return None
 
     def _known_of(self, rendered: Rendered, messages: Messages) -> Known:
-        """What the template itself writes into a chat like this one, in which that cannot be told from the contents."""
+        """What the template itself writes into a chat like this one, if that cannot be separated from the contents."""
         neutral = [{**message, "content": "x"} for message in messages]
         try:
             text = "".join(text for turn in self._template.turns_by_prefix(neutral) for text in turn)

@@ -35,7 +35,7 @@ def mlflow() -> Finding:
 
 
 def _missing(uri: str) -> Path | None:
-    """The file or folder that opening the store would create; None where it exists or is no path.
+    """The file or folder that opening the store would create; None if it exists or is not a path.
 
     Raises:
         StoreError: it cannot be created.

@@ -154,7 +154,7 @@ def _hub_card(spec: RunSpec, license: str) -> Any:
 
 
 def version_of(client: "MlflowClient", name: str, mlflow_run_id: str, model_path: str = "model") -> str | None:
-    """The newest version of `name` that this run created from `model_path`; None if there is none, or it failed."""
+    """The newest version of `name` that this run created from `model_path`; None if it created none, or that failed."""
     # The path is compared only if it is not the usual one: not every registry returns it unchanged.
     numbers = [
         int(version.version)

@@ -258,7 +258,7 @@ def _differences(folder: Path, stored: Mapping[str, Stored], asked: Architecture
     if wrapper := _wrapper(stored, asked):
         yield (
             f"{where}: the names of its weights start with {wrapper!r}, which another program added; "
-            "transformers knows none of them. Save the model without the prefix."
+            "transformers does not know them. Save the model without the prefix."
         )
         return
     # The model may have been saved without its head.
@@ -291,7 +291,7 @@ def _differences(folder: Path, stored: Mapping[str, Stored], asked: Architecture
 
 
 def _wrapper(stored: Mapping[str, Stored], asked: Architecture) -> str | None:
-    """The prefix that another program added to all names; None if there is none."""
+    """The prefix that another program added to all names; None: no prefix."""
     name = next(iter(asked.shapes))
     wrappers = {full.removesuffix(name) for full in stored if full.endswith(name)}
     return None if "" in wrappers or len(wrappers) != 1 else wrappers.pop()

@@ -31,7 +31,7 @@ ADDRESS_SCHEMES: dict[Takes, tuple[str, ...]] = {
     "folder": tuple(name for name in _STORES if name != "hf"),
     "file": (),
 }
-"""URIs that each takes beside `file:` and `dbfs:`."""
+"""URIs that each accepts besides `file:` and `dbfs:`."""
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 FILE_SUFFIXES = (*LINE_SUFFIXES, ".parquet")
 """Of files of samples: a name that ends so is no name of a table."""
@@ -50,7 +50,7 @@ _BLANKS = " \t\r\n\v\f\u00a0\u200b\u2060\ufeff"
 
 
 class Beside(str):
-    """A text as it stands in a file: relative paths in it start from that file's folder."""
+    """A text from a file: relative paths in it start from that file's folder."""
 
     folder: Path
 
@@ -86,7 +86,7 @@ class Address:
             argument: what messages begin with.
 
         Raises:
-            SpecError: it is no address of what the argument takes, or leaves its root.
+            SpecError: it is not an address that the argument accepts, or it leaves its root.
         """
         try:
             return _parsed(given, takes)
@@ -236,9 +236,9 @@ def _artifact_path(text: str, given: str, *, looked_for: bool) -> Path | None:
 
 
 def may_be_split(path: Path) -> bool:
-    """Whether a path that is no file may be a local folder of a dataset, with a split's name at its end.
+    """Whether a path that is not a file may be a local folder of a dataset, with a split's name at its end.
 
-    `datasets` looks at all files below a folder: in a project with its packages, or beside a home, for minutes.
+    `datasets` looks at all files below a folder: in a project with its packages, or above home folders, for minutes.
     """
     usual = path.name in USUAL_SPLITS
     if path.is_dir() and (usual or (path / "state.json").is_file()):  # what `save_to_disk` has written has the latter

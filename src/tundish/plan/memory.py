@@ -58,9 +58,9 @@ class Choice:
     microbatch: int
     """Rows in one forward pass of a device."""
     activation_checkpointing: bool = False
-    """Whether the layers' activations are computed again instead of kept."""
+    """Whether activations are recomputed in the backward pass instead of kept."""
     reshard_after_forward: bool = True
-    """Whether layers are gathered once more on the way back instead of kept whole."""
+    """Whether layers are gathered again in the backward pass instead of kept whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,16 +148,16 @@ class MemoryPlan:
 
     def lines(self) -> Iterator[str]:
         """A table of the candidates."""
-        yield "  memory of a device at the peak of a step, in GiB; layers kept, or computed again on the way back"
+        yield "  memory of a device at the peak of a step, in GiB; layers: kept, or computed again in the backward pass"
         yield "    microbatch  layers  states  gathered  activations  logits    peak"
-        for one in self.candidates:
-            parts = (one.states, one.gathered, one.activations, one.logits, one.peak)
+        for step in self.candidates:
+            parts = (step.states, step.gathered, step.activations, step.logits, step.peak)
             numbers = [f"{part / GIB:.2f}" for part in parts]
             columns = [text.rjust(width) for text, width in zip(numbers, (6, 8, 11, 6, 6), strict=True)]
-            layers = "again" if one.choice.activation_checkpointing else "kept"
-            whole = "" if one.choice.reshard_after_forward else ", weights gathered once"
-            mark = f"  ← chosen{whole}" if one == self.chosen else ""
-            yield f"    {one.choice.microbatch:>10}  {layers:>6}  {'  '.join(columns)}{mark}"
+            layers = "again" if step.choice.activation_checkpointing else "kept"
+            whole = "" if step.choice.reshard_after_forward else ", weights gathered once"
+            mark = f"  ← chosen{whole}" if step == self.chosen else ""
+            yield f"    {step.choice.microbatch:>10}  {layers:>6}  {'  '.join(columns)}{mark}"
         if not self.fits:
             yield f"    none fits into the {self.device_memory / GIB:.1f} GiB of a device; the smallest is chosen"
 
@@ -165,17 +165,17 @@ class MemoryPlan:
 def plan(setting: Setting, device_memory: int, fixed: Mapping[str, Any] | None = None) -> MemoryPlan:
     """Choose for devices of `device_memory` bytes; `fixed`: see `candidates`."""
     fixed = fixed or {}
-    found = list(dict.fromkeys(candidates(setting, fixed)))
+    steps = list(dict.fromkeys(candidates(setting, fixed)))
     limit = usable(device_memory, setting.device)
-    best = next((one for one in found if one.peak <= limit), None)
-    chosen = best or min(found, key=lambda one: one.peak)
+    best = next((step for step in steps if step.peak <= limit), None)
+    chosen = best or min(steps, key=lambda step: step.peak)
     if best is not None and setting.device == "cpu" and "reshard_after_forward" not in fixed:
-        # Gathering is copying here: once instead of twice makes a small model's step a tenth faster. On a GPU it is
-        # done beside the computing.
+        # Gathering is copying here: once instead of twice makes a small model's step a tenth faster. On a GPU it
+        # overlaps with computing.
         kept = step_memory(setting, replace(best.choice, reshard_after_forward=False))
         chosen = kept if kept.peak <= limit else best
-        found[found.index(best)] = chosen
-    return MemoryPlan(candidates=found, chosen=chosen, fits=best is not None, device_memory=device_memory)
+        steps[steps.index(best)] = chosen
+    return MemoryPlan(candidates=steps, chosen=chosen, fits=best is not None, device_memory=device_memory)
 
 
 def _root_parameters(card: ModelCard) -> int:

@@ -237,7 +237,7 @@ def check_config(model: str) -> None:
 
 
 def license_of(model: str) -> str:
-    """The license of a supported model, or of a folder; UNKNOWN_LICENSE where there is none, or no such folder."""
+    """The license of a supported model or of a folder; UNKNOWN_LICENSE if it has none, or does not exist."""
     try:
         return find_card(model).license
     except SpecError:

@@ -93,7 +93,7 @@ SCHEDULERS: Mapping[str, Mapping[str, Value]] = {
         "t_scale": TIME, "t_cooldown": TIME, "t_max": TIME, "alpha_f_decay": NUMBER, "alpha_f_cooldown": NUMBER,
     },
 }  # fmt: skip
-"""What each takes beside the keys that all of them take."""
+"""What each accepts besides the keys that all of them accept."""
 COMPONENTS: Mapping[str, Mapping[str, Mapping[str, Value]]] = {
     "callbacks": {
         "early_stopper": {
@@ -253,7 +253,7 @@ REFUSED: Mapping[str, str] = {
     "callbacks.env_logging": "it starts other programs",
     "callbacks.memory_snapshot": "it writes files to any path",
     "callbacks.oom_observer": "it writes files to any path",
-    "loggers.mosaicml": "it reports to a platform of its own",
+    "loggers.mosaicml": "it reports to a separate platform",
     "loggers.wandb.init_kwargs": "it may name programs and files; set W&B's variables, such as WANDB_MODE",
     "algorithms.alibi": "it changes the model into another one, which no export knows",
     "algorithms.gated_linear_units": "it changes the model into another one, which no export knows",

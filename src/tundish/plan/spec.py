@@ -174,11 +174,11 @@ class Arguments:
     """What could be read of the arguments of a call."""
 
     spec: RunSpec | None
-    """None where an argument could not be read; where only overrides are wrong, it is there beside the problems."""
+    """None if an argument could not be read; present besides the problems if only overrides are wrong."""
     card: ModelCard | None
-    """None where the model is not known."""
+    """None if the model is unknown."""
     task_type: TaskType | None
-    """None where it is not a task type."""
+    """None if it is not a task type."""
     data: Mapping[str, Address]
     """Addresses that could be read, by their argument's name."""
     weights: Address | None

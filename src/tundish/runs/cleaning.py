@@ -47,7 +47,7 @@ class Needs:
     preparing: bool = False
     """Whether an active run has not recorded yet which prepared data it uses."""
     unknown: bool = False
-    """Whether a damaged run may need checkpoints that cannot be told from others."""
+    """Whether a damaged run may need checkpoints that cannot be distinguished from others."""
 
     def has(self, kind: str, path: Path) -> bool:
         """Whether a run needs this, or may need it."""

@@ -69,7 +69,7 @@ def read_run(name: str) -> RunRecord:
     """The record of the run of that name.
 
     Raises:
-        RunNotFoundError: there is none.
+        RunNotFoundError: there is no such run.
         RunDamagedError: a file in its folder cannot be read.
     """
     run = find_run(name)
@@ -151,7 +151,7 @@ def find_run(name: str) -> RunFolder:
     """The folder of an existing run.
 
     Raises:
-        RunNotFoundError: there is none of that name; similar names are suggested.
+        RunNotFoundError: there is no run of that name; similar names are suggested.
         RunDamagedError: it is not a folder.
     """
     if (RUN_NAME.fullmatch(name) and os.path.lexists(runs_dir() / name)) or name in (names := run_names()):
@@ -183,7 +183,7 @@ def _status(happened: list[events.Event], life: Life) -> tuple[RunStatus, str]:
         return status, message
     if life.alive:
         return (RunStatus.QUEUED, life.waiting) if life.waiting else (status, life.unknown or message)
-    how = life.end or f"The supervisor exited without an event after {last.type}; its log may say why."
+    how = life.end or f"The supervisor exited after {last.type} without reporting a result; its log may show why."
     return (RunStatus.STOPPED if life.canceled else RunStatus.FAILED), f"{how} `tundish resume` continues it."
 
 

@@ -48,7 +48,7 @@ def named(text: str) -> str:
     The Python API takes whole names only: a program must not get another run because the one it names was removed.
 
     Raises:
-        RunNotFoundError: there is none.
+        RunNotFoundError: there is no such run.
         RequestError: several runs begin with these letters.
     """
     if text == LAST:

@@ -100,7 +100,7 @@ class Explanation:
     sentence: str
     """What went wrong and, where it is known, what to do."""
     quoted: str = ""
-    """The end of the log that shows it, in lines; empty where there is none."""
+    """The lines at the end of the log that show it; may be empty."""
 
 
 def explain(logs: Mapping[str, str], returncode: int) -> Explanation:
@@ -204,5 +204,7 @@ def lost_nodes(text: str) -> list[str]:
 
 def _end(text: str) -> str:
     """The last lines that are not the launcher's, indented."""
-    lines = [line.rstrip() for line in text.splitlines() if line.strip() and not any(w in line for w in LAUNCHER_WORDS)]
+    lines = [
+        line.rstrip() for line in text.splitlines() if line.strip() and not any(word in line for word in LAUNCHER_WORDS)
+    ]
     return "\n".join(f"    {line[:QUOTED_CHARACTERS]}" for line in lines[-QUOTED_LINES:])

@@ -118,7 +118,7 @@ def plot(metrics: "pd.DataFrame", title: str) -> Figure:
         axes.text(0.5, 0.5, "No loss has been logged yet.", ha="center", va="center", transform=axes.transAxes)
     axes.set_xlabel("batch (optimizer steps done)")
     axes.set_ylabel("loss (nats per target token)")
-    axes.set_title(title, fontsize=11, parse_math=False)
+    axes.set_title(title, fontsize=11, parse_math=False)  # a `$` in a title does not begin a formula
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -268,7 +268,7 @@ def set_status(run: RunFolder, status: str) -> None:
         with store_errors(tracking.tracking_uri), impatient(retries=1):
             if status == "RUNNING":
                 client(tracking).update_run(tracking.run_id, status)
-            else:
+            else:  # also records the end time
                 client(tracking).set_terminated(tracking.run_id, status)
     except StoreError as error:
         log.warning("The run's status in MLflow could not be set to %s: %s", status, error.message)

@@ -43,6 +43,7 @@ def main() -> None:
         if not _is_done(trainer.state):
             trainer.fit()
         elif not has_learned():
+            # Killed after its last checkpoint, before LossGuard could fail it.
             raise nothing_learned(trainer.state)
         trainer.close()
     except Exception as error:

@@ -51,6 +51,7 @@ class DecoupledLionW(FoundryLion):
         momenta = [_local(self.state[parameter]["exp_avg"]) for parameter in parameters]
         beta1, beta2 = group["betas"]
         if group["weight_decay"] != 0:
+            # Decoupled, as in LLM Foundry: the decay follows the schedule, but does not depend on the peak rate.
             share = group["lr"] / group["initial_lr"] if group["initial_lr"] else 1.0
             _mul_(weights, 1 - share * group["weight_decay"])
         updates = _lerp(momenta, gradients, 1 - beta1)

@@ -76,13 +76,15 @@ class RowOrder(DistributedSampler[int]):
     def __iter__(self) -> Iterator[int]:
         rows = np.arange(self.num_rows)
         if self.shuffle:
+            # Depends on seed and epoch alone: the same order on any number of ranks, and after a resume.
             np.random.default_rng((self.seed, self.epoch)).shuffle(rows)
+        # Fillers, not repeated rows: every row is trained exactly once in an epoch.
         filled = np.full(len(self) * self.num_replicas, -1)
         filled[: self.num_rows] = rows
         # [batches, ranks, rows of a rank]: this rank's column
         mine = filled.reshape(self.num_batches, self.num_replicas, self.rank_batch_size)[:, self.rank]
         if self.epoch == self.done[0]:
-            mine[: self.done[1]] = -1
+            mine[: self.done[1]] = -1  # Composer skips these batches without training on them
         return iter(mine.ravel().tolist())
 
 
@@ -100,6 +102,7 @@ class Collate:
         [B, T]; `total_tokens`, `loss_generating_tokens` lists of B numbers, so that microbatches can be cut from them.
         """
         longest = max(1, *(len(row["tokens"]) for row in rows))
+        # Rounding up must not make a row longer than the model's context.
         length = min(-(-longest // 8) * 8, max(self.max_seq_len, longest))
         shape = (len(rows), length)
         input_ids, labels = torch.full(shape, self.pad_token_id), torch.full(shape, IGNORE_INDEX)

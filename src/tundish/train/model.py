@@ -16,7 +16,7 @@ def target_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     Args:
         logits: [B, T, vocabulary]; position t predicts token t+1.
-        labels: int64 [B, T], -100 where a token is no target.
+        labels: int64 [B, T], -100 where a token is not a target.
     """
     # The labels are shifted, not the logits: slicing those copies them, which takes gigabytes at a full context.
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).reshape(-1)

@@ -43,6 +43,7 @@ def newest_checkpoint(place: SaveFolder) -> Path | None:
                 place.publish(folder)
             newest = [folder]
         except CheckpointError as error:
+            # A run that has saved nothing has nothing to resume from: it can train while its store is down.
             newest = [error if _may_have_saved() else None]
         except OSError as error:
             newest = [CheckpointError(f"{place.local}: cannot be cleaned up ({reason(error)}). Check its permissions.")]

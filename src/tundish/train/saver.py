@@ -105,11 +105,12 @@ class Saver(CheckpointSaver):
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
         started = time.monotonic()
-        self.wait()
+        self.wait()  # also raises the error of the previous checkpoint before another one is written
         self.last_checkpoint_batch = state.timestamp.batch
         folder = Path(self.folder, checkpoint_name(state.timestamp))
         last = state.get_elapsed_duration()
         content = self._content(state)
+        # The last checkpoint needs no copy: training does not continue while it is written.
         copy = (last is None or last < 1) and _has_room(content)
         staged = Staged(content, folder, copy=copy, base_model=self.base_model)
         if copy:

@@ -45,6 +45,7 @@ class StopWhenAsked(Callback):
         """Look for a request after every batch; all ranks stop at the same one."""
         asked = self._asked or (dist.get_local_rank() == 0 and self.run is not None and self.run.stop_request.exists())
         done = state.get_elapsed_duration()
+        # After the last batch, training ends by itself, with its own checkpoint.
         if not self._agreed(asked) or (done is not None and done >= 1):
             return
         for saver in (callback for callback in state.callbacks if isinstance(callback, Saver)):

@@ -97,6 +97,7 @@ def build_trainer(cfg: DictConfig) -> Trainer:
         trainer._rng_state = rng_state  # pyright: ignore[reportPrivateUsage]  as Composer's own loading does
     elif config.load_path:
         load_weights(trainer.state, trainer.logger, Path(config.load_path), config.load_strict_model_weights)
+    # Known only now that the checkpoint is loaded: the loader skips what was trained before.
     order = cast(RowOrder, cast(Any, train_loader.dataloader).sampler)
     order.done = int(trainer.state.timestamp.epoch), int(trainer.state.timestamp.batch_in_epoch)
     return trainer

@@ -124,7 +124,7 @@ class CloudFolder:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
             if client_of(self.root) != "web":
-                self.list(key)  # answers to HEAD have no text: that a bucket is missing is said by its listing
+                self.list(key)  # answers to HEAD have no text; only a listing reports that the bucket is missing
             return None
         return StoredObject(key, entry["size"], entry["e_tag"])
 
@@ -140,7 +140,7 @@ class CloudFolder:
         self._try(key, lambda: self._download(self._path(key), path))
 
     def _download(self, key: str, path: Path) -> None:
-        if client_of(self.root) == "web":  # not every server reads ranges, or tells a size
+        if client_of(self.root) == "web":  # not every server supports ranges, or reports a size
             with open(path, "wb") as file:
                 for block in self.client.get(key).stream(PART_BYTES):
                     file.write(block)

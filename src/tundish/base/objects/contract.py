@@ -58,8 +58,8 @@ class ObjectStore(Protocol):
 
     What a crash may lose: an object appears whole or not at all, in every backend but hdfs:// and MLflow servers,
     where a killed upload may leave a part under its name. The parts of a killed upload to S3 stay invisible and are
-    billed until the bucket's lifecycle rule removes them. Two objects are never written as one: whoever needs several
-    to appear together writes the one that makes them count last.
+    billed until the bucket's lifecycle rule removes them. Two objects are never written as one: a caller that needs
+    several to appear together writes the one that makes them count last.
     """
 
     @property
@@ -91,7 +91,7 @@ class ObjectStore(Protocol):
         ...
 
     def delete(self, key: str) -> None:
-        """Remove one object, and nothing else whose key begins like it; a missing one is no error."""
+        """Remove one object, and no other whose key begins with its key; a missing one is not an error."""
         ...
 
 

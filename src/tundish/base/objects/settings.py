@@ -45,7 +45,7 @@ class StoreSettings:
     options: Mapping[str, str]
     """By `object_store`'s names."""
     login: Callable[[], dict[str, Any]] | None = field(default=None, compare=False)
-    """Gives a login that is valid now; None where the options hold it, or there is none."""
+    """Returns a login that is valid now; None if the options hold it, or there is none."""
     is_anonymous: bool = False
     """No credentials were found: only what is public can be read."""
 
@@ -80,7 +80,7 @@ def _s3(bucket: str, prefix: str, endpoint: str | None = None, region: str | Non
     names = ("S3_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
     endpoint = endpoint or _variable(*names) or profile.get("endpoint_url")
     if region is None:
-        # AWS answers only in the bucket's own region, and names it to whoever asks elsewhere.
+        # AWS answers only in the bucket's own region, and names that region in its answer elsewhere.
         region = session.get_config_variable("region") or "us-east-1"
         region = region if endpoint else bucket_region(bucket) or region
     options = {"aws_region": region}
