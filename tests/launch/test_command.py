@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,20 @@ def test_values_of_a_script_are_words(tmp_path: Path, text: str) -> None:
     words = started.read_text().splitlines()
     assert words[words.index("--master_addr") + 1] == text
     assert str(paths.foundry_yaml) in words and not (tmp_path / "ran").exists()
+
+
+def test_the_supervisor_has_its_earlier_name_too(make_run: Callable[..., RunFolder]) -> None:
+    """A job that was in the queue during an upgrade would end with `No module named …`."""
+    run = make_run("one", ("COMPLETED", "Run completed."))
+    command = [sys.executable, "-m", "tundish.runs.supervisor", str(run.folder), "--", "srun", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and run.lock.exists()
+    assert [event.type for event in run.read_events()] == ["COMPLETED"]
+
+
+@pytest.mark.slow
+def test_the_launcher_has_its_earlier_name_too() -> None:
+    """So would the scripts that people have on their hosts."""
+    command = [sys.executable, "-m", "tundish.launch.launcher", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "--node_rank" in done.stdout

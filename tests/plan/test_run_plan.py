@@ -145,6 +145,10 @@ def test_wrong_values_of_a_plan_are_named(plan: Plan, tmp_path: Path) -> None:
     run.plan.write_text(json.dumps(content | {"batch_size": "16", "data": {"train": {"address": 3}}}))
     with pytest.raises(RunDamagedError, match=r"'data': 'address'.*'batch_size'"):
         RunPlan.read(run)
+    for wrong in ({"data": {}}, {"batch_size": 0}):
+        run.plan.write_text(json.dumps(content | wrong))
+        with pytest.raises(RunDamagedError, match="must have training data, and batches of at least one row"):
+            RunPlan.read(run)
     copy = RunFolder(tmp_path / "two")
     copy.folder.mkdir()
     plan().write(copy)

@@ -170,6 +170,17 @@ def test_custom_weights_that_were_removed_are_copied_again(make_run: MakeRun, su
     assert len(submitted) == 1 and not run.is_done("prepare")
 
 
+def test_what_follows_training_needs_no_plan(paths: RunFolder, submitted: list[Any]) -> None:
+    """A run of before could not be registered any more once the folder of its base model was removed."""
+    paths.result("register").unlink()
+    paths.plan.unlink()
+    spec = RunSpec.read(paths)
+    write_atomic(paths.spec, dataclasses.replace(spec, model="/no/such/model").to_json())
+    events.append(paths.events, "FAILED", "")
+    fm.resume("chat-1")
+    assert submitted == [(paths, spec.compute)] and not paths.plan.exists()
+
+
 def test_stages_behind_the_data_are_done_again(paths: RunFolder, submitted: list[Any]) -> None:
     """The old export would be registered as the result of the longer training, or the old version be changed."""
     fm.resume("chat-1", training_duration="3ep")

@@ -267,7 +267,10 @@ class RunPlan:
                 f"was written by a newer version of tundish (format {version}; tundish {__version__} reads up to "
                 f"{PLAN_VERSION})"
             )
-        return parse(cls, content)
+        plan = parse(cls, content)
+        if "train" not in plan.data or plan.batch_size < 1:
+            raise ValueError("must have training data, and batches of at least one row")
+        return plan
 
     def write(self, run: RunFolder) -> None:
         """Keep it in a run's folder."""

@@ -19,6 +19,7 @@ from tundish.errors import (
     SpecError,
     TundishError,
 )
+from tundish.plan.spec import RunSpec
 from tundish.runs import selecting
 from tundish.runs.changing import apply, longer, on_other_devices
 from tundish.runs.reading import find_run, read_run
@@ -146,18 +147,22 @@ def _resume(run: RunFolder, compute: object, training_duration: object) -> RunRe
         raise RequestError(
             f"{run.name} is completed; nothing is left to do. Give a longer training_duration, or create another run."
         )
-    plan = planned(run)
-    changed, note = plan, ""
-    if compute is not None:
-        changed = on_other_devices(changed, compute, run)
-    elif training_duration is not None or not run.is_done("train"):
-        if problems := launch.problems(plan.spec.compute):
-            raise SpecError(problems)  # it would wait in the queue forever, and all runs behind it too
-    if training_duration is not None:
-        changed, note = longer(changed, training_duration, run)
+    used, note = RunSpec.read(run).compute, ""
+    trains = training_duration is not None or not run.is_done("train")
+    # What follows training needs no plan: that of a run of before could not be made without its model's folder.
+    before = planned(run) if trains or compute is not None else None
+    after = before
+    if after is not None and compute is not None:
+        after = on_other_devices(after, compute, run)
+    elif trains and (problems := launch.problems(used)):
+        raise SpecError(problems)  # it would wait in the queue forever, and all runs behind it too
+    if after is not None and training_duration is not None:
+        after, note = longer(after, training_duration, run)
     supervisor.end_processes_of(run)
     reopen_tracking(run.read_tracking())
-    apply(plan, changed, run, train_again=training_duration is not None)
+    if before is not None and after is not None:
+        apply(before, after, run, train_again=training_duration is not None)
+        used = after.spec.compute
     if run.is_done("train"):
         how = "Training is done; the stages after it continue."
     elif checkpoints := selecting.checkpoints(run.name):
@@ -167,5 +172,5 @@ def _resume(run: RunFolder, compute: object, training_duration: object) -> RunRe
     with interrupt_waits(Interrupted(run.name)):
         run.supervisor.unlink(missing_ok=True)  # of the one before
         run.add_event("REQUEUED", f"Run resumed by user. {note}{how}")
-        launch.submit(run, changed.spec.compute)
+        launch.submit(run, used)
     return read_run(run.name)
