@@ -27,10 +27,12 @@ def test_processes_of_a_run_get_absolute_folders(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TUNDISH_HOME", "home")
     monkeypatch.setenv("HF_HOME", "/data/hf")
+    monkeypatch.setenv("OCI_CONFIG_FILE", "oci")
     monkeypatch.setenv("SSL_CERT_FILE", "")
     monkeypatch.setenv("OTHER", "relative")
     found = absolute_environment()
     assert found["TUNDISH_HOME"] == str(tmp_path / "home") and found["HF_HOME"] == "/data/hf"
+    assert found["OCI_CONFIG_FILE"] == str(tmp_path / "oci")
     assert found["SSL_CERT_FILE"] == "" and found["OTHER"] == "relative"
 
 
