@@ -172,7 +172,7 @@ def _die_of_rust() -> None:
     [
         (_spin_in_c, "the tokenizer of x took more than 0.1 s of CPU time. Check what it is"),
         (_fill_the_memory, "the data took more than 0.062 GiB of memory."),
-        (_abort, "the tokenizer of x ended its process (SIGABRT: more of it)."),
+        (_abort, "the tokenizer of x crashed its process (SIGABRT: more of it)."),
         (_die_of_rust, "the tokenizer of x took more than 0.25 GiB of memory."),
     ],
 )

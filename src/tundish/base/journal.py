@@ -1,4 +1,4 @@
-"""What a run sends to MLflow, on its own disk first: appended lines, and up to where they were sent."""
+"""What a run logs to MLflow, on its own disk first: a file of JSON lines, and how far it was sent."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from tundish.base.files import write_atomic
 
 
 class Journal:
-    """A file of JSON lines with one writer, and a file beside it with the position where the unsent ones begin.
+    """A file of JSON lines with one writer, and a file next to it with the position of the first unsent line.
 
     Args:
         path: of the file; created with the first line.
@@ -24,7 +24,7 @@ class Journal:
         self._alone = threading.Lock()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a line; one before it that was cut off by a kill stays lost."""
+        """Append a line; an incomplete one before it, left by a kill, is lost."""
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         with self._alone, open(self.path, "ab+") as file:
             end = file.tell()
@@ -48,7 +48,7 @@ class Journal:
             file.seek(position)
             for line in file:
                 if not line.endswith(b"\n"):
-                    return  # it is being written
+                    return  # incomplete: it is being written
                 position += len(line)
                 with contextlib.suppress(ValueError):
                     yield json.loads(line), position

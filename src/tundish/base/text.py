@@ -1,4 +1,4 @@
-"""Text that people and other machines get to see: without secrets, and without what would command a terminal."""
+"""Text for people and other machines: without secrets, and without control characters of terminals."""
 
 import os
 import re
@@ -11,15 +11,15 @@ INSTEAD_OF_SECRETS = (
     "MLFLOW_TRACKING_TOKEN or MLFLOW_TRACKING_PASSWORD, AWS_SECRET_ACCESS_KEY …"
 )
 SHORTEST_SECRET = 6
-"""Characters of a variable's value that is masked wherever it stands."""
+"""Shortest value of a variable that is masked wherever it occurs, in characters."""
 SHORTEST_QUOTED = 3
-"""… and of one that is masked where it is quoted: in every sentence, `true` and the like would be."""
+"""Shortest one that is masked where it is quoted; elsewhere, words such as `true` would be masked."""
 
 PLAIN_WORDS = frozenset(
     "anonymous changeme default disabled example nothing password placeholder secret testing token training undefined "
     "unknown unused".split()
 )
-"""What people set where a password must be, but none is needed; they are masked only where they are quoted, too."""
+"""Placeholders that people set as passwords; they are masked only where they are quoted, too."""
 
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _SECRET_NAME = re.compile(
@@ -31,7 +31,7 @@ _NO_SECRET = re.compile(
     r"(old)?pwd|.*[_.-](file|path|dir|folder|sock|host|url|uri)|.*(bos|cls|eos|eot|image|mask|pad|sep|unk)_token(_\w+)?",
     re.IGNORECASE,
 )
-"""A folder, where a secret is, or a tokenizer's token."""
+"""Names that look secret but are not: of files and folders that hold a secret, or of a tokenizer's tokens."""
 _SAID_WITH_A_COLON = re.compile(r"passw|passphrase|secret|(access|api|private)[_-]?key", re.IGNORECASE)
 """Names that mask what follows their colon even in a sentence; `token: …` is often about tokens of text."""
 
@@ -59,7 +59,7 @@ _SHAPES = re.compile(
     r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+",
     re.DOTALL,
 )
-"""What is a secret wherever it stands, by its beginning."""
+"""Secrets that are recognized anywhere by their prefix."""
 
 
 def size_text(size: float) -> str:

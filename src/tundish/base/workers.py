@@ -1,8 +1,8 @@
-"""Processes that do what this one must not, or not alone: what others wrote runs in them, with limits.
+"""Worker processes: for work on several CPUs, and for foreign input, which is handled in them with limits.
 
-Chat templates, tokenizers and damaged data can take all time and memory there is, or end the process that reads them.
-So a forked process does it, and ends as a sentence: `guarded` runs one function in such a process, `Workers` many tasks
-in several. In them, `limited` sets how much a piece of work may take, and the error if it takes more.
+Chat templates, tokenizers and damaged data can use unlimited time and memory, or crash the process that handles them.
+In a worker, that becomes an error with one sentence: `guarded` runs one function in a process, `Workers` run many tasks
+in several. In them, `limited` sets how much a piece of work may use.
 """
 
 import faulthandler
@@ -32,39 +32,39 @@ from tundish.errors import FailureCause, InputError, StageError, WorkerError
 
 Result = TypeVar("Result")
 MEMORY_BYTES = 4 << 30
-"""What a piece of work may take. A text file of the largest size takes three quarters of it."""
+"""Default limit for a piece of work. A text file of the largest size takes three quarters of it."""
 AHEAD = 2
-"""Tasks that a process has been given at a time."""
+"""Tasks that a worker is given at a time: while it does one, the next is already there."""
 QUIT_SECONDS = 3.0
-"""For a process that is asked to end, to remove what it has half written."""
+"""Time for a process that is asked to end, to remove half-written files."""
 
 
 class Doing(NamedTuple):
-    """What a process is at, and how much it may take."""
+    """What a process is working on, and its limits."""
 
     what: object
-    """What an error says of it; of a sample, its number in its chunk."""
+    """Its name in an error; for a sample, its number in its chunk."""
     seconds: float | None
     memory: int
 
 
 _NOTHING = Doing("the data", None, MEMORY_BYTES)
 _starter: Connection | None = None
-"""In a process that was started here: the way to its starter."""
+"""The pipe to the parent; None in a process that was not started here."""
 _allowed = MEMORY_BYTES
-"""To the work that this process is at."""
+"""Bytes of memory that the current work of this process may use."""
 
 
 @contextmanager
 def limited(what: object, seconds: float | None = None, memory: int | None = None) -> Iterator[None]:
-    """Let the block take so much; a process that takes more ends, and its starter says so.
+    """Limit what the block may use; a process that uses more ends, and its parent raises the error.
 
     A process that was not started here is not limited: it is Spark's, or a test's.
 
     Args:
-        what: it is at, for the error.
+        what: what the block works on, for the error.
         seconds: of CPU time, so that a busy machine does not end it.
-        memory: bytes beyond what it has; None: MEMORY_BYTES.
+        memory: bytes in addition to what the process already uses; None: MEMORY_BYTES.
     """
     if _starter is None:
         yield
@@ -73,10 +73,10 @@ def limited(what: object, seconds: float | None = None, memory: int | None = Non
     _allowed = memory = MEMORY_BYTES if memory is None else memory
     _starter.send(("doing", Doing(what, seconds, memory)))
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    # Address space would not do: what libraries map and never touch counts there.
+    # Not RLIMIT_AS: it also counts what libraries map and never touch.
     most = min([_data_bytes() + memory, *(limit for limit in before if limit != resource.RLIM_INFINITY)])
     resource.setrlimit(resource.RLIMIT_DATA, (most, before[1]))
-    # Nothing catches it: no code of C or Rust has to come to an end for it.
+    # SIGPROF has no handler here, so it also ends a process that is inside of C or Rust code.
     signal.setitimer(signal.ITIMER_PROF, seconds or 0)
     try:
         yield
@@ -91,7 +91,7 @@ def took_memory(memory: int | None = None) -> str:
 
 
 def _data_bytes() -> int:
-    """Memory of this process that counts towards RLIMIT_DATA."""
+    """Memory of this process that counts toward RLIMIT_DATA."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmData:")[2].split()[0]) << 10
 
@@ -99,21 +99,21 @@ def _data_bytes() -> int:
 def guarded(
     function: Callable[..., Result], *arguments: Any, progress: Bars | None = None, tables: bool = False
 ) -> Result:
-    """What a function gives in a process of its own, which ends with the call.
+    """Call a function in a separate process, and return its result.
 
-    It is forked from this one, unless it reads Delta tables or object stores and this one has loaded their clients,
-    whose threads do not exist in a forked process. Then it is started anew.
+    The process is forked, unless the function reads Delta tables or object stores and this process has loaded their
+    clients, whose threads do not exist in a forked process. Then a new interpreter is started.
 
     Args:
-        function: its result, or its error, must be picklable; where `tables` is set, function and arguments too.
-        arguments: of it.
-        progress: where given, the function is called with `progress=…`, whose bars are drawn by this process.
+        function: its result or error must be picklable; with `tables`, function and arguments too.
+        arguments: of the function.
+        progress: if given, the function is called with `progress=…`, whose bars are drawn by this process.
         tables: whether it may read Delta tables or object stores.
 
     Raises:
-        WorkerError: the process has ended without result, or taken more than it may.
+        WorkerError: the process exited without a result, or exceeded a limit.
     """
-    # What libraries say before they end their process is for the error, not for the terminal.
+    # What libraries print before they crash belongs in the error, not on the terminal.
     with tempfile.TemporaryFile() as words:
         named = {} if progress is None else {"progress": _remote_bar}
         loaded = "deltalake" in sys.modules or "obstore" in sys.modules
@@ -148,10 +148,10 @@ def _remote_bar(title: str) -> Iterator[Progress]:
 
 
 class Workers:
-    """Runs a function over many tasks, in order; several at once when there is more than one task.
+    """Runs a function over many tasks, several at once; results come in the order of the tasks.
 
-    Workers are forked, so that what this process has loaded (tokenizer, Streaming) is there at once. They end with it,
-    however it ends.
+    Workers are forked, so that what this process has loaded (tokenizer, Streaming) need not be loaded again. They end
+    with this process, even if it is killed.
     """
 
     def __init__(self, count: int | None = None) -> None:
@@ -175,15 +175,15 @@ class Workers:
         tasks: Iterable[tuple[Any, ...]],
         again: Callable[..., Result] | None = None,
     ) -> Iterator[Result]:
-        """Results in the order of the tasks; few tasks are under way at a time, so memory stays bounded.
+        """Results in the order of the tasks; few tasks are in progress at a time, so memory stays bounded.
 
         Args:
             function: called with each task; picklable, as tasks and results are.
             tasks: its arguments.
-            again: does a task in place of `function` where that has ended its process or taken more than it may.
+            again: repeats a task in place of `function` if that crashed its process or exceeded a limit.
 
         Raises:
-            WorkerError: a worker has ended so; all results before that task's have been given.
+            WorkerError: a worker crashed or exceeded a limit; all results before that task's have been returned.
         """
         waiting = ((number, task, again is None) for number, task in enumerate(tasks))
         busy = dict[_Worker, deque[_Task]]()
@@ -213,7 +213,7 @@ class Workers:
                             other.submit(what, one[1])
                             busy[other] = deque([one])
                     if kind in _LOST and not last:
-                        _last_words(2)  # are no warnings for the user
+                        _last_words(2)  # drops the output of the crash: the task is repeated
                     if kind not in _LOST or last:
                         done[number] = lambda worker=worker, kind=kind, content=content: worker.result(kind, content)
                 while next_number in done:
@@ -225,7 +225,7 @@ class Workers:
                 worker.stop(0)
 
     def _free(self, busy: "dict[_Worker, deque[_Task]]") -> "_Worker | None":
-        """A worker that has nothing to do, or soon will: while it waits for its next task, it does nothing."""
+        """A worker that can take another task, a new one if there are too few; None if all have enough."""
         least = min(self._workers, key=lambda worker: len(busy.get(worker, ())), default=None)
         if least is None or (least in busy and len(self._workers) < self.count):
             return self._start()
@@ -238,15 +238,15 @@ class Workers:
 
 
 _Task = tuple[int, tuple[Any, ...], bool]
-"""Number, arguments, and whether it is lost with its process."""
+"""Number, arguments, and whether the task fails if its process is lost; otherwise it is repeated."""
 _LOST = ("ended", "memory")
 _ANSWERS = ("result", "error", *_LOST)
 
 
 class _NewProcess:
-    """A process that is started anew, with what the others have that is used of them.
+    """A new interpreter, with the part of `multiprocessing.Process` that is used here.
 
-    Not multiprocessing's own: it would run the caller's script once more.
+    Not multiprocessing's `spawn`, which would run the caller's script again.
     """
 
     def __init__(self, pipe: Connection, errors: int) -> None:
@@ -260,22 +260,22 @@ class _NewProcess:
 
     @property
     def exitcode(self) -> int | None:
-        """As of multiprocessing's."""
+        """See multiprocessing.Process."""
         return self._process.poll()
 
     def join(self, seconds: float | None = None) -> None:
-        """As of multiprocessing's."""
+        """See multiprocessing.Process."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
 
 
 def serve_anew(pipe: int, parent: int) -> None:
-    """What a process that was started anew does: one task."""
+    """The main function of a `_NewProcess`: does one task."""
     _serve(Connection(pipe), parent, None, 2, once=True)
 
 
 class _Worker:
-    """Another process, and the pipe to it."""
+    """A worker process, and the pipe to it."""
 
     def __init__(
         self,
@@ -293,7 +293,7 @@ class _Worker:
         if forked:
             self._process = context.Process(target=_serve, args=(there, os.getpid(), task, errors))
             with warnings.catch_warnings(), one_thread_each():
-                # Python 3.12 warns of any thread of the parent, those of numpy's BLAS too. The workers use no lock of
+                # Python 3.12 warns of forking with any thread, those of numpy's BLAS too. The workers use no lock of
                 # such a thread: they run tiktoken, tokenizers and numpy's copying.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 self._process.start()
@@ -303,10 +303,10 @@ class _Worker:
         there.close()
 
     def submit(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        """Have it call a function, after those that it has been given."""
+        """Queue a function call."""
         try:
             self.pipe.send((function, arguments, {}))
-        except OSError:  # it has been killed, which is seen when its answer is read
+        except OSError:  # it was killed, which `receive` reports
             pass
 
     def receive(self) -> tuple[Any, ...]:
@@ -325,7 +325,7 @@ class _Worker:
                 return kind, *content
 
     def result(self, kind: str, content: list[Any], errors: int = 2) -> Any:
-        """What its answer holds, or the error that it is."""
+        """The result in an answer; raises the error if it is one."""
         if kind == "result":
             return content[0]
         raise content[0] if kind == "error" else self._lost(kind, errors)
@@ -345,11 +345,11 @@ class _Worker:
             cause = f"took more than {seconds:.2g} s of CPU time"
         else:
             name = signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
-            cause = f"ended its process ({name}{': ' * bool(words)}{words})"
+            cause = f"crashed its process ({name}{': ' * bool(words)}{words})"
         return WorkerError(f"{what} {cause}. Check what it is and where it comes from.", what, cause)
 
     def stop(self, seconds: float) -> None:
-        """End it: asked first, where it is given time."""
+        """End the process: by SIGTERM if it is given seconds, then by SIGKILL."""
         self.pipe.close()
         if seconds:
             self._process.terminate()
@@ -364,9 +364,9 @@ def _ready(busy: Iterable[_Worker]) -> list[_Worker]:
 
 
 def _last_words(errors: int) -> str:
-    """The last line of a file to which a process has written its errors; nothing where they went to a terminal.
+    """The last line of the file to which a process wrote its errors; empty if they went to a terminal.
 
-    In a process that was started here, the file is emptied: what is left in the end are warnings for the user.
+    In a worker, the file is emptied: what is left at the end are warnings for the user.
     """
     try:
         end = os.pread(errors, 4096, max(0, os.fstat(errors).st_size - 4096))
@@ -381,23 +381,23 @@ def _last_words(errors: int) -> str:
 
 
 def _serve(pipe: Connection, parent: int, task: Any, errors: int, *, once: bool = False) -> None:
-    """What a worker does: a task, or tasks until its starter ends it."""
+    """The main function of a worker: does one task, or tasks until its parent ends it."""
     global _starter
     die_with(parent)
-    # The parent is interrupted, and ends its workers.
+    # Ctrl-C interrupts the parent, which then ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     once = once or task is not None
     signal.signal(signal.SIGTERM, _quit if once else signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
-    faulthandler.disable()  # it would write a trace of a process that is meant to end to the terminal
+    faulthandler.disable()  # a crash becomes an error of the parent, not a trace on the terminal
     if errors != 2:
         os.dup2(errors, 2)
     _starter = pipe
     if once:
         pipe.send(_answer(*(task or pipe.recv())))
         return
-    # Tasks are read while others are done, lest both ends of the pipe wait for each other.
+    # Tasks are read while others are done; otherwise both ends of the pipe could wait for each other.
     tasks = SimpleQueue[Any]()
     threading.Thread(target=_read, args=(pipe, tasks), daemon=True).start()
     while True:
@@ -408,7 +408,7 @@ def _read(pipe: Connection, tasks: "SimpleQueue[Any]") -> None:
     try:
         while True:
             tasks.put(pipe.recv())
-    except BaseException:  # its starter has closed the pipe, or there is no memory for the task
+    except BaseException:  # the parent has closed the pipe, or there is no memory for the task
         os._exit(1)
 
 
@@ -434,7 +434,7 @@ def _answer(function: Callable[..., Any], arguments: tuple[Any, ...], named: dic
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """`tokenizers` would start as many threads in each process that is forked here as there are processors."""
+    """Keep `tokenizers` from starting one thread per CPU in each process that is forked in the block."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
@@ -446,7 +446,7 @@ def one_thread_each() -> Iterator[None]:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Python's collector would look at hundreds of thousands of new objects again and again, none of them garbage."""
+    """Turn off Python's garbage collector, which would repeatedly scan hundreds of thousands of live objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:

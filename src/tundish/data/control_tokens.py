@@ -1,4 +1,4 @@
-"""Control tokens: found in texts, counted in what a template writes, kept text in what people write."""
+"""Control tokens: finds them in texts, counts those that a template writes, and keeps those in messages as text."""
 
 import functools
 import re
@@ -12,7 +12,7 @@ from tundish.data.samples import Messages
 from tundish.data.templates import CLOSE, MARK, OPEN
 
 BORDER_LETTERS = 4
-"""A text between turns with fewer letters and digits says too little to be looked for in messages."""
+"""A text between turns with fewer letters and digits is too common to be searched for in messages."""
 
 
 class Finder:
@@ -25,11 +25,11 @@ class Finder:
 
     @functools.cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Matches any of the words, the longest at a place."""
+        """Matches any of the words, the longest one at each place."""
         return re.compile("|".join(map(re.escape, self._words)) or r"(?!)")
 
     def find(self, text: str) -> str | None:
-        """The first of the words that stands in the text."""
+        """The first of the words in the text; None: it contains none."""
         if not any(start in text for start in self._starts):
             return None
         match = self.pattern.search(text)
@@ -40,9 +40,9 @@ class Known(NamedTuple):
     """What a chat template writes around contents."""
 
     added: frozenset[str]
-    """Control tokens."""
+    """The control tokens in it."""
     control: int
-    """How many of them."""
+    """How often they occur in it."""
     borders: tuple[str, ...]
     """Texts between two contents that are not tokens: inside a content, they could not be distinguished from a turn."""
 
@@ -56,22 +56,22 @@ class Known(NamedTuple):
 
 
 class PlainText:
-    """Ids of chats in whose messages control tokens are text.
+    """Tokenizes chats whose messages contain control tokens as text.
 
-    While such a chat is templated and tokenized, a mark stands for each of them; a second tokenizer knows the marks as
-    tokens, so that everything around them is tokenized as it is around a token. Then each gives way to the ids of the
-    words as a text.
+    Before such a chat is templated and tokenized, each of them is replaced by a mark; a second tokenizer has the marks
+    as tokens, so that everything around them is tokenized as it is around a token. Then each mark is replaced by the
+    ids of the word as text.
     """
 
     def __init__(self, serialized: str, control: Sequence[str]) -> None:
         self._serialized = serialized
-        # A message's own noncharacters too, lest they look like marks.
+        # A message's own noncharacters too: they could look like marks.
         words = [*control, OPEN, CLOSE]
         self._marks = {word: MARK.format(number) for number, word in enumerate(words)}
         self._finder = Finder(words)
 
     def mask(self, messages: Messages, control: Finder) -> tuple[Messages, bool]:
-        """The messages with marks, and whether there are any."""
+        """The messages with marks, and whether they have any."""
         if all(control.find(message["content"]) is None for message in messages):
             return messages, False
         masked = [
@@ -87,7 +87,7 @@ class PlainText:
         from tokenizers import AddedToken, Tokenizer
 
         backend = Tokenizer.from_str(self._serialized)
-        # No special ones, so that they stay tokens where those are read as text.
+        # Not as special tokens, so that they stay tokens where special ones are encoded as text.
         backend.add_tokens([AddedToken(mark, normalized=False) for mark in self._marks.values()])
         return backend
 
@@ -99,7 +99,7 @@ class PlainText:
     def _as_text(self, word: str) -> Ids:
         self._backend.encode_special_tokens = True
         try:
-            # Cut, it is no token; and it is tokenized as what follows one, as it will.
+            # Split, the word is not a token; behind a mark, each part is tokenized as it will be in a chat.
             texts = [self._marks[word] + part for part in (word[:1], word[1:])]
             parts = [self._backend.encode(text, add_special_tokens=False).ids for text in texts]
         finally:
@@ -108,10 +108,10 @@ class PlainText:
         return np.array([number for part in parts for number in part[part.index(mark) + 1 :]], dtype=np.int32)
 
     def encode(self, text: str) -> Ids:
-        """Ids of a templated text, those of marks included."""
+        """Ids of a templated text, marks included."""
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def unmask(self, ids: Ids) -> Ids:
-        """Ids with the words in place of the marks."""
+        """The ids, with those of the words in place of the marks."""
         parts = (self._words.get(number, np.array([number], dtype=np.int32)) for number in ids.tolist())
         return np.concatenate([np.zeros(0, np.int32), *parts])

@@ -15,45 +15,45 @@ from tundish.plan.models import ModelCard
 
 GIB = 1 << 30
 STATE_BYTES = 12
-"""Of one parameter: weight, gradient and momentum, float32."""
+"""Of one parameter: weight, gradient and momentum in float32."""
 GRADIENT_BYTES = MOMENT_BYTES = 4
 USABLE_SHARE = 0.92
-"""Of a device's memory; the rest is lost between blocks."""
+"""Of a device's memory; the rest is lost to fragmentation."""
 CONTEXT_BYTES = int(1.5 * GIB)
-"""What a GPU's driver, kernels and communication take."""
+"""What a GPU's driver, kernels and communication use."""
 ENOUGH_TOKENS = 16_384
-"""In one forward pass: more make a step no faster."""
+"""In one forward pass; more do not make a step faster."""
 
 Device = Literal["gpu", "cpu"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What a step is given."""
+    """What the memory of a step depends on, besides the choices."""
 
     card: ModelCard
     context_length: int
-    """Tokens in a row; rows are taken to be full."""
+    """Tokens in a row; rows are assumed to be full."""
     devices: int
-    """Over which weights, gradients and momentum are sharded."""
+    """Weights, gradients and momentum are sharded over them."""
     rows_per_device: int
     """In an optimizer step."""
     device: Device
-    """On a GPU is computed in bfloat16, on a CPU in float32."""
+    """A GPU computes in bfloat16, a CPU in float32."""
     attention: str
     """The implementation, see `train.attention`."""
     moments: int = 1
-    """Numbers that the optimizer keeps of each weight: DecoupledLionW one, those of Adam's kind two."""
+    """Numbers that the optimizer keeps for each weight: one for DecoupledLionW, two for Adam and its variants."""
 
     @property
     def width(self) -> int:
-        """Bytes of a number that is computed with."""
+        """Bytes of a number in computations."""
         return 2 if self.device == "gpu" else 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """How a step is done: values of LLM Foundry's keys of the same names, `microbatch` aside."""
+    """How a step is computed: values of LLM Foundry's keys of the same names, except `microbatch`."""
 
     microbatch: int
     """Rows in one forward pass of a device."""
@@ -75,20 +75,19 @@ class StepMemory:
     gradients: int
     """The part of `states` that is not there before the first backward pass of a step."""
     passing: int
-    """Layers that are whole while they are computed."""
+    """Layers that are gathered while they are computed."""
     gathered: int
-    """Layers that are whole when the backward pass begins."""
+    """Layers that are gathered when the backward pass begins."""
     activations: int
-    """What the backward pass needs of the forward pass."""
+    """What the forward pass saves for the backward pass."""
     logits: int
-    """Scores over the vocabulary, and what the loss makes of them."""
+    """Scores over the vocabulary, and what the loss derives from them."""
 
     @property
     def peak(self) -> int:
-        """Where the backward pass begins: all of it; without gradients where no earlier microbatch has made any.
-
-        At its end there are no activations, but gradients of what is gathered, before they are shared out.
-        """
+        """The larger of two moments: the beginning and the end of the backward pass."""
+        # At its beginning, all is there; gradients only if an earlier microbatch has left some. At its end, activations
+        # are freed, and gathered layers have gradients that are not reduced to shards yet.
         begin = self.states - self.gradients * (not self.accumulates) + self.activations + self.logits
         return max(self.gathered + begin, self.states + 2 * self.passing)
 
@@ -101,7 +100,7 @@ def step_memory(setting: Setting, choice: Choice) -> StepMemory:
     again = card.layers * tokens * card.hidden_size * width + one
     share = math.ceil(card.parameters / setting.devices)
     root = _root_parameters(card)
-    # Embeddings and head stay whole for the whole pass; of the layers, one and the next.
+    # Embeddings and head stay gathered for the whole pass; of the layers, the current and the next one.
     passing = width * (root + 2 * ((card.parameters - root) // card.layers))
     return StepMemory(
         choice=choice,
@@ -112,13 +111,13 @@ def step_memory(setting: Setting, choice: Choice) -> StepMemory:
         gathered=passing if choice.reshard_after_forward else width * card.parameters,
         activations=(again if choice.activation_checkpointing else card.layers * one)
         + _mask_bytes(setting, choice.microbatch),
-        # Scores, their float32 copy where they are none, log-probabilities, and the gradients of both.
+        # Scores, their float32 copy if they are not float32, log-probabilities, and the gradients of both.
         logits=tokens * card.vocabulary_size * (width + (4 if width < 4 else 0) + 4 + 4),
     )
 
 
 def candidates(setting: Setting, fixed: Mapping[str, Any]) -> Iterator[StepMemory]:
-    """What could be chosen, best first: no layer computed twice, then as many rows at once as make a step faster.
+    """The possible choices, best first: without recomputing layers, then with as many rows as make a step faster.
 
     `fixed`: fields of `Choice` that the caller's overrides decide.
     """
@@ -137,11 +136,11 @@ def usable(memory: int, device: Device) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """What could be chosen for a run, and what is."""
+    """The candidates for a run, and the one that is chosen."""
 
     candidates: list[StepMemory]
     chosen: StepMemory
-    """The best that fits, else the smallest."""
+    """The best one that fits, else the smallest."""
     fits: bool
     device_memory: int
     """Bytes of one device."""
@@ -184,13 +183,13 @@ def _root_parameters(card: ModelCard) -> int:
 
 
 def _layer_bytes(card: ModelCard, width: int) -> int:
-    """What autograd saves of one layer for one token, attention scores aside."""
+    """What autograd saves of one layer for one token, without attention scores."""
     inner = card.heads * (card.head_size or card.hidden_size // card.heads)
-    # A norm keeps its float32 input, the normalized input, and what it hands on.
+    # A norm keeps its float32 input, the normalized input, and its output.
     norms = 2 * card.hidden_size * (4 + 2 * width)
-    # Rotated queries; keys and values repeated for every head; the result as it comes and as it is projected.
+    # Rotated queries; keys and values repeated for every head; the result before and after its projection.
     attention = 5 * inner * width
-    # Gate, its activation, the upward projection, and their product; of every expert that a token takes.
+    # Gate, its activation, the upward projection, and their product; for every expert that a token uses.
     feed_forward = 4 * card.feed_forward_size * card.experts_per_token * width
     return norms + attention + feed_forward
 
@@ -203,5 +202,5 @@ def _attention_bytes(setting: Setting, microbatch: int) -> int:
 
 
 def _mask_bytes(setting: Setting, microbatch: int) -> int:
-    """The float32 mask that keeps samples apart, shared by all layers."""
+    """The float32 mask that isolates samples, shared by all layers."""
     return microbatch * setting.context_length**2 * 4 if setting.attention in ("sdpa", "eager") else 0
