@@ -127,9 +127,10 @@ def create(
 
     Args:
         model: Name of a supported model (`tundish models` lists them), or path of a Hugging Face model folder.
-        train_data_path: Training data. For chats and instructions: a .jsonl file (also .gz or .zst), a Delta table
-            (`catalog.schema.table` or its folder), or a Hugging Face dataset with its split (`org/dataset/split`). For
-            continued pretraining: a folder of .txt files. Files and tables may be in an object store (`s3://…`).
+        train_data_path: Training data. For chats and instructions: a .jsonl file (also .gz or .zst), a .parquet file or
+            a folder of them, a Delta table (`catalog.schema.table` or its folder), or a Hugging Face dataset with its
+            split (`org/dataset/split`). For continued pretraining: a folder of .txt files. Files and tables may be in
+            an object store (`s3://…`).
         register_to: Where to register the model: `catalog.schema` or `catalog.schema.name`. An existing name gets a new
             version.
         experiment_path: MLflow experiment; default `/Users/<user>/<run_name>`.

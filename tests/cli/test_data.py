@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tundish.cli import main
+from tundish.cli.output import PICTURES
 
 Capture = pytest.CaptureFixture[str]
 WriteLines = Callable[[Path, Any], Path]
@@ -59,6 +60,28 @@ def test_estimates_are_printed_and_drawn(options: list[str], capsys: Capture, tm
     assert "samples        3" in shown and "█" in shown and (tmp_path / "lengths.png").stat().st_size > 1000
     assert main(["estimate", *options, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["samples"] == 3
+
+
+def test_a_picture_is_of_the_kind_that_its_name_promises(options: list[str], tmp_path: Path) -> None:
+    """A page would refuse the .svg that is a PNG."""
+    kinds = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF", ".jpg": b"\xff\xd8"}
+    assert set(kinds) == set(PICTURES)
+    for kind, beginning in kinds.items():
+        file = tmp_path / f"lengths{kind}"
+        assert main(["estimate", *options, "--plot", str(file)]) == 0
+        assert file.read_bytes().startswith(beginning)
+
+
+def test_an_option_that_is_no_integer_is_one_of_all_problems(options: list[str], capsys: Capture) -> None:
+    """The user would mend one after the other; an integer that is too large be called none."""
+    wrong = ["--context-length", "12x", "--devices", "1.5", "--learning-rate", "-3"]
+    assert main(["estimate", *options[:2], "--train-data-path", "/no/such.jsonl", *wrong]) == 2
+    shown = capsys.readouterr().err
+    assert "context_length: must be an integer of at least 8, not '12x'." in shown
+    assert "compute: devices_per_node must be an integer of at least 1, not '1.5'." in shown
+    assert "learning_rate: must be" in shown and "/no/such.jsonl: there is no such file" in shown
+    assert main(["estimate", *options, "--context-length", "100000000000000"]) == 2
+    assert "context_length: must be at most" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings(r"ignore:unclosed file .*index\.json:ResourceWarning")  # Streaming leaves it open

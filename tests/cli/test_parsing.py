@@ -21,7 +21,7 @@ Capture = pytest.CaptureFixture[str]
         ("create --train-data x", "`tundish create` has no option --train-data. Did you mean --train-data-path"),
         ("export RUN --dtype half", "argument --dtype: must be bfloat16 or float32, not 'half'."),
         ("list chat-1", "`tundish list` takes no argument 'chat-1'."),
-        ("create --context-length 12x", "argument --context-length: must be an integer, not '12x'."),
+        ("logs RUN --rank 12x", "argument --rank: must be an integer, not '12x'."),
         ("list --limit 0", "argument --limit: must be an integer of at least 1, not '0'."),
         ("get", "the following arguments are required: RUN"),
     ],

@@ -87,7 +87,9 @@ def test_clean_shows_what_goes_and_what_stays(
     unused.mkdir(parents=True)
     (unused / "shard.mds").write_bytes(bytes(3_000_000))
     assert main(["clean", "--dry-run"]) == 0 and unused.exists()
-    assert f"prepared data  3.0 MB  prepared/{unused.name}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"prepared data  3.0 MB  prepared/{unused.name}" in shown
+    assert "Dry run: this would remove 1 folder, 3.0 MB." in shown and "?" not in shown
     asked = _answer(monkeypatch, "n")
     assert main(["clean"]) == 1 and unused.exists() and asked == ["Remove 1 folder, 3.0 MB? [y/N] "]
     assert main(["clean", "--yes", "--json"]) == 0 and not unused.exists()

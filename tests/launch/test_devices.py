@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tundish.base.processes import ProcessId
-from tundish.launch import devices
+from tundish.base.run_folder import RunFolder
+from tundish.launch import devices, local
 from tundish.plan.compute import Compute
 
 pytestmark = pytest.mark.slow
@@ -111,6 +112,17 @@ def test_who_waits_is_told_its_place_and_whom_it_waits_for(enter: Enter) -> None
     devices.leave("first")
     assert devices.place("second") == (1, ["holds"])
     assert devices.place("none") is None
+
+
+def test_only_a_run_that_waits_for_another_is_reported_as_waiting(enter: Enter, home: Path) -> None:
+    """The first run of an idle machine would be QUEUED until its supervisor has taken the devices."""
+    alone, behind = RunFolder.of("alone"), RunFolder.of("behind")
+    supervisor = ProcessId.of(enter("alone").pid)
+    assert local.state(alone, supervisor).waiting == ""
+    _take("alone")
+    waiting = local.state(behind, ProcessId.of(enter("behind").pid)).waiting
+    assert waiting == "Waiting for devices: position 1 in the queue, behind alone."
+    assert local.state(alone, supervisor).waiting == ""
 
 
 def test_the_dead_hold_nothing_and_stand_in_nobodys_way(enter: Enter) -> None:

@@ -332,10 +332,10 @@ def test_the_file_tells_how_to_train_it_without_tundish(plan: Plan) -> None:
     [
         (
             {"global_train_batchsize": 8},
-            "no LLM-Foundry key 'global_train_batchsize'. Did you mean global_train_batch_size",
+            "no LLM Foundry key 'global_train_batchsize'. Did you mean global_train_batch_size",
         ),
-        ({"zzz": 8}, "no LLM-Foundry key 'zzz'. It has accumulate_train_batch_on_tokens, algorithms"),
-        ({"optimiser.lr": 1}, "no LLM-Foundry key 'optimiser'. Did you mean optimizer"),
+        ({"zzz": 8}, "no LLM Foundry key 'zzz'. It has accumulate_train_batch_on_tokens, algorithms"),
+        ({"optimiser.lr": 1}, "no LLM Foundry key 'optimiser'. Did you mean optimizer"),
         ({"code_paths": ["x.py"]}, "'code_paths' is not allowed: it would run any file"),
         ({"max_seq_len": 1}, "'max_seq_len' is not allowed: create() has context_length for it"),
         ({"max_duration": "1ep"}, "create() has training_duration for it"),
@@ -360,7 +360,7 @@ def test_the_file_tells_how_to_train_it_without_tundish(plan: Plan) -> None:
         ({"fsdp_config.reshard_after_forward": 1}, "must be true or false, not"),
         ({"callbacks.tundish_eval_prompts.max_seconds": "60"}, "must be a number of seconds"),
         ({"model.use_flash_attention_2": True}, "model.attn_implementation is the key for it"),
-        ({"eval_first": True}, "no LLM-Foundry key 'eval_first'"),
+        ({"eval_first": True}, "no LLM Foundry key 'eval_first'"),
         ({"seed.x": 1}, "'seed.x' goes below a key that holds a single value"),
         ({"seed.x.y": 1}, "'seed.x.y' goes below a key that holds a single value"),
         ({"save_interval.x": 1}, "'save_interval.x' goes below a key that holds a single value"),

@@ -73,6 +73,14 @@ def test_a_shorter_context_takes_less() -> None:
 def test_the_table_marks_what_is_chosen() -> None:
     """The caller would read numbers without knowing which are his."""
     lines = list(_plan("8B", 8).lines())
-    (chosen,) = [line for line in lines if "← chosen" in line]
-    assert chosen.split()[:2] == ["2", "again"]
+    (chosen,) = [line for line in lines if line.startswith("  → ")]
+    assert chosen.split()[:2] == ["→", "2"] and chosen.split()[-1] == "recomputed"
     assert "none fits into the 80.0 GiB" in list(_plan("8B", 1).lines())[-1]
+
+
+def test_the_table_fits_a_terminal() -> None:
+    """Its lines would break, and no number stand under its title."""
+    largest = _plan("405B", 1, reshard_after_forward=False)
+    assert [line for line in [*largest.lines(), *_plan("8B", 8).lines()] if len(line) > 80] == []
+    assert len({len(line.rpartition("  ")[0]) for line in list(largest.lines())[1:] if "  " in line.lstrip(" →")}) == 1
+    assert "gathers the weights once" in "\n".join(largest.lines())

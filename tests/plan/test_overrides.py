@@ -125,7 +125,7 @@ def test_what_reaches_more_than_numbers_is_refused_however_it_is_written(path: s
     for given in ({path: value}, nested, {first: {rest: value}} if rest else nested):
         problems = _problems(given)
         assert problems and all(
-            problem.startswith("overrides: '") or "no LLM-Foundry key" in problem for problem in problems
+            problem.startswith("overrides: '") or "no LLM Foundry key" in problem for problem in problems
         )
 
 
@@ -150,7 +150,7 @@ def test_a_component_is_set_alone_or_with_what_it_takes() -> None:
     [
         ({"callbacks.speedmonitor": {}}, "'callbacks' has no key 'speedmonitor'. Did you mean speed_monitor"),
         ({"callbacks.speed_monitor.windowsize": 1}, "no key 'windowsize'. Did you mean window_size?"),
-        ({"lr": 1}, "a run has no LLM-Foundry key 'lr'. Did you mean optimizer.lr?"),
+        ({"lr": 1}, "a run has no LLM Foundry key 'lr'. Did you mean optimizer.lr?"),
         ({"t_warmup": "10ba"}, "Did you mean scheduler.t_warmup?"),
         (
             {"scheduler.name": "cosine_with_warmups"},

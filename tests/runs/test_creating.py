@@ -67,7 +67,7 @@ def test_all_problems_of_a_call_are_one_message(arguments: dict[str, Any], home:
         "training_duration: must be a positive integer followed by ep, ba or tok, not '3 epochs'",
         "context_length: must be at most 512, the maximum of ",
         "train_data_path: /no/such/train.jsonl: there is no such file",
-        "overrides: a run has no LLM-Foundry key 'global_train_batchsize'. Did you mean global_train_batch_size",
+        "overrides: a run has no LLM Foundry key 'global_train_batchsize'. Did you mean global_train_batch_size",
         "run_name: run 'mine' already exists. Choose another name",
     ]
     for start in expected:
@@ -224,7 +224,7 @@ def test_rendering_reads_no_data_and_writes_nothing(arguments: dict[str, Any], h
 @pytest.mark.parametrize(
     ("overrides", "found"),
     [
-        ({"optimiser.lr": 1}, "no LLM-Foundry key 'optimiser'"),
+        ({"optimiser.lr": 1}, "no LLM Foundry key 'optimiser'"),
         ({"global_train_batch_size": "many"}, "global_train_batch_size"),
         ({"global_train_batch_size": 0}, "global_train_batch_size"),
         ({1: 2}, "overrides: "),

@@ -14,7 +14,7 @@ import yaml
 
 from tundish import foundation_model as fm
 from tundish.base.text import INSTEAD_OF_SECRETS, names_secret
-from tundish.cli.parsing import offer, whole
+from tundish.cli.parsing import offer
 from tundish.errors import SpecError, did_you_mean
 from tundish.plan.address import Beside, local_path
 from tundish.plan.compute import Compute
@@ -94,9 +94,7 @@ def _add_option(group: Any, field: DocumentedField, option: Option, *, required:
     """Add an option to a group (argparse keeps the type of groups to itself)."""
     flag = option.flag or f"--{field.name.replace('_', '-')}"
     # The texts are those of a docstring; argparse begins small, has no full stop at the end, and formats with %.
-    small = (
-        field.text if field.text[:2].isupper() or field.text[0] == "`" else f"{field.text[0].lower()}{field.text[1:]}"
-    )
+    small = field.text if re.match(r"[A-Z]{2}|`", field.text) else f"{field.text[0].lower()}{field.text[1:]}"
     text = small.rstrip(".").replace("%", "%%").replace("`", "")
     settings: dict[str, Any] = {"dest": field.name, "metavar": option.metavar}
     kind = get_origin(field.type) or field.type
@@ -104,7 +102,7 @@ def _add_option(group: Any, field: DocumentedField, option: Option, *, required:
     if kind is bool:
         settings = {"dest": field.name, "action": argparse.BooleanOptionalAction}
     elif kind is int:
-        settings["type"] = whole
+        settings["type"] = _integer
     elif kind is tuple:
         settings["nargs"] = "+"
     elif kind is Mapping:
@@ -115,6 +113,11 @@ def _add_option(group: Any, field: DocumentedField, option: Option, *, required:
     action = group.add_argument(flag, help=f"(required) {text}" if required else text, **settings)
     if choices:
         offer(action, lambda: choices)
+
+
+def _integer(text: str) -> int | str:
+    """An integer; anything else as it was given, for `create()` to report with all other problems."""
+    return int(text) if re.fullmatch(r"-?\d{1,18}", text, re.ASCII) else text
 
 
 def create_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -149,7 +152,7 @@ def replaced(values: dict[str, Any], arguments: argparse.Namespace, assignments:
 
 
 def _set_override(values: dict[str, Any], text: str) -> None:
-    """What `--set` means: an LLM-Foundry key, or one below `compute.` or `overrides.`."""
+    """What `--set` means: an LLM Foundry key, or one below `compute.` or `overrides.`."""
     key, value = assignment(text)
     section, _, below = key.partition(".")
     _set_below(values, *((section, below) if below and section in SECTIONS else ("overrides", key)), value)
@@ -160,7 +163,7 @@ def _set_below(values: dict[str, Any], section: str, key: str, value: Any) -> No
     given: Any = values.get(section) or {}
     if not isinstance(given, Mapping):
         raise SpecError(f"{section} must be a mapping to set {section}.{key}, not {given!r}.")
-    if section == "compute" and "." in key:  # sbatch's options; LLM-Foundry keys are dotted themselves
+    if section == "compute" and "." in key:  # sbatch's options; LLM Foundry keys are dotted themselves
         name, _, below = key.partition(".")
         values[section] = inner = dict(given)
         _set_below(inner, name, below, value)

@@ -117,7 +117,7 @@ def whole(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: it is not one.
     """
-    if not re.fullmatch(r"-?\d{1,9}", text):
+    if not re.fullmatch(r"-?\d{1,18}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"must be an integer, not {text!r}.")
     return int(text)
 

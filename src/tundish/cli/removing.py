@@ -61,7 +61,7 @@ def rm(arguments: argparse.Namespace) -> int:
         for removal in plan:
             for note in removal.notes:
                 print(f"{removal.name}: {note}" if len(plan) > 1 else note)
-    if _agreed(arguments, f"Remove {_count(len(plan), 'run')}, {size_text(size)}?"):
+    if _agreed(arguments, f"{_count(len(plan), 'run')}, {size_text(size)}"):
         for removal in plan:
             removing.remove(removal)
             if not arguments.json:
@@ -93,7 +93,7 @@ def clean(arguments: argparse.Namespace) -> int:
         )
         print(f"In {home()}; another {size_text(used)} are in use and stay.")
     removed = list[cleaning.Leftover]()
-    if _agreed(arguments, f"Remove {_count(len(leftovers), 'folder')}, {size_text(size)}?"):
+    if _agreed(arguments, f"{_count(len(leftovers), 'folder')}, {size_text(size)}"):
         removed = [leftover for leftover in leftovers if cleaning.remove(leftover)]
         kept = len(leftovers) - len(removed)
         note = f" {_count(kept, 'folder')} came into use in the meantime." if kept else ""
@@ -115,11 +115,11 @@ def _add_confirmation(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true", help="only show what would be removed")
 
 
-def _agreed(arguments: argparse.Namespace, question: str) -> bool:
-    """Whether to go ahead; on a terminal, the user is asked."""
+def _agreed(arguments: argparse.Namespace, what: str) -> bool:
+    """Whether to remove `what`; on a terminal, the user is asked."""
     if arguments.dry_run:
         if not arguments.json:
-            print(f"{question} Nothing was removed: this is a dry run.")
+            print(f"Dry run: this would remove {what}.")
         return False
     if arguments.yes:
         return True
@@ -128,7 +128,7 @@ def _agreed(arguments: argparse.Namespace, question: str) -> bool:
             "cannot ask for confirmation here. Use --yes to remove, or --dry-run to only show what would be removed."
         )
     try:
-        answer = input(f"{question} [y/N] ")
+        answer = input(f"Remove {what}? [y/N] ")
     except EOFError:
         print()
         answer = ""

@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ from tundish.data.source import Chunk, Source, first_samples, numbered
 from tundish.errors import DataError
 from tundish.plan.address import local_path
 from tundish.plan.memory import MemoryPlan
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SAMPLED_CHUNKS = 96
 """Chunks, of about a megabyte each, that are tokenized; data with fewer is tokenized as a whole."""
@@ -59,7 +62,7 @@ class Estimate:
     rows: int
     """After packing."""
     fill: float
-    """PartResult of the rows' tokens that are used, 0 … 1."""
+    """Share of the rows' tokens that are used, 0 … 1."""
     batch_size: int
     """Rows in an optimizer step."""
     steps: int
@@ -83,10 +86,10 @@ class Estimate:
         about = f" ± {self.margin:.1%}" if self.sampled_share < 1 else ""
         yield f"{self.source}"
         yield f"  samples        {self.samples:,}{about}"
-        yield f"  tokens         {self.tokens:,}{about} an epoch, {self.target_tokens:,} of them targets"
+        yield f"  tokens         {self.tokens:,}{about} per epoch, {self.target_tokens:,} of them targets"
         yield f"  truncated      {self.truncated_share:.2%} of the samples, longer than {self.context_length:,} tokens"
         yield f"  rows           {self.rows:,}{about} of {self.context_length:,} tokens, {self.fill:.1%} full"
-        yield f"  batch size     {self.batch_size:,} rows"
+        yield f"  batch size     {self.batch_size:,} row{'' if self.batch_size == 1 else 's'}"
         yield f"  steps          {self.steps:,}{'' if self.duration.endswith('ba') else about} for {self.duration}"
         if self.sampled_share < 1:
             yield f"  from           {self.sampled_share:.1%} of the data, drawn at random; margins at 95 % confidence"
@@ -100,7 +103,7 @@ class Estimate:
         """Sample lengths as bars of text."""
         most = max([*self.counts, 1])
         width = len(f"{self.edges[-1]:,}")
-        yield "  tokens a sample"
+        yield "  tokens per sample"
         for low, high, count in zip(self.edges, self.edges[1:], self.counts, strict=False):
             bar = "█" * round(BAR * count / most) or ("▏" if count else "")
             yield f"  {low:>{width},} – {high - 1:<{width},} {bar} {count:,}"
@@ -109,10 +112,10 @@ class Estimate:
         return "\n".join([*self.lines(), "", *self.histogram()])
 
     def plot(self, path: str | Path) -> None:
-        """Write the histogram as PNG."""
-        local_path(path, "path").write_bytes(self._png())
+        """Write the histogram; the file's name decides the format (.png, .svg, .pdf, .jpg)."""
+        self._figure().savefig(local_path(path, "path"), dpi=120)
 
-    def _png(self) -> bytes:
+    def _figure(self) -> "Figure":
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 3.5), layout="constrained")
@@ -127,19 +130,19 @@ class Estimate:
             place = math.log2(self.context_length / self.edges[0]) - 0.5
             axes.axvline(place, color="#b00020", linestyle="--", label=f"context_length {self.context_length:,}")
             axes.legend()
-        axes.set_xlabel("tokens a sample")
+        axes.set_xlabel("tokens per sample")
         axes.set_ylabel("samples")
         axes.set_title(printable(self.source), fontsize=10, parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
-        sink = io.BytesIO()
-        figure.savefig(sink, dpi=120)
-        return sink.getvalue()
+        return figure
 
     def _repr_html_(self) -> str:
         text = html.escape("\n".join(self.lines()))
-        image = base64.b64encode(self._png()).decode()
+        sink = io.BytesIO()
+        self._figure().savefig(sink, dpi=120)
+        image = base64.b64encode(sink.getvalue()).decode()
         table = f'<pre style="font-family: monospace">{text}</pre>'
-        return f'{table}<img alt="tokens a sample" src="data:image/png;base64,{image}">'
+        return f'{table}<img alt="tokens per sample" src="data:image/png;base64,{image}">'
 
 
 @dataclass(slots=True)

@@ -85,13 +85,13 @@ def state(run: RunFolder, record: ProcessId) -> Life:
     if record.process() is None:
         return Life(alive=False, cause=FailureCause.KILLED)
     place = devices.place(run.name)
-    return Life(alive=True, waiting="" if place is None else _waiting(*place))
+    # A supervisor that waits for no other run is about to take its devices.
+    return Life(alive=True, waiting=_waiting(*place) if place is not None and place[1] else "")
 
 
 def _waiting(position: int, others: list[str]) -> str:
     more = f" and {len(others) - NAMED_RUNS} more" if len(others) > NAMED_RUNS else ""
-    behind = f", behind {', '.join(others[:NAMED_RUNS])}{more}" if others else ""
-    return f"Waiting for devices: position {position} in the queue{behind}."
+    return f"Waiting for devices: position {position} in the queue, behind {', '.join(others[:NAMED_RUNS])}{more}."
 
 
 def cancel(run: RunFolder, record: ProcessId, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""RunPlan → LLM-Foundry YAML: merges the layers of `yamls/` and fills in what the plan has decided.
+"""RunPlan → LLM Foundry YAML: merges the layers of `yamls/` and fills in what the plan has decided.
 
 Pure; with `overrides.py` the only place that knows LLM Foundry's key names. Layers, later ones winning: `base.yaml`,
 `task/<task>.yaml`, the model family's layer, `scale.yaml`, what the plan decides, the caller's `overrides`.
@@ -32,7 +32,7 @@ DECIDED = (
 
 
 def render(plan: RunPlan, run: RunFolder) -> str:
-    """The run's LLM-Foundry YAML, with comments.
+    """The run's LLM Foundry YAML, with comments.
 
     Args:
         plan: of the run.

@@ -147,16 +147,18 @@ class MemoryPlan:
 
     def lines(self) -> Iterator[str]:
         """A table of the candidates."""
-        yield "  memory of a device at the peak of a step, in GiB; layers: kept, or computed again in the backward pass"
-        yield "    microbatch  layers  states  gathered  activations  logits    peak"
+        yield "  peak memory of a step on one device, in GiB (→ chosen)"
+        yield "    microbatch   states  gathered  activations   logits      peak  layers"
         for step in self.candidates:
             parts = (step.states, step.gathered, step.activations, step.logits, step.peak)
             numbers = [f"{part / GIB:.2f}" for part in parts]
-            columns = [text.rjust(width) for text, width in zip(numbers, (6, 8, 11, 6, 6), strict=True)]
-            layers = "again" if step.choice.activation_checkpointing else "kept"
-            whole = "" if step.choice.reshard_after_forward else ", weights gathered once"
-            mark = f"  ← chosen{whole}" if step == self.chosen else ""
-            yield f"    {step.choice.microbatch:>10}  {layers:>6}  {'  '.join(columns)}{mark}"
+            columns = [text.rjust(width) for text, width in zip(numbers, (7, 8, 11, 7, 8), strict=True)]
+            layers = "recomputed" if step.choice.activation_checkpointing else "kept"
+            mark = "→" if step == self.chosen else " "
+            yield f"  {mark} {step.choice.microbatch:>10}  {'  '.join(columns)}  {layers}"
+        yield "    layers: activations kept for the backward pass, or recomputed in it"
+        if not self.chosen.choice.reshard_after_forward:
+            yield "    the chosen step gathers the weights once and keeps them until its end"
         if not self.fits:
             yield f"    none fits into the {self.device_memory / GIB:.1f} GiB of a device; the smallest is chosen"
 

@@ -125,7 +125,7 @@ def _common(family: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def foundry_layers(card: ModelCard) -> list[dict[str, Any]]:
-    """The LLM-Foundry YAML layers of the card's family, then those of `yamls/scale.yaml` for its size."""
+    """The LLM Foundry YAML layers of the card's family, then those of `yamls/scale.yaml` for its size."""
     scale = yaml.safe_load((yamls_dir() / "scale.yaml").read_text())
     steps = [step["foundry"] for step in scale if card.parameters > step["above_parameters"]]
     return [_families()[card.family].get("foundry", {}), *steps]

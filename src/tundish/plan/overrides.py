@@ -1,4 +1,4 @@
-"""The `overrides` argument: LLM-Foundry keys that a caller may set, with what they take, and those that a run needs.
+"""The `overrides` argument: LLM Foundry keys that a caller may set, with what they take, and those that a run needs.
 
 What is not listed here is refused, at every depth: LLM Foundry's sections can name functions, modules, files and other
 programs to run.
@@ -382,7 +382,7 @@ def _unknown(path: str, value: Any, values: Mapping[str, Value]) -> str:
         return f"{path!r} goes below a key that holds a single value. Shorten it."
     same = sorted(key for key in values if key.endswith(f".{word}"))[:3]
     hint = did_you_mean(word, known).strip() or (f"Did you mean {' or '.join(same)}?" if same else "")
-    where = f"{section!r} has no key" if section else "a run has no LLM-Foundry key"
+    where = f"{section!r} has no key" if section else "a run has no LLM Foundry key"
     listed = ", ".join(sorted(known))
     return f"{where} {word!r}. {hint or f'It has {listed}.'}"
 
