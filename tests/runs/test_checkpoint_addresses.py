@@ -10,7 +10,8 @@ from tundish.base.mlflow_client import artifact_address
 from tundish.base.run_folder import RunFolder
 from tundish.errors import SpecError
 from tundish.plan.address import Address
-from tundish.runs.checkpoint_addresses import checkpoint_address
+from tundish.plan.spec import RunSpec
+from tundish.runs.checkpoint_addresses import checkpoint_address, model_of_run
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +30,15 @@ def test_an_artifact_path_is_where_its_run_saved(make_run: MakeRun, save_folder:
     replace(paths.read_tracking(), save_folder=save_folder).write(paths)
     assert _address(OF_RUN) == f"{save_folder}/ep1-ba10"
     assert _address(OF_RUN.removeprefix("dbfs:")) == f"{save_folder}/ep1-ba10"
+
+
+def test_another_run_that_is_damaged_keeps_no_run_from_being_created(make_run: MakeRun) -> None:
+    """Weights of a run whose spec was lost could not be used any more: `create()` would name the other run's file."""
+    paths = make_run("ift-1", ("CREATED", "waits"))
+    address = f"{paths.read_tracking().save_folder}/ep1-ba1"
+    assert model_of_run(address) == RunSpec.read(paths).model
+    paths.spec.write_text("{")
+    assert model_of_run(address) is None
 
 
 @pytest.mark.parametrize("rest", ["ift-1/checkpoints/../../../secret", "../../x"])

@@ -1,8 +1,10 @@
 """Where a checkpoint is that a user names: a path on this machine, a URI, or an artifact of an MLflow run."""
 
+from contextlib import suppress
+
 from tundish.base.home import default_tracking_uri
 from tundish.base.mlflow_client import artifact_address, open_client, store_errors
-from tundish.errors import SpecError, StoreError
+from tundish.errors import RunDamagedError, RunNotFoundError, SpecError, StoreError
 from tundish.plan.address import ARTIFACTS, Address
 from tundish.plan.spec import RunSpec
 from tundish.runs.reading import trackings
@@ -25,10 +27,11 @@ def checkpoint_address(address: Address) -> str:
 
 
 def model_of_run(address: str) -> str | None:
-    """The model that the run of a checkpoint started from; None if no run of this machine saved it."""
+    """The model that the run of a checkpoint started from; None if no run of this machine saved it, or it is damaged."""
     for run, tracking in trackings():
         if tracking.save_folder == address.rstrip("/").rpartition("/")[0]:
-            return RunSpec.read(run).model
+            with suppress(RunDamagedError, RunNotFoundError):
+                return RunSpec.read(run).model
     return None
 
 
