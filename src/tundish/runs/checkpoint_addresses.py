@@ -27,7 +27,7 @@ def checkpoint_address(address: Address) -> str:
 
 
 def model_of_run(address: str) -> str | None:
-    """The model that the run of a checkpoint started from; None if no run of this machine saved it, or it is damaged."""
+    """The model that the run of a checkpoint started from; None if no run here saved it, or that run is damaged."""
     for run, tracking in trackings():
         if tracking.save_folder == address.rstrip("/").rpartition("/")[0]:
             with suppress(RunDamagedError, RunNotFoundError):
