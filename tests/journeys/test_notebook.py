@@ -134,12 +134,12 @@ def test_the_tutorial_s_notebook_shows_its_reader_what_came_out(executed: list[l
         piped, printed, canceled, folder, model,
     ) = executed  # fmt: skip
 
-    # Created: a record, one line that says where MLflow looks, and nothing to be worried by.
+    # Created: a record, one line that says which store MLflow uses, and nothing to be worried by.
     record = dict(_rows(_shown(created, "text/html")))
     assert record["Train Data Path"].endswith("my notebooks/train.jsonl") and "Train Loss" not in record
     assert record["Eval Prompts"].endswith("Is <b>1</b> less?") and "<b>" not in _shown(created, "text/html")
-    (said,) = _printed(created, "stdout").splitlines()
-    assert said.startswith(f"MLflow in this process looks at sqlite:///{home}/mlflow/mlflow.db, where the run is")
+    (line,) = _printed(created, "stdout").splitlines()
+    assert line.startswith(f"MLflow in this process now uses sqlite:///{home}/mlflow/mlflow.db, the store of the run")
     assert _printed(created, "stderr") == "" and "rich" not in str(created)
 
     # Events: as a table, each in a row, with losses and speed.
