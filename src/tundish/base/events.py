@@ -1,6 +1,6 @@
-"""events.jsonl: what happened to a run. The process that did something appends an event after it was done.
+"""events.jsonl: the events of a run. The process that did something appends an event afterwards.
 
-One JSON object a line with `type`, `time` (ISO 8601, UTC), `message`, and more fields that are facts for programs.
+One JSON object per line with `type`, `time` (ISO 8601, UTC), `message`, and more fields that are facts for programs.
 """
 
 import errno
@@ -22,7 +22,7 @@ PROGRESS = b'{"type": "TRAIN_UPDATED"'
 NUMBERS = ("eta_s", "share", "loss", "eval_loss", "tokens_per_s")
 """Facts that readers calculate with."""
 LOCK_SECONDS = 2.0
-"""To wait for another writer, which needs much less for its line."""
+"""The longest wait for another writer, which needs much less for its line."""
 TERMINAL_TYPES = frozenset({"COMPLETED", "FAILED", "STOPPED", "CANCELED"})
 
 

@@ -1,4 +1,4 @@
-"""Processes of this machine: started with a log, identified for sure, stopped with everything that they started."""
+"""Processes of this machine: started with a log, identified reliably, stopped with everything that they started."""
 
 import contextlib
 import ctypes
@@ -25,7 +25,7 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True)
 class ProcessId:
-    """Identifies a process: a later one with the same number, or one of another machine, has another ProcessId."""
+    """Identifies a process: a later one with the same PID, or one of another machine, has another ProcessId."""
 
     pid: int
     ticks: int
@@ -36,7 +36,7 @@ class ProcessId:
 
     @classmethod
     def of(cls, pid: int) -> "ProcessId":
-        """The process that has this number now.
+        """The process that has this PID now.
 
         Raises:
             FileNotFoundError: no process has it.
@@ -80,7 +80,7 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a process whose output is appended to `log`.
 
-    A `detached` process outlives this one; any other is killed by the kernel when this one dies, in whatever way.
+    A `detached` process outlives this one; any other is killed by the kernel when this one dies, for any reason.
     With `ignore_stop` it ignores SIGTERM and SIGUSR1, which a system sends to all processes of a run at once.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def start(
 
 
 def _prepare(parent: int, ignore_stop: bool) -> None:
-    """Runs in the new process before its program is loaded."""
+    """Runs in the new process, before its program is loaded."""
     die_with(parent)
     if ignore_stop:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -111,7 +111,7 @@ def _prepare(parent: int, ignore_stop: bool) -> None:
 
 
 def die_with(parent: int) -> None:
-    """Have this process killed when `parent`, which started it, dies; at once if that has died already."""
+    """Have this process killed when `parent`, which started it, dies; at once if it has died already."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -107,11 +107,11 @@ def holds_secret(address: str) -> bool:
 
 def _secrets_of(environment: Mapping[str, str]) -> Iterator[str]:
     for name, value in environment.items():
-        found = {value} if names_secret(name) and not os.path.exists(value) else set[str]()
+        secrets = {value} if names_secret(name) and not os.path.exists(value) else set[str]()
         # An address's password may hold blanks, where it would end in a text.
         if address := re.search(r"://([^/:@]*:(.*))@", value):
-            found |= {address[1], address[2]}
-        for secret in found | {quote(secret, safe="") for secret in found}:
+            secrets |= {address[1], address[2]}
+        for secret in secrets | {quote(secret, safe="") for secret in secrets}:
             if len(secret) >= SHORTEST_QUOTED:
                 yield secret
 

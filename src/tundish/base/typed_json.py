@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 T = TypeVar("T")
 RECORD_BYTES = 64 << 20
-"""No record is as large: a larger file was written by another program."""
+"""No record is this large: a larger file was written by another program."""
 
 
 class NewerError(ValueError):
@@ -57,7 +57,7 @@ def read_regular(path: Path, limit: int | None = None) -> bytes:
         OSError: the file cannot be read.
         ValueError: it is not a regular file, or is larger than `limit`.
     """
-    # Not open(): that would wait for ever for the writer of a pipe.
+    # Not open(), which would wait forever for the writer of a named pipe.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         status = os.fstat(descriptor)
@@ -118,7 +118,7 @@ def _fields(cls: type[Any]) -> dict[str, tuple[Any, bool]]:
 
 
 def _value(hint: Any, value: Any) -> Any:
-    """`value` as a field of this type has it.
+    """`value` as a field of this type holds it.
 
     Raises:
         ValueError: it is of another type.
@@ -131,6 +131,7 @@ def _value(hint: Any, value: Any) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in inner:
             return None
+        # If no option fits, the error is that of the last one.
         *others, last = (option for option in inner if option is not type(None))
         for option in others:
             with contextlib.suppress(ValueError):
@@ -141,13 +142,14 @@ def _value(hint: Any, value: Any) -> Any:
     if origin is tuple:
         if not isinstance(value, list):
             return _refuse(value, "a list")
-        return tuple(_value(inner[0], one) for one in cast(list[Any], value))
+        return tuple(_value(inner[0], item) for item in cast(list[Any], value))
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, dict):
             return _refuse(value, "an object")
-        return {key: _value(inner[1], one) for key, one in cast(dict[str, Any], value).items()}
+        return {key: _value(inner[1], item) for key, item in cast(dict[str, Any], value).items()}
     if dataclasses.is_dataclass(hint):
         return parse(cast(type[Any], hint), value) if isinstance(value, dict) else _refuse(value, "an object")
+    # In Python, a bool is an int too, and an int is accepted as a float.
     if isinstance(value, bool) is not (hint is bool) or not isinstance(value, (int, float) if hint is float else hint):
         return _refuse(value, {str: "text", int: "an integer", float: "a number", bool: "true or false"}[hint])
     return value

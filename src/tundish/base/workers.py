@@ -196,7 +196,9 @@ class Workers:
                     worker.submit(function, task[1])
                     busy.setdefault(worker, deque()).append(task)
                     task = next(waiting, None)
-                for worker in _ready(busy):
+                by_pipe = {worker.pipe: worker for worker in busy}
+                for pipe in wait(list(by_pipe)):
+                    worker = by_pipe[cast(Connection, pipe)]
                     kind, *content = worker.receive()
                     if kind not in _ANSWERS:
                         continue
@@ -356,11 +358,6 @@ class _Worker:
             self._process.join(seconds)
         self._process.kill()
         self._process.join()
-
-
-def _ready(busy: Iterable[_Worker]) -> list[_Worker]:
-    by_pipe = {worker.pipe: worker for worker in busy}
-    return [by_pipe[cast(Connection, pipe)] for pipe in wait(list(by_pipe))]
 
 
 def _last_words(errors: int) -> str:

@@ -74,13 +74,10 @@ class PlainText:
         """The messages with marks, and whether they have any."""
         if all(control.find(message["content"]) is None for message in messages):
             return messages, False
-        masked = [
-            {**message, "content": self._finder.pattern.sub(self._mark, message["content"])} for message in messages
-        ]
-        return masked, True
-
-    def _mark(self, match: "re.Match[str]") -> str:
-        return self._marks[match[0]]
+        texts = (
+            self._finder.pattern.sub(lambda match: self._marks[match[0]], message["content"]) for message in messages
+        )
+        return [{**message, "content": text} for message, text in zip(messages, texts, strict=True)], True
 
     @functools.cached_property
     def _backend(self) -> Any:

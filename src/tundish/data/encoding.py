@@ -1,6 +1,7 @@
 """One chunk → tokens and loss masks: what every worker does, on this machine and on a Spark cluster.
 
-Encoded samples do not travel: they are appended to a file of the worker, the spool, and only their lengths go back.
+Encoded samples are not sent between processes: a worker appends them to its own file, the spool, and returns their
+lengths.
 """
 
 import os
@@ -25,17 +26,17 @@ from tundish.plan.spec import RunSpec, TaskType
 
 BATCH_SAMPLES = 256
 SAMPLE_SECONDS = 10.0
-"""Of CPU time for a sample, or for a batch of short ones. A chat of a hundred turns takes a hundredth of a second."""
+"""CPU time for a sample, or for a batch of short ones. A chat of a hundred turns takes a hundredth of a second."""
 CHARACTERS_PER_SECOND = 200_000
-"""For each so many a sample gets a second more; the slowest tokenizers read five times as many."""
+"""For this many, a sample gets another second; the slowest tokenizers read five times as many."""
 SAMPLE_BYTES = 1 << 30
 BYTES_PER_CHARACTER = 384
-"""Of memory, up to MEMORY_BYTES in all: tokenizers takes up to 300."""
+"""Memory in addition to SAMPLE_BYTES, up to MEMORY_BYTES in all: `tokenizers` takes up to 300."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What is to be made of samples."""
+    """How samples are encoded."""
 
     model: str
     """Canonical name, or folder."""
@@ -47,7 +48,7 @@ class Job:
 
     @classmethod
     def of(cls, spec: RunSpec) -> "Job":
-        """What a run makes of its samples."""
+        """How a run encodes its samples."""
         return cls(
             model=spec.model,
             task_type=spec.task_type,
@@ -69,7 +70,7 @@ class Job:
 
 @dataclass(slots=True)
 class EncodedChunk:
-    """What a chunk came to."""
+    """The result of a chunk."""
 
     size: int
     """In the unit of `Chunk.size`."""
@@ -90,17 +91,18 @@ class EncodedChunk:
     spool: str = ""
     """Name of the file that holds the pieces: all tokens (int32), then all loss masks (uint8)."""
     offset: int = 0
-    """Where they begin in it, in bytes."""
+    """Of the pieces in that file, in bytes."""
 
 
 def encode_chunks(
     job: Job, source: Source, chunks: Iterable[tuple[int, Chunk]], spool: Callable[[], Path | None], workers: Workers
 ) -> Iterator[EncodedChunk]:
-    """What each chunk of a source comes to; `spool` is asked before each where its samples go.
+    """The result of each chunk of a source. `spool` is called before each chunk, for the folder of its samples.
 
     Raises:
-        DataError: the model's template or tokenizer takes too much for a sample, or ends its process.
+        DataError: the model's template or tokenizer takes too much memory or CPU time for a sample, or crashes.
     """
+    # Workers take chunks ahead of their results: the numbers at which those begin, until their results are here.
     before = deque[int]()
 
     def tasks() -> Iterator[tuple[Job, Rules, Chunk, Path | None]]:
@@ -128,19 +130,15 @@ def _blamed(job: Job) -> str:
 
 
 def encode_each(job: Job, rules: Rules, chunk: Chunk, spool: Path | None) -> EncodedChunk:
-    """`encode_chunk`, one sample at a time: where it ends, it is known at which."""
+    """As `encode_chunk`, one sample at a time: if it crashes, the sample is known."""
     return encode_chunk(job, rules, chunk, spool, 1)
 
 
+@no_collection()
 def encode_chunk(
     job: Job, rules: Rules, chunk: Chunk, spool: Path | None, batch_samples: int = BATCH_SAMPLES
 ) -> EncodedChunk:
-    """Check, tokenize and cut the samples of a chunk; append them to this process's file in `spool` if one is given."""
-    with no_collection():
-        return _encode_chunk(job, rules, chunk, spool, batch_samples)
-
-
-def _encode_chunk(job: Job, rules: Rules, chunk: Chunk, spool: Path | None, batch_samples: int) -> EncodedChunk:
+    """Check, tokenize and cut the samples of a chunk; append them to this process's file in `spool`, if it is given."""
     encoded = EncodedChunk(chunk.size, chunk.units)
     pieces: list[Encoded] = []
     lengths: list[int] = []
@@ -149,8 +147,13 @@ def _encode_chunk(job: Job, rules: Rules, chunk: Chunk, spool: Path | None, batc
         cut = list(_cut(sample, job))
         if job.task_type != "CONTINUED_PRETRAIN":
             encoded.truncated += len(sample.tokens) > job.context_length
+            # The first token of a sample is not predicted, so it is no target.
             if not cut[0].loss_mask[1:].any():
-                encoded.problems.add(number, _no_target(len(sample.tokens), job.context_length))
+                text = (
+                    f"the sample is {len(sample.tokens):,} tokens long, and none of its reply is within the first "
+                    f"{job.context_length:,}. Shorten the prompt, drop the sample, or raise context_length."
+                )
+                encoded.problems.add(number, Problem("no target", text))
         pieces.extend(cut)
     encoded.samples, encoded.sample_lengths = len(lengths), np.array(lengths, dtype=np.int32)
     encoded.lengths = np.array([len(piece.tokens) for piece in pieces], dtype=np.int32)
@@ -168,6 +171,7 @@ def _encoded(
     while batch := list(islice(good, batch_samples)):
         for (number, _), result in zip(batch, _encode(job, encoder, batch), strict=True):
             if isinstance(result, DataError):
+                # The message has details of the sample; its first words are the same for all of the kind.
                 encoded.problems.add(number, Problem(" ".join(result.message.split()[:5]), result.message))
             else:
                 yield number, result
@@ -178,11 +182,12 @@ def _encode(job: Job, encoder: Encoder, batch: Sequence[tuple[int, Sample]]) -> 
     try:
         with limited(batch[0][0], *allowed(text for sample in samples for text in texts_of(sample))):
             return encoder.encode(samples)
-    except BaseException as error:  # tokenizers raises bare ones, and panics, which is no Exception
+    except BaseException as error:  # tokenizers raises Exception itself; a panic of its Rust code is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         if len(batch) > 1:
-            return [result for one in batch for result in _encode(job, encoder, [one])]
+            # One of them is to blame; the others are good.
+            return [result for numbered in batch for result in _encode(job, encoder, [numbered])]
         cause = (
             took_memory()
             if isinstance(error, MemoryError)
@@ -192,7 +197,7 @@ def _encode(job: Job, encoder: Encoder, batch: Sequence[tuple[int, Sample]]) -> 
 
 
 def allowed(texts: Iterable[str]) -> tuple[float, int]:
-    """What a template or a tokenizer may take for texts: seconds of CPU time, and bytes."""
+    """Limits of a template or a tokenizer for texts: seconds of CPU time, and bytes of memory."""
     characters = sum(map(len, texts))
     memory = min(MEMORY_BYTES, SAMPLE_BYTES + characters * BYTES_PER_CHARACTER)
     return SAMPLE_SECONDS + characters / CHARACTERS_PER_SECOND, memory
@@ -220,16 +225,8 @@ def _control_token(token: str, task_type: TaskType) -> Problem:
     return Problem("control token", f"{text} Remove it if it is not intended.")
 
 
-def _no_target(length: int, context_length: int) -> Problem:
-    text = (
-        f"the sample is {length:,} tokens long, and none of its reply is within the first {context_length:,}. "
-        "Shorten the prompt, drop the sample, or raise context_length."
-    )
-    return Problem("no target", text)
-
-
 def _cut(sample: Encoded, job: Job) -> Iterator[Encoded]:
-    """What rows take of a sample: its beginning; of raw text all, in pieces of at most a row."""
+    """The parts of a sample that go into rows: its beginning; of raw text everything, in pieces of at most a row."""
     length = len(sample.tokens) if job.task_type == "CONTINUED_PRETRAIN" else 1
     for start in range(0, length, job.context_length):
         end = start + job.context_length

@@ -1,4 +1,4 @@
-"""What a run would train on: samples, tokens, rows and steps; of large data, from a random sample of its chunks.
+"""What a run would train on: samples, tokens, rows and steps; for large data, from a random sample of its chunks.
 
 Totals of sampled data are ratio estimates with cluster sampling (Cochran, "Sampling Techniques", chapters 6 and 9):
 chunks are drawn, not single samples, so the margin comes from how much chunks differ from each other.
@@ -31,19 +31,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SAMPLED_CHUNKS = 96
-"""Chunks, of about a megabyte each, that are tokenized; data with fewer is tokenized as a whole."""
+"""The most chunks, of about a megabyte each, that are tokenized."""
 SEED = 17
-"""Of the draw: the same data gives the same estimate."""
+"""Of the random sample: the same data gives the same estimate."""
 Z_95 = 1.96
 """Standard errors in a 95 % margin."""
 BAR = 40
+"""Characters of the longest bar of the histogram."""
 
 
 class Steps(Protocol):
     """Batch size in rows and optimizer steps, from rows and tokens."""
 
     def __call__(self, rows: int, tokens: int) -> tuple[int, int]:
-        """For an epoch of so many."""
+        """For an epoch of this many."""
         ...
 
 
@@ -73,13 +74,13 @@ class Estimate:
     sampled_share: float
     """How much of the data was tokenized, 0 … 1."""
     margin: float
-    """Of samples, tokens, rows and steps: relative, at 95 % confidence; 0 where all was tokenized."""
+    """Of samples, tokens, rows and steps: relative, at 95 % confidence; 0 if everything was tokenized."""
     edges: list[int]
-    """Of the histogram of sample lengths, in tokens."""
+    """Of the bins of the histogram of sample lengths, in tokens."""
     counts: list[int]
     """Tokenized samples between two edges."""
     memory: MemoryPlan | None = None
-    """What a step takes on one device."""
+    """What a step needs on one device."""
 
     def lines(self) -> Iterator[str]:
         """The estimate as text, without the histogram."""
@@ -90,6 +91,7 @@ class Estimate:
         yield f"  truncated      {self.truncated_share:.2%} of the samples, longer than {self.context_length:,} tokens"
         yield f"  rows           {self.rows:,}{about} of {self.context_length:,} tokens, {self.fill:.1%} full"
         yield f"  batch size     {self.batch_size:,} row{'' if self.batch_size == 1 else 's'}"
+        # Steps that are given in batches ("ba") do not depend on the data.
         yield f"  steps          {self.steps:,}{'' if self.duration.endswith('ba') else about} for {self.duration}"
         if self.sampled_share < 1:
             yield f"  from           {self.sampled_share:.1%} of the data, drawn at random; margins at 95 % confidence"
@@ -127,11 +129,13 @@ class Estimate:
             if count:
                 axes.annotate(f"{count:,}", (place, count), ha="center", va="bottom", fontsize=7)
         if self.truncated_share:
+            # Bars are one apart, and their edges, powers of two, halfway between them.
             place = math.log2(self.context_length / self.edges[0]) - 0.5
             axes.axvline(place, color="#b00020", linestyle="--", label=f"context_length {self.context_length:,}")
             axes.legend()
         axes.set_xlabel("tokens per sample")
         axes.set_ylabel("samples")
+        # Without parse_math=False, `$` in a path would start a formula.
         axes.set_title(printable(self.source), fontsize=10, parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
         return figure
@@ -147,7 +151,7 @@ class Estimate:
 
 @dataclass(slots=True)
 class _Drawn:
-    """What the drawn chunks came to: one number a chunk."""
+    """Totals of the drawn chunks; each list has one number per chunk."""
 
     size: list[int]
     samples: list[int]
@@ -168,15 +172,16 @@ class _Drawn:
 
     @property
     def factor(self) -> float:
-        """Of everything to what was drawn."""
+        """How many times as much data there is as was drawn."""
         return self.whole / sum(self.size)
 
     def margin(self) -> float:
-        """Relative margin of the total of tokens."""
+        """Relative margin of the total number of tokens, at 95 % confidence."""
         count, share = len(self.size), 1 / self.factor
         if share >= 1:
             return 0.0
         size, tokens = np.array(self.size, float), np.array(self.tokens, float)
+        # Against the tokens that a chunk of this size has on average: chunks differ in size.
         residuals = tokens - tokens.sum() / size.sum() * size
         deviation = math.sqrt((1 - share) * residuals.var(ddof=1) / count)
         return float(Z_95 * deviation / tokens.mean())
@@ -187,13 +192,13 @@ def estimate(source: Source, job: Job, steps: Steps, duration: str, progress: Pr
 
     Args:
         source: the training data.
-        job: what is made of its samples.
+        job: how its samples are encoded.
         steps: batch size and steps of the run.
         duration: of the run, for the report.
-        progress: called with the progress.
+        progress: called with the number of chunks that are done, and of all.
 
     Raises:
-        DataError: there is no good sample in what was read, or compressed data is damaged.
+        DataError: what was read has no valid sample, or compressed data is damaged.
     """
     drawn, lengths, pieces = _Drawn([], [], []), list[NDArray[np.int32]](), list[NDArray[np.int32]]()
     job.prove(first_samples(source))
@@ -221,18 +226,19 @@ def estimate(source: Source, job: Job, steps: Steps, duration: str, progress: Pr
 
 
 def _draw(source: Source, drawn: _Drawn) -> list[tuple[int, Chunk]]:
-    """Some chunks of a source, each with the same chance; all where there are few (Vitter's algorithm R)."""
+    """Up to SAMPLED_CHUNKS chunks of a source, each drawn with the same probability (Vitter's algorithm R)."""
     kept, chance = list[tuple[int, Chunk]](), random.Random(SEED)
     for number, (start, chunk) in enumerate(numbered(source.chunks())):
         drawn.whole += chunk.size
         place = number if number < SAMPLED_CHUNKS else chance.randrange(number + 1)
         if place < SAMPLED_CHUNKS:
+            # Replaces the chunk at this place, or appends: the first chunks have places behind the last one.
             kept[place : place + 1] = [(start, chunk)]
     return kept
 
 
 def _histogram(lengths: NDArray[np.int32]) -> tuple[list[int], list[int]]:
-    """Edges at powers of two, and how many samples lie between each two."""
+    """Edges at powers of two, and the number of samples between each two."""
     first, last = int(math.log2(lengths.min())), int(math.log2(lengths.max())) + 1
     edges = [2**power for power in range(first, last + 1)]
     counts, _ = np.histogram(lengths, bins=edges)

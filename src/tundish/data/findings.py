@@ -1,4 +1,4 @@
-"""What was found in the samples: problems and warnings by rule, with the places that have them."""
+"""Problems and warnings of samples, grouped by rule, with their places."""
 
 import json
 from array import array
@@ -12,8 +12,9 @@ from tundish.data.manifest import Prepared
 from tundish.data.samples import Problem
 
 SHOWN = 20
+"""The most places in a message."""
 SHOWN_CHARACTERS = 400
-"""Of the names of files."""
+"""Of names in a message."""
 
 
 @dataclass(slots=True)
@@ -23,17 +24,17 @@ class _Kind:
 
 
 class Findings:
-    """Samples by rule. A sample is known by its number, from 1: the line, the row, or the place of its file."""
+    """Samples by rule. A sample is identified by its number from 1: of its line, its row, or its file."""
 
     def __init__(self) -> None:
         self._kinds: dict[str, _Kind] = {}
 
     def add(self, number: int, problem: Problem) -> None:
-        """Note that sample `number` has `problem`."""
+        """Record that sample `number` has `problem`."""
         self._kinds.setdefault(problem.rule, _Kind(problem.text)).numbers.append(number)
 
     def extend(self, other: "Findings", offset: int) -> None:
-        """Take over what was found in a later part, whose numbers start at `offset`."""
+        """Add the findings of a later part of the data, which starts after `offset` samples."""
         for rule, kind in other._kinds.items():
             mine = self._kinds.setdefault(rule, _Kind(kind.text))
             mine.numbers.extend(number + offset for number in kind.numbers)
@@ -43,23 +44,23 @@ class Findings:
 
     @property
     def count(self) -> int:
-        """Findings in all; a sample with two counts twice."""
+        """All findings; a sample with two counts twice."""
         return sum(len(kind.numbers) for kind in self._kinds.values())
 
     def findings(self, place: "Location", total: int) -> "list[Finding]":
-        """One a rule, with the names of all its samples."""
+        """One finding per rule, with the names of all its samples."""
         return [
             Finding(rule, self._message(kind, place, total), len(kind.numbers), place.names(kind.numbers))
             for rule, kind in self._kinds.items()
         ]
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Everything, for JSON."""
+        """All findings, for JSON."""
         return [{"rule": rule, "text": kind.text, "where": list(kind.numbers)} for rule, kind in self._kinds.items()]
 
     @classmethod
     def of(cls, records: list[dict[str, Any]]) -> "Findings":
-        """What `to_records` gave."""
+        """The findings of which `to_records` made these records."""
         findings = cls()
         for record in records:
             findings._kinds[record["rule"]] = _Kind(record["text"], array("q", record["where"]))
@@ -70,7 +71,7 @@ class Findings:
         count = len(kind.numbers)
         if count > 1:
             names = list(_fitting(map(str, place.names(kind.numbers[:SHOWN]))))
-            # The name of a row in one of several files has a comma itself.
+            # The name of a row in one of several files contains a comma.
             comma = "; " if any(", " in name for name in names) else ", "
             shown = comma.join([*names, *["…"] * (count > len(names))])
             text += f" {count:,} of {total:,} {place.unit}s are like this ({shown})."
@@ -78,7 +79,7 @@ class Findings:
 
 
 def _fitting(names: Iterable[str]) -> Iterator[str]:
-    """The first of the names, as many as make a line or several; at least one."""
+    """The first names, about SHOWN_CHARACTERS long in all; at least one."""
     length = 0
     for name in names:
         if length > SHOWN_CHARACTERS:
@@ -89,17 +90,17 @@ def _fitting(names: Iterable[str]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one rule found."""
+    """All samples that one rule applies to."""
 
     rule: str
     message: str
-    """The first sample in full, others by number: where, what was found, what is allowed, what to do."""
+    """Where the first one is, what is wrong, what is expected, and what to do; others by number."""
     count: int
     where: list[int] | list[str]
     """All samples: numbers of lines or rows from 1, or names of files."""
 
     def to_dict(self, most: int) -> dict[str, Any]:
-        """The finding for JSON, its places in about `most` bytes: as many of the first as that takes."""
+        """The finding for JSON, with as many of its first places as fit into about `most` bytes."""
         where = list[Any]()
         for place in _ranges(self.where):
             most -= len(json.dumps(place, ensure_ascii=False).encode()) + 2
@@ -111,7 +112,7 @@ class Finding:
 
 
 def _ranges(where: list[int] | list[str]) -> Iterator[int | str | list[int]]:
-    """Names, numbers, and `[first, last]` of several numbers that follow each other."""
+    """Names or numbers; consecutive numbers as `[first, last]`."""
     for _, group in groupby(enumerate(where), lambda pair: pair[1] - pair[0] if isinstance(pair[1], int) else pair):
         places = [place for _, place in group]
         yield places[0] if len(places) == 1 else [cast(int, places[0]), cast(int, places[-1])]
@@ -128,7 +129,7 @@ class Location:
     """For a folder: the name of its n-th file."""
 
     def of(self, number: int) -> str:
-        """Where one sample is."""
+        """The place of one sample, for a message."""
         if self.file_of is not None:
             return self.file_of(number)
         return f"{self.source}, {self.unit} {number:,}"
@@ -140,10 +141,10 @@ class Location:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What preparation found: the prepared data, or problems."""
+    """The result of preparation: the prepared data, or problems."""
 
     prepared: Prepared | None
-    """None where there are problems."""
+    """None if there are problems."""
     total: int
     """Lines, rows or files that were read."""
     samples: int

@@ -1,8 +1,8 @@
 """Samples → rows: best-fit-decreasing bin packing, deterministic, no sample lost or split.
 
-Method: Johnson, "Near-optimal bin packing algorithms" (1973). Free space is looked up in one big integer with a bit
-for every amount of space that some open row has, so that finding the tightest row costs one shift; and a row takes as
-many samples of one length as fit, at once.
+Method: Johnson, "Near-optimal bin packing algorithms" (1973). One big integer has a bit for every amount of space that
+some open row has left, so finding the tightest row costs one shift; and a row takes as many samples of one length at
+once as fit.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def pack(lengths: "Sequence[int] | NDArray[np.int32]", capacity: int) -> list[li
 
 
 class _Rows:
-    """Rows, those with space left grouped by how much."""
+    """Rows; those with space left are grouped by how much."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -53,12 +53,12 @@ class _Rows:
             for row in rows:
                 self.rows[row].extend(samples[start : start + count])
                 start += count
-            # What is left of a row is less than this length; the last one may have taken fewer samples.
+            # Each row has less space left than this length; only the last one may have taken fewer samples.
             self._leave(rows[:-1], space - count * length)
             self._leave(rows[-1:], space - (count - max(0, start - len(samples))) * length)
 
     def _tightest(self, length: int, samples: int) -> tuple[int, list[int]]:
-        """Rows with the least space that takes `length`, or new ones; as many as `samples` of them need."""
+        """The space and the numbers of the rows that `samples` of this length go to: the tightest rows, or new ones."""
         fitting = self._spaces >> length
         if not fitting:
             first, count = len(self.rows), -(-samples // (self.capacity // length))

@@ -1,4 +1,4 @@
-"""Tokens as people read them: text, with what is trained marked."""
+"""Tokens as readable text, in which the trained parts are marked."""
 
 import html
 from collections.abc import Iterator, Sequence
@@ -23,13 +23,13 @@ def segments(tokens: NDArray[Any], targets: NDArray[Any], backend: Any) -> Itera
     """
     marks = targets.astype(bool)
     borders = (np.flatnonzero(np.diff(marks)) + 1).tolist()
-    for some, bits in zip(np.split(tokens, borders), np.split(marks, borders), strict=True):
-        if len(some):
-            yield printable(backend.decode(some.tolist(), skip_special_tokens=False)), bool(bits[0])
+    for part, bits in zip(np.split(tokens, borders), np.split(marks, borders), strict=True):
+        if len(part):
+            yield printable(backend.decode(part.tolist(), skip_special_tokens=False)), bool(bits[0])
 
 
 def marked_html(parts: Sequence[Segment]) -> str:
-    """A `pre` element in which trained text has a color."""
+    """A `pre` element in which trained text is colored."""
     marked = "".join(
         f'<mark style="background:#c8e6c9">{html.escape(text)}</mark>' if trained else html.escape(text)
         for text, trained in parts

@@ -1,4 +1,4 @@
-"""What validation says of the data: problems and warnings, and one sample as the model will see it."""
+"""The report of validation: problems and warnings, and one sample as the model will see it."""
 
 import html
 import json
@@ -23,14 +23,14 @@ from tundish.errors import DataError
 from tundish.plan.address import local_path
 
 PLACES_BYTES = 1_500_000
-"""Of all places in a report that is written; messages and preview come to it."""
+"""Of the places of all findings in a saved report; messages and preview come on top."""
 PREVIEW_TOKENS = 400
 PREVIEW_CHARACTERS = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What was found in training or in evaluation data."""
+    """Problems and warnings of the training or the evaluation data."""
 
     argument: str
     """`train_data_path` or `eval_data_path`."""
@@ -38,14 +38,14 @@ class Report:
     unit: str
     """`line`, `row` or `file`."""
     total: int
-    """How many of them were read."""
+    """Lines, rows or files that were read."""
     samples: int
     problems: list[Finding]
     warnings: list[Finding]
     prepared: Prepared | None
-    """None where there are problems."""
+    """None if there are problems."""
     preview: list[Segment]
-    """The first good sample, decoded; its beginning if it is long."""
+    """The first valid sample, decoded; only its beginning if it is long."""
 
     @property
     def messages(self) -> list[str]:
@@ -57,7 +57,7 @@ class Report:
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         content["problems"] = [finding.to_dict(most) for finding in self.problems]
         content["warnings"] = [finding.to_dict(most) for finding in self.warnings]
-        # What it keeps of the warnings is those of above.
+        # Its warnings are those above.
         content["prepared"] = None if self.prepared is None else asdict(replace(self.prepared, warnings=[]))
         return content
 
@@ -82,11 +82,11 @@ class Validation:
 
     @property
     def ok(self) -> bool:
-        """Whether a run would take the data."""
+        """Whether a run would accept the data."""
         return not any(report.problems for report in self.reports)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON; of the places of many samples as many as keep a file of it below two megabytes."""
+        """The reports, for JSON; with only as many places of samples as keep the JSON below two megabytes."""
         count = sum(len(report.problems) + len(report.warnings) for report in self.reports)
         most = PLACES_BYTES // max(1, count)
         return {"ok": self.ok, "reports": [report.to_dict(most) for report in self.reports]}
@@ -95,7 +95,7 @@ class Validation:
         """Write `to_dict()` as JSON."""
         content = self.to_dict()
         findings = [item for report in content["reports"] for item in (*report["problems"], *report["warnings"])]
-        # With a line for each place, a file would have a million lines.
+        # Indented like the rest, each place would have a line of its own, a million in a large report.
         places = [json.dumps(finding["where"], ensure_ascii=False) for finding in findings]
         for number, finding in enumerate(findings):
             finding["where"] = f"\0{number}"
@@ -129,18 +129,18 @@ def report_on(argument: str, source: Source, job: Job, cluster: str | None, prog
     """Prepare a source, and report on it.
 
     Raises:
-        DataError: holds no sample, or compressed data is damaged.
+        DataError: the data has no samples, or compressed data is damaged.
     """
     if cluster is None:
         outcome = examine(source, job, cluster, progress)
         return report_of(argument, source, outcome, _preview(source, job))
-    # Before the tokenizer is loaded in this process.
+    # In another process, and first: on a cluster, this process loads the tokenizer itself, which may crash it.
     preview = guarded(_preview, source, job, tables=True)
     return report_of(argument, source, examine(source, job, cluster, progress), preview)
 
 
 def report_of(argument: str, source: Source, outcome: Outcome, preview: list[Segment]) -> Report:
-    """The report that an outcome makes."""
+    """The report of an outcome."""
     return Report(
         argument=argument, source=source.place.source, unit=source.place.unit, total=outcome.total,
         samples=outcome.samples, problems=outcome.problems, warnings=outcome.warnings, prepared=outcome.prepared,
@@ -149,7 +149,7 @@ def report_of(argument: str, source: Source, outcome: Outcome, preview: list[Seg
 
 
 def _preview(source: Source, job: Job) -> list[Segment]:
-    """The first sample that the chat template takes, as runs of trained and untrained text."""
+    """The first sample that the chat template accepts, as runs of trained and untrained text."""
     encoder = job.encoder
     for sample in first_samples(source):
         with limited(f"{source.place.source}: the preview of its first sample", *allowed(texts_of(sample))):

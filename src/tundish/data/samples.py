@@ -1,7 +1,7 @@
-"""What a sample must be: one line of JSONL, one row of a table, or one .txt file, checked before it is tokenized.
+"""The rules for samples: one line of JSONL, one row of a table, or one .txt file, checked before it is tokenized.
 
-Every rule has a name, so that a thousand lines with the same mistake make one message. Good lines take a short way
-(orjson and a few comparisons); a line that is not plainly good takes the long one, which explains what is wrong.
+Every rule has a name, so that a thousand lines with the same mistake make one message. Valid lines take a fast path
+(orjson and a few comparisons); any other line takes the slow one, which explains what is wrong.
 """
 
 import json
@@ -17,10 +17,10 @@ from tundish.plan.spec import TaskType
 Messages = list[dict[str, str]]
 PromptResponse = tuple[str, str]
 Sample = Messages | PromptResponse | str
-"""Chat messages, prompt and response, or raw text: one shape a task type."""
+"""Chat messages, prompt and response, or raw text: one for each task type."""
 
 MAX_LINE_BYTES = 1 << 23
-"""A longer line is refused unread: it could not be held in memory many times over, and no model reads as much."""
+"""A longer line is refused unread: each worker would need many times its size in memory, and no model reads as much."""
 CHAT_HINT = 'Write {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}.'
 PAIR_HINT = 'Write {"prompt": "…", "response": "…"}.'
 
@@ -32,19 +32,19 @@ class Problem:
     rule: str
     """Groups samples with the same mistake."""
     text: str
-    """What was found, what is allowed, what to do."""
+    """What is wrong, what is expected, what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What decides whether a record is a sample."""
+    """Decide whether a record is a valid sample."""
 
     task_type: TaskType
     system_message: bool
-    """Whether the model's chat template takes a system message."""
+    """Whether the model's chat template accepts a system message."""
 
     def parse(self, line: bytes) -> Sample | Problem:
-        """The sample that a line of JSONL holds, or what is wrong with it."""
+        """The sample in a line of JSONL, or what is wrong with it."""
         if len(line) > MAX_LINE_BYTES:
             limit = f"{MAX_LINE_BYTES >> 20} MiB, the most that a sample may have"
             return Problem("line too long", f"the line is longer than {limit}. Split it, or drop it.")
@@ -60,11 +60,11 @@ class Rules:
         return self._explain(line) if quick is None else quick
 
     def check(self, record: Mapping[str, Any]) -> Sample | Problem:
-        """The sample that a record of a table holds, or what is wrong with it."""
+        """The sample in a record of a table, or what is wrong with it."""
         return _parse_chat(record, self.system_message) if self.task_type == "CHAT_COMPLETION" else _parse_pair(record)
 
     def parse_messages(self, text: str) -> Sample | Problem:
-        """The chat whose messages a column holds as JSON text, or what is wrong with it."""
+        """The chat in a column that contains messages as JSON text, or what is wrong with it."""
         messages = _read_json(text, "The column must hold a JSON list of messages.")
         return messages if isinstance(messages, Problem) else self.check({"messages": messages})
 
@@ -87,26 +87,26 @@ class Rules:
         return self.check(cast(dict[str, Any], record))
 
 
-def _read_json(text: str, needed: str) -> object:
-    """The value of a JSON text, or the Problem with it, which ends with what is `needed`."""
+def _read_json(text: str, expected: str) -> object:
+    """The value of a JSON text, or the Problem with it, which ends with `expected`."""
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except _Refused as error:
         return error.problem
     except json.JSONDecodeError as error:
-        return Problem("not JSON", f"not JSON: {error.msg} at column {error.colno}. {needed}")
-    except ValueError:  # Python converts no number of more than 4,300 digits
-        return Problem("long number", f"holds a number of thousands of digits. {needed}")
+        return Problem("not JSON", f"not JSON: {error.msg} at column {error.colno}. {expected}")
+    except ValueError:  # Python does not convert numbers of more than 4,300 digits
+        return Problem("long number", f"holds a number of thousands of digits. {expected}")
     except RecursionError:
-        return Problem("nesting", f"nested too deeply to be a sample. {needed}")
+        return Problem("nesting", f"nested too deeply to be a sample. {expected}")
 
 
 _TURNS = ["user", "assistant"] * 64
-"""Roles as they follow each other; a chat with more takes the long way."""
+"""Alternating roles; a chat with more takes the slow path."""
 
 
 class _Refused(ValueError):
-    """What JSON readers let pass and we do not."""
+    """JSON that Python's reader accepts and tundish refuses."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.text)
@@ -144,16 +144,17 @@ def _quick_chat(line: bytes, record: dict[str, Any], system_message: bool) -> Me
     if not turns or turns[-1] != "assistant" or turns != _TURNS[: len(turns)]:
         return None
     count = len(messages)
+    # Each message has four texts, two keys and two values; one more is the key "messages".
     if line.count(b'"') == 2 * (4 * count + 1):
-        return messages  # no text but those, and so no other key and none twice
+        return messages  # no quotation marks but those of keys and values, so no other key and none twice
     once = _has_keys(line, {b'"messages"': 1, b'"role"': count, b'"content"': count})
     return messages if once and all(len(message) == 2 for message in messages) else None
 
 
 def _has_keys(line: bytes, times: Mapping[bytes, int]) -> bool:
-    """Whether each key, quotation marks included, stands so many times in a line in which none is spelled with escapes.
+    """Whether each key, with its quotation marks, occurs this many times in a line, and none is written with escapes.
 
-    A quotation mark inside a text is escaped, so each of these is a key, or a text of that one word.
+    A quotation mark inside a text is escaped, so each occurrence is a key, or a text of that one word.
     """
     if b"\\u00" in line and (b"\\u006" in line or b"\\u007" in line):
         return False
@@ -178,7 +179,7 @@ def _json_type(value: object) -> str:
         (int | float, "number"),
         (type(None), "null"),
     ]
-    # A table holds bytes and dates, too.
+    # A table may contain bytes and dates, too.
     return next((name for kind, name in names if isinstance(value, kind)), type(value).__name__)
 
 

@@ -1,7 +1,7 @@
-"""A share of the data → MDS shards: all of it on this machine, or what one Spark task takes.
+"""A share of the data → MDS shards: all of the data on this machine, or the part of one Spark task.
 
-In two passes: every chunk is encoded into a spool file; once all lengths are known, samples are packed, and each shard
-is written from the spool. Memory holds lengths, never tokens.
+There are two passes: every chunk is encoded into a spool file; once all lengths are known, samples are packed, and each
+shard is written from the spool. Memory holds lengths, never tokens.
 """
 
 import json
@@ -30,7 +30,7 @@ SPOOL = "spool"
 
 @dataclass(slots=True)
 class PartResult:
-    """What a share came to."""
+    """The result of a share."""
 
     units: int = 0
     samples: int = 0
@@ -45,7 +45,7 @@ class PartResult:
     """Entries of MDS's index, in order; `raw_data.basename` is a file of the share's folder."""
 
     def add(self, other: "PartResult | EncodedChunk") -> None:
-        """Count in what comes after."""
+        """Add the result of what follows in the data."""
         self.problems.extend(other.problems, self.units)
         self.warnings.extend(other.warnings, self.units)
         for name in ("units", "samples", "target_tokens", "truncated", "empty"):
@@ -58,12 +58,12 @@ class PartResult:
 
 
 def write_shards(job: Job, source: Source, folder: Path, workers: Workers, progress: Progress) -> PartResult:
-    """Write the shards of a source's samples into `folder`, which exists; none where there are problems."""
+    """Write the shards of a source's samples into `folder`, which exists; none if there are problems."""
     result, spooled = PartResult(), list[EncodedChunk]()
     spool = folder / SPOOL
     spool.mkdir()
     done, total = 0, source.size
-    # After a problem nothing will be written; the rest is only looked at.
+    # After a problem no shards will be written; the rest of the data is only checked.
     chunks = numbered(source.chunks())
     for chunk in encode_chunks(job, source, chunks, lambda: None if result.problems else spool, workers):
         result.add(chunk)
@@ -72,20 +72,16 @@ def write_shards(job: Job, source: Source, folder: Path, workers: Workers, progr
         done += chunk.size
         progress(done, total)
     if not result.problems:
-        _pack(job, result, spooled, folder, workers)
+        where = _Where.of(spooled)
+        rows = pack(where.lengths, job.context_length)
+        result.rows = len(rows)
+        # Rows in a shard, at 5 bytes a token: a fixed number, so that where shards end depends on the data alone.
+        size = max(1, SHARD_BYTES // (5 * job.context_length))
+        batches = (rows[start : start + size] for start in range(0, len(rows), size))
+        tasks = ((where.part(batch), folder, number) for number, batch in enumerate(batches))
+        result.shards = list(workers.map(write_shard, tasks))
     shutil.rmtree(spool)
     return result
-
-
-def _pack(job: Job, result: PartResult, spooled: Sequence[EncodedChunk], folder: Path, workers: Workers) -> None:
-    where = _Where.of(spooled)
-    rows = pack(where.lengths, job.context_length)
-    result.rows = len(rows)
-    # So many that the borders of shards depend on the data alone.
-    size = max(1, SHARD_BYTES // (5 * job.context_length))
-    batches = (rows[start : start + size] for start in range(0, len(rows), size))
-    tasks = ((where.part(batch), folder, number) for number, batch in enumerate(batches))
-    result.shards = list(workers.map(write_shard, tasks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +97,11 @@ class _Where:
     """Offset in bytes."""
     lengths: NDArray[np.int32]
     borders: NDArray[np.int64]
-    """For each row the number of its pieces."""
+    """The number of pieces of each row."""
 
     @classmethod
     def of(cls, chunks: Sequence[EncodedChunk]) -> "_Where":
-        """All pieces of all chunks, in no rows yet."""
+        """All pieces of all chunks, before they are packed into rows."""
         files = sorted({chunk.spool for chunk in chunks})
         counts = [len(chunk.lengths) for chunk in chunks]
         lengths = np.concatenate([chunk.lengths for chunk in chunks]) if chunks else np.zeros(0, np.int32)
@@ -151,7 +147,7 @@ class _Where:
 
 
 def write_shard(where: _Where, folder: Path, number: int) -> dict[str, Any]:
-    """One MDS file of rows; returns its entry of the index."""
+    """Write rows as one MDS file; returns its entry in the index."""
     from streaming import MDSWriter
 
     own = folder / f"{number:05}"
@@ -169,9 +165,9 @@ def write_shard(where: _Where, folder: Path, number: int) -> dict[str, Any]:
 def pack_row(samples: list[Encoded]) -> dict[str, Any]:
     """One row: `tokens` int32 [n], `loss_mask` uint8 [n], `segments` int32 [k] with the k samples' lengths.
 
-    Samples of one token come last: positions 0, 0, 1, 2 … never fall, and FlashAttention would take such a row for one
-    sample.
+    Samples of one token come last.
     """
+    # Otherwise the positions 0, 0, 1, 2 … never decrease, and FlashAttention would take such a row for one sample.
     samples = sorted(samples, key=lambda sample: len(sample.tokens) == 1)
     return {
         "tokens": np.concatenate([sample.tokens for sample in samples]),

@@ -1,8 +1,7 @@
 """Preparation on a Spark cluster: each task prepares a share with the functions that one machine uses.
 
-Every attempt of a task writes into a folder of its own, and only the folders that finished tasks return are merged;
-what failed or doubled attempts leave behind counts for nothing, and is cleared away. Folders and data must be where
-driver and executors see them under the same path.
+Every attempt of a task writes into a folder of its own, and only the folders of finished tasks are merged; those of
+failed or duplicate attempts are removed. Driver and executors must see folders and data under the same path.
 """
 
 import os
@@ -27,29 +26,29 @@ from tundish.data.source import Source, first_samples
 from tundish.errors import DataError, FailureCause, StageError
 
 PART_BYTES = 1 << 25
-"""Input of one task; a share's last row is not full, so small shares would waste room."""
+"""Input of one task; the last row of each share is not full, so small shares would waste space."""
 RESULT = "part bigint, folder string, result binary, problems array<string>"
 CONNECT_MODES = ("SPARK_CONNECT_MODE_ENABLED", "SPARK_REMOTE", "SPARK_LOCAL_REMOTE")
-"""What pyspark notes in the environment: after Spark Connect, it would take every cluster for one of that kind."""
+"""Environment variables that pyspark sets for Spark Connect; with them, it takes every cluster for one of that kind."""
 DEFAULT_PORTS = {"spark": 7077, "sc": 15002}
 REACH_SECONDS = 10
 ATTEMPTS = 4
-"""How often a task is tried; Spark's default on a cluster, and here on one machine too."""
+"""How often a task is tried: Spark's default on a cluster, used here for `local[n]` too."""
 
 
 def prepare_on_cluster(job: Job, source: Source, folder: Path, cluster: str, progress: Progress) -> PartResult:
-    """Write the shards of a source's samples into `folder`, which exists; none where there are problems.
+    """Write the shards of a source's samples into `folder`, which exists; none if there are problems.
 
     Args:
-        job: what is to be made of samples.
+        job: how samples are encoded.
         source: the samples.
-        folder: seen by driver and executors.
+        folder: that driver and executors see under this path.
         cluster: `spark://host:port`, `sc://host:port` or `local[n]`.
-        progress: called with the progress.
+        progress: called with the number of parts that are merged, and of all.
 
     Raises:
         DataError: the data cannot be read.
-        StageError: pyspark is not installed, the cluster cannot be reached, or a task failed for good.
+        StageError: pyspark is not installed, the cluster cannot be reached, or a task failed in all its attempts.
     """
     parts = source.parts(PART_BYTES)
     with _session(cluster) as session:
@@ -80,11 +79,11 @@ def _run(session: Any, job: Job, parts: Sequence[Source], folder: Path) -> list[
             try:
                 name, result = prepare_part(job, parts[number], folder, number)
                 row |= {"folder": name, "result": pickle.dumps(result)}
-            except DataError as error:  # the data's fault, which another attempt has too
+            except DataError as error:  # another attempt would find the same
                 row["problems"] = list(error.problems)
             yield pa.RecordBatch.from_pylist([row], schema)
 
-    # One part a task, so that what is lost with a worker is one part.
+    # One part per task, so that a lost worker costs one part.
     try:
         numbers = session.range(0, len(parts), 1, len(parts))
         rows = numbers.mapInArrow(prepare_parts, RESULT).collect()
@@ -99,7 +98,7 @@ def _run(session: Any, job: Job, parts: Sequence[Source], folder: Path) -> list[
 
 
 def prepare_part(job: Job, part: Source, folder: Path, number: int) -> tuple[str, PartResult]:
-    """What a task does: one part's shards, in a new folder below `folder`; returns that folder's name."""
+    """The work of a task: write one part's shards into a new folder below `folder`. Returns that folder's name."""
     name = f"part.{number:05}.{uuid.uuid4().hex}"
     own = folder / name
     own.mkdir()
@@ -110,7 +109,7 @@ def prepare_part(job: Job, part: Source, folder: Path, number: int) -> tuple[str
 
 @contextmanager
 def _session(cluster: str) -> Iterator[Any]:
-    """A Spark session on `cluster`; the caller's own where there is one."""
+    """A Spark session on `cluster`; the caller's own if there is one."""
     try:
         from pyspark.sql import SparkSession
     except ImportError:
@@ -118,7 +117,7 @@ def _session(cluster: str) -> Iterator[Any]:
             "preparing data on Spark needs pyspark, which is not installed. Install tundish[spark].",
             failure=FailureCause.SPARK_FAILED,
         ) from None
-    # Else the executors take the first python3 that they find.
+    # Otherwise executors use the first python3 on their PATH.
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     before, modes = _is_running(), {name: os.environ.get(name) for name in CONNECT_MODES}
     builder: Any = SparkSession.builder.appName("tundish")
@@ -145,21 +144,22 @@ def _session(cluster: str) -> Iterator[Any]:
 
 
 def _is_running() -> bool:
-    """Whether the caller has a session; one of another thread counts too."""
+    """Whether this process has a Spark session, in any thread."""
     from pyspark import SparkContext
 
     connect: Any = sys.modules.get("pyspark.sql.connect.session")
     remote = None if connect is None else connect.SparkSession._get_default_session()
-    context = SparkContext._active_spark_context  # pyright: ignore[reportPrivateUsage]  the public way makes one
+    context = SparkContext._active_spark_context  # pyright: ignore[reportPrivateUsage]  the public way would create one
     return context is not None or remote is not None
 
 
 def _reach(cluster: str) -> None:
-    """Connect to a cluster once: Spark itself retries for minutes, and then does not report that the port is closed.
+    """Connect to a cluster's address once.
 
     Raises:
         OSError: none of the cluster's masters can be reached.
     """
+    # Spark itself tries for minutes, and then does not report that the connection was refused.
     scheme, _, rest = cluster.partition("://")
     if scheme not in DEFAULT_PORTS:
         return
@@ -176,6 +176,6 @@ def _reach(cluster: str) -> None:
 
 
 def _cause(error: Exception) -> str:
-    """The last error that a trace of Python and Java speaks of."""
+    """The last error in a traceback of Python and Java."""
     causes = re.findall(r"^(?:[\w.]*\.)?(\w+(?:Error|Exception): .+)$", str(error), re.MULTILINE)
     return (causes[-1] if causes else (str(error).strip() or repr(error)).splitlines()[0])[:500]

@@ -1,10 +1,10 @@
-"""Chat templates: the texts of a conversation's turns, rendered once a chat whatever its number of turns.
+"""Chat templates: the texts of a conversation's turns, with one rendering per chat.
 
-LLM Foundry renders every prefix of a conversation, which is quadratic in its turns. Here the places of the contents are
-found once for each sequence of roles, by rendering marks instead of contents. A chat is then rendered once, as a whole,
-and cut at those places; where the result is not what the places say, its prefixes are rendered after all.
+LLM Foundry renders every prefix of a conversation, which is quadratic in the number of turns. Here the positions of the
+contents are determined once for each sequence of roles, by rendering marks instead of contents. A chat is then rendered
+once, as a whole, and cut at those positions; if the result does not match, its prefixes are rendered after all.
 
-The places of a long conversation are found without rendering every prefix: see `_turns_by_places`.
+The positions in a long conversation are determined without rendering every prefix: see `_turns_by_places`.
 """
 
 import re
@@ -18,7 +18,7 @@ from tundish.data.samples import Messages
 from tundish.errors import DataError
 
 TEMPLATE_DATE = "26 Jul 2024"
-"""The date that Llama 3.1's own template prints when it is given none."""
+"""The date that Llama 3.1's own template prints by default."""
 
 CHATML = (
     "{% for message in messages %}"
@@ -27,30 +27,30 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
-"""Noncharacters, which no text should hold; a number between them stands for something else."""
+"""Unicode noncharacters, which no text should contain; a number between them stands for something else."""
 MARK = OPEN + "{}" + CLOSE
 
 EVERY_PREFIX = 128
-"""Messages of a conversation up to which every prefix is rendered to find the places of its contents."""
+"""In a conversation of up to this many messages, every prefix is rendered to find the positions of its contents."""
 MOST_RENDERED = 1 << 21
-"""Messages that are rendered for one chat at most, where a template wants all of its prefixes: those of a chat of two
+"""The most messages that are rendered for one chat if the template needs all of its prefixes: enough for a chat of two
 thousand messages."""
 MOST_KEPT = 1 << 17
-"""Roles, of all sequences together, of which places are kept."""
+"""The most roles, over all sequences, whose positions are kept."""
 
 Turn = tuple[str, str]
-"""Templated prompt and reply."""
+"""Prompt and reply, as the template writes them."""
 Value = TypeVar("Value")
 
 
 class Kept(Generic[Value]):
-    """Values by a sequence of texts, made when they are first asked for; the oldest give way to new ones."""
+    """A cache of values by a sequence of texts; the oldest are dropped first."""
 
     def __init__(self, make: Callable[[tuple[str, ...]], Value]) -> None:
         self._make, self._values = make, dict[tuple[str, ...], Value]()
 
     def __call__(self, key: tuple[str, ...]) -> Value:
-        """The value of a key."""
+        """The value of a key, made at its first use."""
         if key not in self._values:
             self._values[key] = self._make(key)
             while len(self._values) > 1 and sum(map(len, self._values)) > MOST_KEPT:
@@ -64,12 +64,12 @@ class Rendered(NamedTuple):
     turns: list[Turn]
     """Prompt and reply of each assistant message."""
     fixed: "tuple[str, ...] | None"
-    """What the template wrote itself, around and between the contents; None if it cannot be distinguished from them."""
+    """What the template itself wrote, around and between the contents; None if it cannot be separated from them."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Hole:
-    """Where the content of a message stands."""
+    """The position of a message's content."""
 
     message: int
     edit: Callable[[str], str]
@@ -81,7 +81,7 @@ class _Skeleton:
 
     turns: Sequence[tuple[Sequence[str | _Hole], Sequence[str | _Hole]]]
     fixed: tuple[str, ...]
-    """What stands before, between and after the holes."""
+    """The texts before, between and after the holes."""
 
     def filled(self, messages: Messages) -> list[Turn]:
         return [(_fill(prompt, messages), _fill(reply, messages)) for prompt, reply in self.turns]
@@ -101,11 +101,11 @@ class ChatTemplate:
         self._skeleton = Kept(self._find_skeleton)
 
     def render(self, chats: Sequence[Messages]) -> list[Rendered | DataError]:
-        """Every chat's turns; the error where the template refuses it."""
+        """Every chat's turns, or the error if the template refuses it."""
         try:
             wholes: list[str | None] = list(self._rendered(list(chats), add_generation_prompt=False))
         except DataError:
-            wholes = [None] * len(chats)  # one of them, but which?
+            wholes = [None] * len(chats)  # unknown which of them is refused: each is rendered on its own
         return [self._render_one(chat, whole) for chat, whole in zip(chats, wholes, strict=True)]
 
     def _render_one(self, messages: Messages, whole: str | None) -> Rendered | DataError:
@@ -125,8 +125,7 @@ class ChatTemplate:
         """The turns as LLM Foundry finds them: by rendering the conversation up to each.
 
         Raises:
-            DataError: the template refuses the conversation, rewrites earlier turns, or the conversation is too long to
-                be rendered so.
+            DataError: the template refuses the conversation or rewrites earlier turns, or the conversation is too long.
         """
         turns: list[Turn] = []
         before = ""
@@ -136,8 +135,8 @@ class ChatTemplate:
                 rendered += 2 * number + 1
                 if rendered > MOST_RENDERED:
                     raise DataError(
-                        f"the chat has {len(messages):,} messages, too many for this model's chat template, which is "
-                        f"rendered again for each reply; the limit is reached at message {number:,}. Split the chat "
+                        f"the chat has {len(messages):,} messages, too many for this model's chat template, which must "
+                        f"be rendered again for each reply; the limit is reached at message {number:,}. Split the chat "
                         "into several."
                     )
                 prompt, *_ = self._rendered([messages[:number]], add_generation_prompt=True)
@@ -156,7 +155,7 @@ class ChatTemplate:
 
         settings: dict[str, Any] = {
             "add_generation_prompt": add_generation_prompt,
-            # Two ways in which templates print today's date: the same data must give the same tokens tomorrow.
+            # Templates print today's date in two ways; the same data must give the same tokens tomorrow.
             "date_string": TEMPLATE_DATE,
             "strftime_now": _template_date,
         }
@@ -167,7 +166,7 @@ class ChatTemplate:
             raise DataError(f"the model's chat template refuses the conversation: {text}.") from error
         except MemoryError as error:
             raise DataError(f"the model's chat template {took_memory()} for the conversation.") from error
-        except Exception as error:  # a template divides by zero, too
+        except Exception as error:  # templates are programs: division by zero, for example
             text = f"{type(error).__name__}: {error}"[:300]
             raise DataError(f"the model's chat template fails on the conversation ({text}).") from error
 
@@ -176,7 +175,7 @@ class ChatTemplate:
         try:
             turns = self.turns_by_prefix(marked) if len(roles) <= EVERY_PREFIX else self._turns_by_places(marked)
         except DataError:
-            return None  # the same error is raised for the chat itself
+            return None  # the chat itself is rendered next, and its error reported
         turns_of_pieces = [(list(_pieces(prompt)), list(_pieces(reply))) for prompt, reply in turns]
         pieces = [piece for turn in turns_of_pieces for pieces in turn for piece in pieces]
         holes = [piece.message for piece in pieces if isinstance(piece, _Hole)]
@@ -184,11 +183,11 @@ class ChatTemplate:
         return _Skeleton(turns_of_pieces, tuple(between.split(OPEN))) if holes == list(range(len(roles))) else None
 
     def _turns_by_places(self, marked: Messages) -> list[Turn]:
-        """The turns of a long conversation of marks, at a number of renderings that does not grow with it.
+        """The turns of a long conversation of marks, with far fewer renderings than prefixes.
 
-        A prompt ends with what the template writes after the last content to ask for a reply, a reply with what it
-        writes after one. Both are looked at in the first prefixes, in some of each length, and in the last ones; they
-        must be the same wherever the roles before are. That they stand in the whole is seen at every turn.
+        A prompt ends with what the template writes to ask for a reply, a reply with what it writes after one. Both
+        endings are taken from the first prefixes, from some of each length, and from the last ones; after the same
+        roles they must be the same. At every turn, the whole rendering must contain them.
 
         Raises:
             DataError: the template refuses the conversation, or does not write one message after the other.
@@ -228,7 +227,7 @@ class ChatTemplate:
 
 
 def _some(kinds: Mapping[int, object]) -> list[int]:
-    """Which replies are looked at: the first, fewer and fewer of the later ones, the last two, some of each kind."""
+    """The replies to render: the first ones, ever fewer of the later ones, the last two, and two of each kind."""
     numbers = list(kinds)
     of_kind = defaultdict[object, list[int]](list)
     for number, kind in kinds.items():
@@ -249,12 +248,12 @@ _MARKED = re.compile(rf"( \n)?{OPEN}(\d+){CLOSE}(\n )?")
 
 
 def _pieces(text: str) -> Iterator[str | _Hole]:
-    """Fixed texts and holes; a template that strips contents leaves the marks without the blanks around them."""
+    """Fixed texts and holes; a template that strips contents leaves the marks without the spaces around them."""
     end = 0
     for mark in _MARKED.finditer(text):
         yield text[end : mark.start()]
         if (mark[1] is None) != (mark[3] is None):
-            yield mark[0]  # stripped at one end only: no hole that is known here
+            yield mark[0]  # stripped at one end only, which no hole describes: the skeleton is then not used
         else:
             yield _Hole(int(mark[2]), str.strip if mark[1] is None else str)
         end = mark.end()

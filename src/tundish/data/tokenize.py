@@ -1,8 +1,8 @@
 """Samples → tokens and loss mask, equal to LLM Foundry's own tokenization.
 
-Three differences on purpose: a chat template that prints the date gets a fixed one, so that the same data gives the
-same tokens tomorrow; a tokenizer without a template gets ChatML visibly, saved with the tokenizer; and in a chat, what
-looks like a control token inside a message stays text, so that no text can end a turn or begin one.
+There are three intended differences: a chat template that prints the date gets a fixed one, so that the same data gives
+the same tokens tomorrow; a tokenizer without a template gets ChatML, which is saved with the tokenizer and reported;
+and in a chat, what looks like a control token inside a message stays text, so that no message can end or begin a turn.
 """
 
 import functools
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 TargetResponses = Literal["all", "last"]
 TRIED_SAMPLES = 64
 TRIED_CHARACTERS = 1 << 12
-"""Of one text: what `tokenizers` needs of memory is some hundred times its length."""
+"""Of one text: `tokenizers` needs some hundred times its length in memory."""
 PIECE_CHARACTERS = 1 << 22
-"""A longer raw text is tokenized in pieces of this length, or of up to twice as many where no line ends."""
+"""A longer raw text is tokenized in pieces of this length, or of up to twice as many until a line ends."""
 
 
 class Encoded(NamedTuple):
@@ -61,7 +61,7 @@ class Encoder:
         self._added = frozenset(token.content for token in added.values())
         self._control = Finder(control.values())
         self._other = Finder(self._added - set(control.values()))
-        # The last stands for all ids that are no added tokens.
+        # By id; the last entry stands for all higher ids, which are not added tokens.
         self._is_control = np.isin(np.arange(max([*added, 0]) + 2), list(control))
         self._template = ChatTemplate(tokenizer)
         self._known = Kept(lambda fixed: Known.of(fixed, self._control))
@@ -75,29 +75,29 @@ class Encoder:
         return "tokenizers" if self._fast is None else "tiktoken"
 
     def control_token(self, sample: Sample) -> str | None:
-        """A control token of the tokenizer that stands inside the sample's own text."""
+        """A control token of the tokenizer in the sample's own text; None if there is none."""
         return next((token for text in texts_of(sample) if (token := self._control.find(text)) is not None), None)
 
     def prove(self, samples: Iterable[Sample]) -> None:
-        """Compare the fast engine with the tokenizer's own on the first samples; drop it if they differ."""
+        """Compare tiktoken with the tokenizer itself on the first samples; stop using it if they differ."""
         texts = [text[:TRIED_CHARACTERS] for sample in islice(samples, TRIED_SAMPLES) for text in texts_of(sample)]
         if self._fast is not None and not self._fast.agrees_on(texts, self.backend):
             self._fast = None
 
     def encode(self, samples: Sequence[Sample]) -> list[Encoded | DataError]:
-        """Tokens and loss mask of every sample, untruncated; the error where a chat template refuses it."""
+        """Tokens and loss mask of every sample, not truncated, or the error if the chat template refuses it."""
         if self.task_type == "CHAT_COMPLETION":
             return list(self._encode_chats(cast(Sequence[Messages], samples)))
         if self.task_type == "INSTRUCTION_FINETUNE":
             return list(self._encode_pairs(cast(Sequence[PromptResponse], samples)))
         ids = (self._raw_ids(text) for text in cast(Sequence[str], samples))
-        return [_joined([(one[:0], self._with_eos(one))], 0) for one in ids]
+        return [_joined([(text_ids[:0], self._with_eos(text_ids))], 0) for text_ids in ids]
 
     def _raw_ids(self, text: str) -> Ids:
         """Ids of a text of any length, with bounded memory.
 
-        A piece ends with the end of a line between two characters that are no blanks. The patterns of byte-level BPE
-        split there anyway; sentencepiece models begin the next piece as they begin a text.
+        A piece ends at a line break between two characters that are not spaces. The patterns of byte-level BPE split
+        there anyway; SentencePiece models begin the next piece as they begin a text.
         """
         if len(text) <= PIECE_CHARACTERS or self._around is None:
             return self._ids([text], special=True)[0]
@@ -108,7 +108,7 @@ class Encoder:
         ids = self._ids([text for pair in pairs for text in pair], special=True)
         bos = self.tokenizer.bos_token_id
         for prompt, response in zip(ids[::2], ids[1::2], strict=True):
-            # Both texts got a beginning-of-sequence token; the sample needs one.
+            # Both texts got a beginning-of-sequence token; the sample needs only one.
             doubled = bos is not None and len(prompt) and len(response) and prompt[0] == response[0] == bos
             yield _joined([(prompt, self._with_eos(response[1:] if doubled else response))], 0)
 
@@ -146,7 +146,7 @@ class Encoder:
             yield _joined(pairs, len(pairs) - 1 if self.targets == "last" else 0)
 
     def _forged(self, messages: Messages, known: Known, pairs: Sequence[tuple[Ids, Ids]]) -> DataError | None:
-        """What is wrong with a chat whose messages act as the template does, of which it is known what it writes."""
+        """The error if messages imitate what the template writes; None if they do not."""
         for border in known.borders:
             if any(border in message["content"] for message in messages):
                 return DataError(
@@ -171,9 +171,12 @@ class Encoder:
         return Known.of((text,), self._control)
 
     def _ids(self, texts: Sequence[str], *, special: bool, known: Sequence[Known | None] | None = None) -> list[Ids]:
-        """Ids of texts; `special`: with the tokens that the tokenizer adds at beginning and end.
+        """Ids of texts.
 
-        `known`: for each text, what a template has written into it, where that is known.
+        Args:
+            texts: any.
+            special: whether to include the tokens that the tokenizer adds at the beginning and end.
+            known: for each text, what a template has written into it; None if that is unknown.
         """
         if self._fast is None:
             return self._slow_ids(texts, special=special)
@@ -183,7 +186,7 @@ class Encoder:
 
     def _slow_ids(self, texts: Sequence[str], *, special: bool) -> list[Ids]:
         encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=special)
-        return [np.array(one.ids, dtype=np.int32) for one in encoded]
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
 
     def _fast_ids(self, fast: BytePairEncoder, text: str, allowed: frozenset[str], special: bool) -> Ids:
         try:
@@ -194,7 +197,8 @@ class Encoder:
         return np.concatenate([before, ids, after]) if special and (len(before) or len(after)) else ids
 
     def _added_in(self, text: str, known: Known | None) -> frozenset[str]:
-        """Added tokens of a text: to hand tiktoken all of them costs more than to tokenize a short text."""
+        """The added tokens in a text."""
+        # Not always all of them: tiktoken would spend more time on the set than on a short text.
         if self._other.find(text) is not None:
             return self._added
         if known is not None:
@@ -222,7 +226,7 @@ _LINE_END = re.compile(r"\S\n\S")
 def load_encoder(model: str, task_type: TaskType, targets: TargetResponses) -> Encoder:
     """The encoder of a model, loaded once a process; see `load_tokenizer` for the errors."""
     folder = Path(model)
-    # A folder may change while a notebook is open.
+    # A folder may change while a notebook is open: its files are a part of the cache's key.
     files = [(file.name, file.stat()) for file in sorted(folder.iterdir())] if folder.is_dir() else []
     return _load_encoder(
         model, task_type, targets, tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in files)
@@ -259,7 +263,7 @@ def texts_of(sample: Sample) -> Iterator[str]:
 
 
 def _joined(pairs: Sequence[tuple[Ids, Ids]], first_target: int) -> Encoded:
-    """Prompts and replies in one; replies from number `first_target` on are targets."""
+    """Prompts and replies as one sample; the replies from number `first_target` on are targets."""
     tokens = np.concatenate([ids for pair in pairs for ids in pair])
     mask = np.zeros(len(tokens), dtype=np.uint8)
     end = 0

@@ -110,6 +110,8 @@ def _log(export: Path, spec: RunSpec, model_path: str) -> str:
     import torch
 
     serving, license = SERVING[spec.task_type], license_of(spec.model)
+    # Without the part after "+": package indexes do not have local builds.
+    installed = [f"{package}=={importlib.metadata.version(package).split('+')[0]}" for package in SERVING_PACKAGES]
     dtype = json.loads((export / "config.json").read_text())["torch_dtype"]
     with _as_folder(export, spec.run_name) as folder:
         info = mlflow.transformers.log_model(
@@ -122,17 +124,12 @@ def _log(export: Path, spec: RunSpec, model_path: str) -> str:
             model_card=_hub_card(spec, license),
             registered_model_name=spec.registered_name,
             await_registration_for=0,  # `_wait_until_ready` waits, also for versions of earlier attempts
-            pip_requirements=[*_installed(), *SERVING_LIMITS],
+            pip_requirements=[*installed, *SERVING_LIMITS],
             metadata={
                 "task": serving.task, "base_model": spec.model, "license": license, "run": spec.run_name,
             },
         )  # fmt: skip
     return str(info.registered_model_version)
-
-
-def _installed() -> list[str]:
-    # Without the part after "+": package indexes do not have local builds.
-    return [f"{package}=={importlib.metadata.version(package).split('+')[0]}" for package in SERVING_PACKAGES]
 
 
 @contextlib.contextmanager

@@ -76,7 +76,9 @@ def export(
     config.architectures, expected = [architecture.class_name], architecture.shapes
     check_shapes(checkpoint, {name: tensor.shape for name, tensor in weights.items()}, expected)
     shards = plan({name: weights[name] for name in expected}, dtype, SHARD_BYTES)
-    _check_room(out, sum(target.size for shard in shards for target in shard.targets))
+    size = sum(target.size for shard in shards for target in shard.targets)
+    if (free := shutil.disk_usage(existing(out.absolute().parent)).free) < size:
+        raise SpecError(f"{out}: the weights need {size:,} bytes, and {free:,} are free there. Choose another disk.")
     with new_folder(out) as folder:
         guarded(_save_tokenizer, model, task_type, folder)
         _write_configs(model, config, folder)
@@ -198,11 +200,6 @@ def _prepare_thread(local: threading.local) -> None:
 def _flush(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def _check_room(out: Path, size: int) -> None:
-    if (free := shutil.disk_usage(existing(out.absolute().parent)).free) < size:
-        raise SpecError(f"{out}: the weights need {size:,} bytes, and {free:,} are free there. Choose another disk.")
 
 
 def _write_configs(model: str, config: Any, folder: Path) -> None:

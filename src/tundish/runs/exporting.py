@@ -7,7 +7,6 @@ from tempfile import TemporaryDirectory
 
 from tundish.base.files import make_folder
 from tundish.base.home import copies_dir
-from tundish.base.run_folder import RunFolder
 from tundish.checkpoints.folder import in_order
 from tundish.checkpoints.save_folder import SaveFolder, save_folder_of
 from tundish.errors import CheckpointError, RunNotFoundError, SpecError
@@ -53,7 +52,8 @@ def find_exportable(given: str, model: str | None = None) -> Exportable:
     else:
         address = _address(given)
         checkpoint = fetch_weights(address)
-        run = _run_with(save_folder_of(address)[0].address)
+        save_folder = save_folder_of(address)[0].address
+        run = next((run for run, tracking in trackings() if tracking.save_folder == save_folder), None)
     if run is None and model is None:
         raise SpecError(
             f"{given} was not made by a run of this machine, so its base model is unknown. Give --model, the name or "
@@ -130,8 +130,3 @@ def _name(address: str) -> str:
     """A name for the checkpoints of another program: that of their folder."""
     parents = [part for part in address.split("/")[:-1] if part not in ("", ".", "checkpoints")]
     return parents[-1] if parents else "checkpoint"
-
-
-def _run_with(save_folder: str) -> RunFolder | None:
-    """The run of this machine that saves its checkpoints there."""
-    return next((run for run, tracking in trackings() if tracking.save_folder == save_folder), None)

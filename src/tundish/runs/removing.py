@@ -184,15 +184,11 @@ def _refuse_active(run_folder: RunFolder) -> None:
     try:
         ended = read_run(name).status.is_terminal()
         # Without a terminal event its supervisor was killed, and processes of a stage may have survived it.
-        active = not ended or (run_folder.read_events()[-1].type not in TERMINAL_TYPES and _has_process(run_folder))
+        active = not ended or (run_folder.read_events()[-1].type not in TERMINAL_TYPES and bool(run_folder.processes()))
     except RunDamagedError:
-        active = is_held(run_folder.lock) or _has_process(run_folder)
+        active = is_held(run_folder.lock) or bool(run_folder.processes())
     if active:
         raise RequestError(f"{name} is still active. Stop it with `tundish cancel {name}`, then remove it.")
-
-
-def _has_process(run_folder: RunFolder) -> bool:
-    return bool(run_folder.processes())
 
 
 def _refuse_needed(name: str, save_folder: str) -> None:
