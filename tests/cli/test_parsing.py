@@ -22,6 +22,7 @@ Capture = pytest.CaptureFixture[str]
         ("export RUN --dtype half", "argument --dtype: must be bfloat16 or float32, not 'half'."),
         ("list chat-1", "`tundish list` takes no argument 'chat-1'."),
         ("logs RUN --rank 12x", "argument --rank: must be an integer, not '12x'."),
+        (f"logs RUN -n {'9' * 19}", f"argument -n/--lines: must be an integer of at most 18 digits, not '{'9' * 19}'."),
         ("list --limit 0", "argument --limit: must be an integer of at least 1, not '0'."),
         ("get", "the following arguments are required: RUN"),
     ],

@@ -113,8 +113,9 @@ def test_metrics_are_shown_drawn_and_given_as_json(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())  # files: no database is made
     paths = make_run("chat-1", ("CREATED", "waits"), ("FAILED", "in train"))
     open_tracking("chat-1", "/Users/me/chat-1", {}).write(paths)
-    assert main(["metrics", "chat-1"]) == 0
-    assert "has no metrics yet" in capsys.readouterr().out
+    assert main(["metrics", "chat-1", "--plot", str(tmp_path / "none.png")]) == 0
+    assert capsys.readouterr().out.startswith("Run chat-1 has no metrics: it ended before its first step.")
+    assert not (tmp_path / "none.png").exists()
     tracking = paths.read_tracking()
     for step, loss in enumerate([3.0, 2.0, 1.5]):
         MlflowClient(tracking.tracking_uri).log_metric(tracking.run_id, "loss/train/total", loss, step=step)

@@ -94,7 +94,7 @@ def test_bad_lines_are_counted_not_fatal(many: dict[str, Any]) -> None:
     found = fm.estimate(**many)
     assert found.refused == 2 and "2 samples would be refused" in str(found)
     path.write_text("{\n")
-    with pytest.raises(DataError, match="found no good sample"):
+    with pytest.raises(DataError, match="holds no valid sample"):
         fm.estimate(**many)
 
 

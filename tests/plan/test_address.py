@@ -108,6 +108,8 @@ def test_uris_of_stores_stay(here: Path, takes: Takes, given: str, found: str) -
         ("data", "s3://", "'s3://' must be followed by a bucket or host"),
         *((takes, "file://host/x", "'file://' must be followed by an absolute path of this machine") for takes in ALL),
         *((takes, "  ", "must not be empty") for takes in ALL),
+        *((takes, "x" * 300, r"'x{40}…' has 300 characters, which is too long for a path") for takes in ALL),
+        *((takes, "./" + "x/" * 3000, "has 6,002 characters, which is too long for a path") for takes in ALL),
         *((takes, "./a\nb", "only printable characters are allowed") for takes in ALL),
         *((takes, "./a\0b", "only printable characters are allowed") for takes in ALL),
         *((takes, "./a\udcffb", "only printable characters are allowed") for takes in ALL),

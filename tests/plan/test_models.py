@@ -202,7 +202,7 @@ def test_a_folder_without_config_says_so(tmp_path: Path) -> None:
     """The caller would see a traceback of a missing file."""
     with pytest.raises(
         SpecError,
-        match=r"model: .*config\.json: there is no such file\. Give the complete folder of a Hugging Face model",
+        match=r"model: .*config\.json: no such file\. Use the complete folder of a Hugging Face model",
     ):
         find_card(str(tmp_path))
 

@@ -118,7 +118,8 @@ def whole(text: str) -> int:
         argparse.ArgumentTypeError: it is not one.
     """
     if not re.fullmatch(r"-?\d{1,18}", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"must be an integer, not {text!r}.")
+        size = " of at most 18 digits" if text.lstrip("-").isdecimal() else ""
+        raise argparse.ArgumentTypeError(f"must be an integer{size}, not {text[:40]!r}.")
     return int(text)
 
 

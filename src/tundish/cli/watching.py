@@ -152,12 +152,17 @@ def metrics(arguments: argparse.Namespace) -> int:
     file = new_file("--plot", arguments.plot, PICTURES)
     run = fm.get(selecting.named(arguments.run))
     points: Any = run.metrics(arguments.key)
+    if file and points.empty:
+        file = None  # an empty picture looks like a finished one
     if file:
         run.plot().savefig(file)
     if arguments.json:
         return print_json([dict(zip(points.columns, row, strict=True)) for row in points.itertuples(index=False)])
     if points.empty:
-        print(f"Run {run.name} has no metrics yet. Follow it with:  tundish events {run.name} --follow")
+        if run.status.is_terminal():
+            print(f"Run {run.name} has no metrics: it ended before its first step. `tundish get {run.name}` shows why.")
+        else:
+            print(f"Run {run.name} has no metrics yet. Follow it with:  tundish events {run.name} --follow")
     elif arguments.key:
         rows = [(point.step, f"{point.time:%Y-%m-%d %H:%M:%S}", f"{point.value:.6g}") for point in points.itertuples()]
         print_table(["STEP", "TIME (UTC)", "VALUE"], rows)

@@ -22,6 +22,8 @@ Kind = Literal["path", "table", "hub", "object", "artifact"]
 Takes = Literal["data", "model", "checkpoint", "folder", "file"]
 """What an argument is for: training data, a model, a checkpoint, a root of checkpoints, any file of this machine."""
 
+MOST_BYTES = 4095
+"""Of a path on Linux; of each name in it, 255."""
 _STORES = tuple(SCHEMES)
 ADDRESS_SCHEMES: dict[Takes, tuple[str, ...]] = {
     "data": _STORES,
@@ -133,6 +135,8 @@ def _parsed(given: str | Path, takes: Takes) -> Address:
         raise SpecError(f"{text!r} contains {bad!r}; only printable characters are allowed. Rename it.")
     folder = given.folder if isinstance(given, Beside) else None
     scheme = scheme_of(text)
+    if not scheme and (len(os.fsencode(text)) > MOST_BYTES or any(len(os.fsencode(n)) > 255 for n in text.split("/"))):
+        raise SpecError(f"'{text[:40]}…' has {len(text):,} characters, which is too long for a path. Check it.")
     if scheme and not isinstance(given, Path):
         if holds_secret(text):
             raise SpecError(
