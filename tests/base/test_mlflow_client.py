@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.entities import FileInfo
 
 from tundish import foundation_model as fm
 from tundish.base.mlflow_client import open_client, store_errors, why
+from tundish.base.objects import opening
+from tundish.base.objects.cloud import CloudFolder
 from tundish.base.objects.opening import check_artifacts
 from tundish.doctor import services
 from tundish.errors import RequestError, SpecError, StoreError
@@ -194,6 +197,30 @@ def test_a_registry_s_errors_are_told_alike(monkeypatch: pytest.MonkeyPatch) -> 
     open_tracking("chat-1", "/Users/me/chat-1", {})
     finding = services.mlflow()
     assert finding.state == "problem" and "psycopg2-binary" in finding.advice
+
+
+@pytest.mark.parametrize("address", ["mlflow-artifacts:/1", "s3://lab/1"])
+def test_an_artifact_store_is_asked_once_whatever_it_holds(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`create()` would list the artifacts of all runs of the experiment, on a server folder by folder, for minutes."""
+    asked: list[str | None] = []
+
+    class Endless:
+        """A store with a folder in every folder."""
+
+        def list_artifacts(self, path: str | None = None) -> list[Any]:
+            asked.append(path)
+            assert len(asked) < 3
+            return [FileInfo(f"{path or ''}/x".lstrip("/"), is_dir=True, file_size=None)]
+
+        def list(self, prefix: str | None) -> list[Any]:
+            asked.append(prefix)
+            return []
+
+    registry = "mlflow.store.artifact.artifact_repository_registry.get_artifact_repository"
+    monkeypatch.setattr(registry, lambda root: Endless())
+    monkeypatch.setattr(opening, "open_cloud", lambda root: CloudFolder(root, Endless(), "1"))
+    check_artifacts(address, "http://localhost:1")
+    assert asked == ([None] if address.startswith("mlflow") else ["1/tundish/"])
 
 
 def test_an_artifact_store_that_cannot_be_used_is_told_before_the_run() -> None:

@@ -7,6 +7,9 @@ from tundish.base.objects.contract import ObjectStore, client_of, is_uri
 from tundish.base.objects.hub import HubDataset
 from tundish.base.objects.oracle import OracleBucket
 
+PROBE = "tundish"
+"""Name that is looked for to see whether a store answers."""
+
 
 def open_store(address: str) -> ObjectStore:
     """The store with the objects below an address. Nothing is asked of it yet.
@@ -35,4 +38,8 @@ def check_artifacts(address: str, tracking_uri: str) -> None:
     address = artifact_address(address, tracking_uri)
     if is_uri(address):
         with quiet(), impatient():
-            open_store(address).list()
+            store = open_store(address)
+            # Not a list of all: an experiment may have millions of artifacts, and MLflow takes a request for each
+            # folder. MLflow may refuse to list a folder that does not exist; of other stores, only the answer to a
+            # listing says what is wrong.
+            _ = store.find(PROBE) if client_of(address) == "mlflow" else store.list(PROBE)
