@@ -102,7 +102,7 @@ def test_a_killed_worker_is_told_in_a_sentence() -> None:
         pytest.raises(StageError, match="was killed by SIGKILL, most likely by the out-of-memory killer") as error,
     ):
         list(workers.map(_die, _tasks(100)))
-    assert "Give the machine more memory" in str(error.value)
+    assert "Use a machine with more memory" in str(error.value)
 
 
 @pytest.mark.parametrize("count", [1, 2])
