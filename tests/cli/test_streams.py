@@ -31,6 +31,14 @@ def test_a_full_disk_and_a_reader_that_has_gone(what: str, unbuffered: str) -> N
     assert (gone.returncode, gone.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("where", ["| true", "> /dev/full"])
+def test_an_error_whose_document_cannot_be_written_is_still_one_line(where: str) -> None:
+    """`| head` in a container, where output has no buffer, would end in two tracebacks."""
+    done = _shell(f"tundish get none --json {where}", PYTHONUNBUFFERED="1")
+    assert done.returncode == 2 and done.stderr.startswith("tundish: there ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_closed_output_is_nobodys_file(tmp_path: Path) -> None:
     """The first file that a command opens would become its standard output, and a `print` end in it."""
     done = _shell(f"tundish validate --model x --train-data-path y --report {tmp_path}/r.json >&- 2>&-")

@@ -1,5 +1,6 @@
 """Errors as messages and exit codes."""
 
+import contextlib
 import json
 import os
 import re
@@ -40,7 +41,9 @@ def report(error: BaseException, words: Sequence[str]) -> int:
         print(redacted("".join(traceback.format_exception(error))), file=sys.stderr)
     if "--json" in words:
         facts = {"type": type(error).__name__, "message": message, "exit_code": failure.code}
-        print(json.dumps({"error": {**facts, "problems": [*failure.problems] or [message]}}, indent=2))
+        # Without a buffer (PYTHONUNBUFFERED), a closed pipe or a full disk is noticed here, not when flushing.
+        with contextlib.suppress(OSError):
+            print(json.dumps({"error": {**facts, "problems": [*failure.problems] or [message]}}, indent=2))
         streams.flush()
     return failure.code
 
