@@ -163,10 +163,10 @@ def test_a_store_that_does_not_answer_leaves_nothing_to_undo(
 
 def test_doctor_makes_nothing(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A look would leave files behind, or say that a store is there which is not."""
-    assert services.mlflow().found == f"{home}/mlflow/mlflow.db, to be made by the first run" and not home.exists()
+    assert services.mlflow().found == f"{home}/mlflow/mlflow.db, which the first run creates" and not home.exists()
     for uri in (f"sqlite:///{tmp_path}/m.db", f"{tmp_path}/mlruns", f"file://{tmp_path}/mlruns"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        assert services.mlflow().found.endswith(", to be made by the first run")
+        assert services.mlflow().found.endswith(", which the first run creates")
         assert not list(tmp_path.iterdir())
 
 

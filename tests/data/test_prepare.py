@@ -266,7 +266,7 @@ def test_warnings_stay_with_the_data(
     path = write_lines(tmp_path / "train.jsonl", [_pair(1), {"prompt": "two</s>", "response": "four"}])
     first = examine(_pairs(path), _job(_pairs(path), tiny_model))
     (warning,) = first.warnings
-    assert warning.message.startswith("train.jsonl, line 2: holds '</s>', a control token of the model.")
+    assert warning.message.startswith("train.jsonl, line 2: contains '</s>', a control token of the model.")
     assert first.prepared is not None
     assert [(found["rule"], found["where"]) for found in first.prepared.warnings] == [("control token", [2])]
     monkeypatch.setattr("tundish.data.prepare._write_shards", lambda *_: pytest.fail("tokenized again"))
@@ -378,7 +378,7 @@ def test_a_sample_without_targets_is_an_error_with_its_line(
     (problem,) = error.value.problems
     assert (
         problem.startswith("train.jsonl, line 2: the sample is ")
-        and "left in the first 64. Shorten the prompt" in problem
+        and "within the first 64. Shorten the prompt" in problem
     )
     assert problem.endswith("2 of 5 lines are like this (2, 5).")
     assert _left(home) == []

@@ -290,7 +290,7 @@ def test_an_attention_that_cannot_isolate_is_refused() -> None:
     """Samples would see each other in silence."""
     from tundish.train.attention import attention_mask
 
-    with pytest.raises(ValueError, match=r"'paged'.*allowed are sdpa"):
+    with pytest.raises(ValueError, match=r"must be sdpa, eager.*not 'paged'"):
         attention_mask(_collate([_samples(2, 3)])["segment_ids"], "paged")
 
 

@@ -75,7 +75,7 @@ TAMPERED: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "code in the clock": (_entry(BATCH, RunsCode), "names posix.system, which no checkpoint needs"),
     "code in an algorithm": (
         _entry("state.algorithms", _algorithms),
-        "was trained with the algorithms ['GatedLinearUnits'], this run has []",
+        "was trained with the algorithms ['GatedLinearUnits'], but this run has []",
     ),
     "a text for the batch": (_entry(BATCH, lambda _: "many"), "cannot be resumed"),
     "a text for the random state": (_entry("rng.0.python", lambda _: "x"), "cannot be resumed"),
