@@ -64,7 +64,9 @@ def test_a_wait_in_line_is_told_once(
     """A log would get a line a second for as long as the run waits for its devices."""
     paths = make_run("ift-1", ("CREATED", "waits"))
     owner = ProcessId.of(os.getpid())
-    devices.enter("ift-1", Compute.parse({"device": "cpu"}), owner)
+    for name in ("holds", "ift-1"):
+        devices.enter(name, Compute.parse({"device": "cpu"}), owner)
+    devices.wait_for_devices("holds")
     paths.supervisor.write_text(json.dumps({"launcher": "local", **asdict(owner)}))
     clock, polls = datetime(2026, 11, 25), iter(range(4))
 
