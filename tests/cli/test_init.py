@@ -87,7 +87,6 @@ def test_options_not_given_mean_the_defaults(arguments: dict[str, Any]) -> None:
         ["no-such"],
         ["get"],
         ["create", "--no-such", "1"],
-        ["create", "--context-length", "many"],
         ["list", "--limit", "x"],
         ["list", "--limit", "0"],
         ["list", "--limit=-1"],

@@ -243,6 +243,16 @@ def test_the_registered_name_has_three_parts(arguments: dict[str, Any], given: s
     assert _parse(arguments, register_to=given, run_name="run-1").registered_name == registered
 
 
+def test_all_problems_of_compute_are_reported_at_once() -> None:
+    """Each would be found by another call."""
+    wrong = {"device": "tpu", "nodes": 0, "gpus": 8, "device_memory_gib": -1, "time_limit": "soon", "sbatch": ["x"]}
+    with pytest.raises(SpecError) as error:
+        Compute.parse({**wrong, "launcher": "slurm"})
+    assert len(error.value.problems) == 7, error.value.problems
+    for words in (*wrong, "devices_per_node is missing"):
+        assert words in error.value.message
+
+
 def test_compute_counts_all_devices() -> None:
     """World size, and with it the batch size, would be wrong."""
     assert Compute(device="gpu", devices_per_node=8, nodes=4).devices == 32

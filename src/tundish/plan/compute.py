@@ -4,14 +4,14 @@ import dataclasses
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
 from tundish.base.text import INSTEAD_OF_SECRETS, names_secret, redacted
-from tundish.errors import did_you_mean
+from tundish.errors import SpecError, did_you_mean
 from tundish.plan.options import Option
 
 PLANNED_GIB = 80.0
@@ -52,37 +52,42 @@ class Compute:
         """Read a mapping of these fields; absent ones come from this machine.
 
         Raises:
-            ValueError: an unknown key or a value that is not allowed.
+            SpecError: with every problem: an unknown key, or a value that is not allowed.
         """
         if isinstance(value, Compute):
             return value
         if not isinstance(value or {}, Mapping):
-            raise ValueError(
+            raise SpecError(
                 f"must be a mapping, not {value!r}. For example {{'device': 'cpu', 'devices_per_node': 2}}."
             )
-        given = dict(cast(Mapping[str, Any], value or {}))
+        given, problems = dict(cast(Mapping[str, Any], value or {})), list[str]()
         known = [f.name for f in dataclasses.fields(cls)]
-        if unknown := sorted(set(given) - set(known)):
-            raise ValueError(f"has no key {', '.join(unknown)}; its keys are {', '.join(known)}.")
+        if unknown := sorted(str(key) for key in given if key not in known):
+            problems.append(f"has no key {', '.join(unknown)}; its keys are {', '.join(known)}.")
         for key, allowed in (("device", ("gpu", "cpu")), ("launcher", ("local", "slurm"))):
             if key in given and given[key] not in allowed:
-                raise ValueError(f"{key} must be {' or '.join(allowed)}, not {given[key]!r}.")
-        elsewhere = given.get("launcher") == "slurm"
-        if elsewhere and "devices_per_node" not in given:
-            raise ValueError(
-                "devices_per_node is missing; launcher 'slurm' needs the number of GPUs to use on each node."
-            )
-        gpus = count_gpus()
-        device = given.setdefault("device", "gpu" if gpus or elsewhere else "cpu")
-        given.setdefault("devices_per_node", gpus if device == "gpu" and gpus else 1)
+                problems.append(f"{key} must be {' or '.join(allowed)}, not {given[key]!r}.")
         for key in ("nodes", "devices_per_node", "grace_s"):
             if type(given.get(key, 1)) is not int or given.get(key, 1) < 1:
-                raise ValueError(f"{key} must be an integer of at least 1, not {given[key]!r}.")
-        memory = given.setdefault("device_memory_gib", _device_memory_gib(device, given["devices_per_node"], elsewhere))
+                problems.append(f"{key} must be an integer of at least 1, not {given[key]!r}.")
+        memory = given.get("device_memory_gib", 1)
         if type(memory) not in (int, float) or not 0 < memory < 1e6:
-            raise ValueError(f"device_memory_gib must be a number above 0, not {memory!r}.")
-        _check_job(given)
-        return cls(**given)
+            problems.append(f"device_memory_gib must be a number above 0, not {memory!r}.")
+        elsewhere = given.get("launcher") == "slurm"
+        if elsewhere and "devices_per_node" not in given:
+            problems.append(
+                "devices_per_node is missing; launcher 'slurm' needs the number of GPUs to use on each node."
+            )
+        problems.extend(_job_problems(given))
+        if problems:
+            raise SpecError(problems)
+        gpus = count_gpus()
+        device = given.setdefault("device", "gpu" if gpus or elsewhere else "cpu")
+        devices = given.setdefault("devices_per_node", gpus if device == "gpu" and gpus else 1)
+        given.setdefault("device_memory_gib", _device_memory_gib(device, devices, elsewhere))
+        if given.get("time_limit") is not None:
+            given["time_limit"] = str(given["time_limit"])
+        return cls(**given | {"sbatch": _option_texts(given)})
 
 
 TIME_LIMIT = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")
@@ -94,38 +99,36 @@ JOB_OPTIONS = frozenset(
 """Options of sbatch that a caller may set; tundish sets the others, or they would change what the script does."""
 
 
-def _check_job(given: dict[str, Any]) -> None:
-    """Check the fields of a Slurm job; the values of `sbatch` become text.
-
-    Raises:
-        ValueError: a value is not allowed, or is set for another launcher.
-    """
-    options = given.get("sbatch", {})
+def _job_problems(given: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the fields of a Slurm job, or set for another launcher."""
     unused = [name for name in ("sbatch", "time_limit", "grace_s") if given.get(name) not in (None, {})]
     if given.get("launcher") != "slurm" and unused:
-        raise ValueError(f"{', '.join(unused)} can only be set with launcher 'slurm'. Add it, or leave them out.")
-    limit = given.get("time_limit")
+        yield f"{', '.join(unused)} can only be set with launcher 'slurm'. Add it, or leave them out."
+    limit, grace = given.get("time_limit"), given.get("grace_s", 300)
     if limit is not None and not TIME_LIMIT.fullmatch(str(limit)):
-        raise ValueError(f"time_limit must be text such as '12:00:00' or '2-00:00:00', not {limit!r}.")
-    given["time_limit"] = None if limit is None else str(limit)
-    if limit is not None and _seconds(str(limit)) <= (grace := given.get("grace_s", 300)):
+        yield f"time_limit must be text such as '12:00:00' or '2-00:00:00', not {limit!r}."
+    elif limit is not None and type(grace) is int and _seconds(str(limit)) <= grace:
         text = f"time_limit must be longer than the {grace} s of grace_s, not {limit!r}."
-        raise ValueError(f"{text} Raise time_limit, or lower grace_s.")
+        yield f"{text} Raise time_limit, or lower grace_s."
+    options = given.get("sbatch") or {}
     if not isinstance(options, Mapping):
-        raise ValueError(f"sbatch must be a mapping, not {options!r}. For example {{'partition': 'gpu'}}.")
-    chosen = cast(Mapping[object, object], options)
-    texts = {str(name).lstrip("-"): "" if value is True else str(value) for name, value in chosen.items()}
-    for name, value in texts.items():
+        yield f"sbatch must be a mapping, not {options!r}. For example {{'partition': 'gpu'}}."
+        return
+    for name, value in _option_texts(given).items():
         if name not in JOB_OPTIONS:
             instead = f" {INSTEAD_OF_SECRETS}" if names_secret(name) else ""
             text = f"sbatch: {name!r} cannot be set; options that can are {', '.join(sorted(JOB_OPTIONS))}.{instead}"
-            raise ValueError(f"{text}{did_you_mean(name, JOB_OPTIONS)}")
-        if not re.fullmatch(r"[\w.,:=@%/+*&|()\[\]-]*", value, re.ASCII):
-            raise ValueError(f"sbatch: {name} must not contain blanks or quotes, but is {value!r}.")
-        if redacted(value) != value:
-            text = f"sbatch: {name} contains a secret, which the job's script would show."
-            raise ValueError(f"{text} {INSTEAD_OF_SECRETS}")
-    given["sbatch"] = texts
+            yield f"{text}{did_you_mean(name, JOB_OPTIONS)}"
+        elif not re.fullmatch(r"[\w.,:=@%/+*&|()\[\]-]*", value, re.ASCII):
+            yield f"sbatch: {name} must not contain blanks or quotes, but is {value!r}."
+        elif redacted(value) != value:
+            yield f"sbatch: {name} contains a secret, which the job's script would show. {INSTEAD_OF_SECRETS}"
+
+
+def _option_texts(given: Mapping[str, Any]) -> dict[str, str]:
+    """Options of sbatch by name without dashes; the text of a switch is empty."""
+    options = cast(Mapping[object, object], given.get("sbatch") or {})
+    return {str(name).lstrip("-"): "" if value is True else str(value) for name, value in options.items()}
 
 
 def _seconds(limit: str) -> int:

@@ -23,8 +23,8 @@ def on_other_devices(plan: RunPlan, compute: object, run: RunFolder) -> RunPlan:
     """
     try:
         parsed = Compute.parse(compute)
-    except ValueError as error:
-        raise SpecError(f"compute: {error}") from None
+    except SpecError as error:
+        raise SpecError([f"compute: {problem}" for problem in error.problems]) from None
     if problems := launch.problems(parsed):
         raise SpecError(problems)
     return plan.on(parsed, keep_batches=stage_process.training_starts(run) > 0)
