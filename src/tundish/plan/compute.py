@@ -110,7 +110,7 @@ def _job_problems(given: Mapping[str, Any]) -> Iterator[str]:
     elif limit is not None and type(grace) is int and _seconds(str(limit)) <= grace:
         text = f"time_limit must be longer than the {grace} s of grace_s, not {limit!r}."
         yield f"{text} Raise time_limit, or lower grace_s."
-    options = given.get("sbatch") or {}
+    options: object = given.get("sbatch") or {}
     if not isinstance(options, Mapping):
         yield f"sbatch must be a mapping, not {options!r}. For example {{'partition': 'gpu'}}."
         return
