@@ -144,7 +144,9 @@ def test_a_table_of_few_bytes_that_expands_is_told_by_row(arguments: dict[str, A
     given = arguments | {"train_data_path": str(table), "task_type": "INSTRUCTION_FINETUNE"}
     with pytest.raises(SpecError) as error:
         fm.validate(**given, learning_rate=-1)  # so that no tokenizer is loaded, which takes the test most of its time
-    assert "table (version 0), row 257: this row and those after it take more than 1,024 MiB." in str(error.value)
+    assert "table (version 0), row 257: this row and those after it take more than 1,024 MiB of memory." in str(
+        error.value
+    )
 
 
 def test_a_dataset_of_few_bytes_that_expands_is_a_sentence(

@@ -196,7 +196,7 @@ def test_what_cannot_be_undone_now_is_undone_later(
         patch.setattr(creating.launch, "submit", away)
         with pytest.raises(ConnectionError):
             fm.create(**checked, run_name="mine")
-        assert "create() has left of the run mine" in caplog.text and "the server is away" in caplog.text
+        assert "create() left of the run mine" in caplog.text and "the server is away" in caplog.text
         assert _left(home) == {"runs": {".mine.draft"}, "queue": set(), "mlflow": {"mine"}} and len(fm.list()) == 0
         with pytest.raises(SpecError, match=r"\.mine\.draft is left over from an earlier create\(\)"):
             fm.create(**checked, run_name="mine")
