@@ -120,14 +120,15 @@ def test_a_run_that_changes_no_weight_has_failed(ranks: Any, plan: Plan, tmp_pat
 
 def test_a_change_that_a_killed_process_has_made_counts(ranks: Any, plan: Plan, tmp_path: Path) -> None:
     """A run that goes on for one last step, too small to change anything, would be called a failure."""
-    file = plan("run", training_duration="4ba", learning_rate=1e-3)
+    # A checkpoint is written while training continues, and the next one waits for it: that of batch 2 is complete.
+    file = plan("run", training_duration="4ba", learning_rate=1e-3, overrides={"save_interval": "1ba"})
     killed: Trained = ranks.train(file, 1, tmp_path / "first", KILL_RANK=0, KILL_AT=4, KILL_WHEN="batch")
     assert killed.codes == [-signal.SIGKILL]
     content = yaml.safe_load(file.read_text())
     content["scheduler"]["alpha_f"] = content["scheduler"]["alpha_i"] = 0
     file.write_text(yaml.safe_dump(content))
     second: Trained = ranks.train(file, 1, tmp_path / "second")
-    assert second.ok and second.rates == [0.0], second.log[-3000:]
+    assert second.ok and set(second.rates) == {0.0} and len(second.rates) <= 2, second.log[-3000:]
 
 
 def test_a_finished_run_goes_on_as_if_it_had_been_longer_from_the_beginning(
