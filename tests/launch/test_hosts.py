@@ -53,8 +53,8 @@ def test_a_host_that_is_cut_off_ends_the_other_which_goes_on_alone(
         assert hosts[0].wait(300) == 0, _log(out, 0)
     started = [event.message for event in events.read(out / "events.jsonl") if event.type == "TRAIN_STARTED"]
     assert started == [
-        "Training started on 2 device(s).",
-        f"Training started on 1 device(s). It resumes from batch {newest}.",
+        "Training started on 2 devices.",
+        f"Training started on 1 device. It resumes from batch {newest}.",
     ]
 
 

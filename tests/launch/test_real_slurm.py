@@ -73,7 +73,7 @@ def test_a_run_on_two_nodes_is_preempted_twice_and_completes(given: dict[str, An
     done = run.wait(timeout=600)
     assert done.status.display_name == "Completed", done.details
     started = [event.message for event in fm.get_events(run) if event.type == "TRAIN_STARTED"]
-    assert len(started) == 3 and all("on 2 device(s)" in text for text in started)
+    assert len(started) == 3 and all("on 2 devices" in text for text in started)
     assert all("resumes from batch" in text for text in started[1:])
     assert "Registered as version 1 of" in str(done.details)
 

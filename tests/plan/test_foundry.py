@@ -212,7 +212,7 @@ def test_the_chosen_batch_size_is_explained(plan: Plan) -> None:
     text = render(plan(rows=340), PATHS)
     size = yaml.safe_load(text)["global_train_batch_size"]
     assert (
-        f"# Chosen for 340 rows on 1 device(s): {math.ceil(340 / size)} steps an epoch.\n"
+        f"# Chosen for 340 rows on 1 device: {math.ceil(340 / size)} steps per epoch.\n"
         f"global_train_batch_size: {size}\n" in text
     )
     assert "chosen again from the number of rows" in render(plan(rows=None), PATHS)

@@ -70,7 +70,7 @@ def test_the_message_says_what_was_not_canceled() -> None:
 def test_a_run_whose_devices_are_gone_is_not_resumed(make_run: MakeRun) -> None:
     """It would wait in line for ever, and with it all runs behind it, although their devices are free."""
     paths = make_run("ift-1", ("FAILED", "a GPU broke"), compute={"device": "gpu", "devices_per_node": 8})
-    with pytest.raises(SpecError, match=r"devices_per_node is 8, but this machine has 0 GPU\(s\) to give"):
+    with pytest.raises(SpecError, match=r"devices_per_node is 8, but this machine has 0 GPUs to give"):
         fm.resume("ift-1")
     assert [event.type for event in events.read(paths.events)] == ["FAILED"] and not paths.supervisor.exists()
 

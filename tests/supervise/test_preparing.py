@@ -47,7 +47,7 @@ def test_data_that_create_prepared_is_taken_as_it_is(accepted: RunFolder, monkey
     assert accepted.foundry_yaml.read_text() == render(plan, accepted) and RunPlan.read(accepted) == plan
     event = accepted.read_events()[-1]
     assert event.type == "DATA_VALIDATED" and event.message.startswith("Train data: 3 samples with ")
-    assert event.message.endswith("A step takes 1 row(s), the run 1 step(s).")
+    assert event.message.endswith("A step takes 1 row, the run 1 step.")
     assert event.facts == {"rows": 1, "tokens": facts.tokens, "batch_size": 1, "steps": 1}
 
 

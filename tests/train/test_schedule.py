@@ -114,7 +114,7 @@ def test_a_run_that_changes_no_weight_has_failed(ranks: Any, plan: Plan, tmp_pat
         trained: Trained = ranks.train(file, 2, tmp_path / attempt)
         assert any(trained.codes), attempt
         error = json.loads((file.parent / "results" / "train.json").read_text())["error"]
-        assert error.startswith("training changed no weight in 4 batch(es)") and "(it is 1e-30)" in error
+        assert error.startswith("training changed no weight in 4 steps") and "(it is 1e-30)" in error
         assert "TRAIN_FINISHED" not in (file.parent / "events.jsonl").read_text()
 
 

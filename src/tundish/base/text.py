@@ -62,6 +62,11 @@ _SHAPES = re.compile(
 """Secrets that are recognized anywhere by their prefix."""
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def size_text(size: float) -> str:
     """A number of bytes for people: `812 bytes`, `1.6 MB`, `141 GB`, in powers of 1,000."""
     for unit in ("bytes", "kB", "MB", "GB"):

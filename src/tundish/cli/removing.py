@@ -6,7 +6,7 @@ import sys
 from datetime import datetime, timedelta
 
 from tundish.base.home import home
-from tundish.base.text import size_text
+from tundish.base.text import counted, size_text
 from tundish.cli.output import RUN_HELP, add_json, complete_runs, print_json, print_table
 from tundish.cli.parsing import Command
 from tundish.errors import RequestError, SpecError
@@ -61,7 +61,7 @@ def rm(arguments: argparse.Namespace) -> int:
         for removal in plan:
             for note in removal.notes:
                 print(f"{removal.name}: {note}" if len(plan) > 1 else note)
-    if _agreed(arguments, f"{_count(len(plan), 'run')}, {size_text(size)}"):
+    if _agreed(arguments, f"{counted(len(plan), 'run')}, {size_text(size)}"):
         for removal in plan:
             removing.remove(removal)
             if not arguments.json:
@@ -93,13 +93,13 @@ def clean(arguments: argparse.Namespace) -> int:
         )
         print(f"In {home()}; another {size_text(used)} are in use and stay.")
     removed = list[cleaning.Leftover]()
-    if _agreed(arguments, f"{_count(len(leftovers), 'folder')}, {size_text(size)}"):
+    if _agreed(arguments, f"{counted(len(leftovers), 'folder')}, {size_text(size)}"):
         removed = [leftover for leftover in leftovers if cleaning.remove(leftover)]
         kept = len(leftovers) - len(removed)
-        note = f" {_count(kept, 'folder')} came into use in the meantime." if kept else ""
+        note = f" {counted(kept, 'folder')} came into use in the meantime." if kept else ""
         if not arguments.json:
             freed = size_text(sum(leftover.bytes for leftover in removed))
-            print(f"Removed {_count(len(removed), 'folder')}, {freed}.{note}")
+            print(f"Removed {counted(len(removed), 'folder')}, {freed}.{note}")
     elif not arguments.dry_run:
         return 1
     if arguments.json:
@@ -156,10 +156,6 @@ def _age(text: str) -> timedelta:
         units = ", ".join(f"{unit} ({name})" for unit, name in UNITS.items())
         raise SpecError(f"--older-than must be an integer and a unit, such as 30d, not {text!r}. Units: {units}.")
     return timedelta(**{UNITS[match[2]]: int(match[1])})
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 COMMANDS: dict[str, Command] = {

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tundish.base.progress import Progress
-from tundish.base.text import printable
+from tundish.base.text import counted, printable
 from tundish.base.workers import Workers
 from tundish.data.encoding import EncodedChunk, Job, encode_chunks
 from tundish.data.pack import pack
@@ -90,7 +90,7 @@ class Estimate:
         yield f"  tokens         {self.tokens:,}{about} per epoch, {self.target_tokens:,} of them targets"
         yield f"  truncated      {self.truncated_share:.2%} of the samples, longer than {self.context_length:,} tokens"
         yield f"  rows           {self.rows:,}{about} of {self.context_length:,} tokens, {self.fill:.1%} full"
-        yield f"  batch size     {self.batch_size:,} row{'' if self.batch_size == 1 else 's'}"
+        yield f"  batch size     {counted(self.batch_size, 'row')}"
         # Steps that are given in batches ("ba") do not depend on the data.
         yield f"  steps          {self.steps:,}{'' if self.duration.endswith('ba') else about} for {self.duration}"
         if self.sampled_share < 1:

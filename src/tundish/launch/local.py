@@ -11,6 +11,7 @@ import psutil
 from tundish.base.files import is_held
 from tundish.base.processes import ProcessId, command_lines, start, stop_all, stop_tree
 from tundish.base.run_folder import RunFolder
+from tundish.base.text import counted
 from tundish.errors import FailureCause, RequestError
 from tundish.launch import devices
 from tundish.launch.command import node_script, supervisor_command, train_environment
@@ -39,8 +40,8 @@ def problems(compute: Compute) -> list[str]:
         )
     if compute.device == "gpu" and compute.devices_per_node > (gpus := count_gpus()):
         problems.append(
-            f"compute: devices_per_node is {compute.devices_per_node}, but this machine has {gpus} GPU(s) to give. "
-            "Ask for fewer, or for device 'cpu'."
+            f"compute: devices_per_node is {compute.devices_per_node}, but this machine has "
+            f"{counted(gpus, 'GPU')} to give. Ask for fewer, or for device 'cpu'."
         )
     return problems
 

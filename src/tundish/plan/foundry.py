@@ -13,6 +13,7 @@ import yaml
 from tundish import __version__
 from tundish.base.home import yamls_dir
 from tundish.base.run_folder import RunFolder
+from tundish.base.text import counted
 from tundish.errors import SpecError
 from tundish.plan.batch import choose_batch_size
 from tundish.plan.commented_yaml import comments_of, dump
@@ -165,7 +166,9 @@ def _batch_size_reason(plan: RunPlan) -> str:
     if plan.batch_size != choose_batch_size(train.rows, devices):
         return "Kept from the run's start: a run that is resumed on other devices keeps its batches."
     steps = math.ceil(train.rows / plan.batch_size)
-    return f"Chosen for {train.rows:,} rows on {devices} device(s): {steps:,} steps an epoch."
+    return (
+        f"Chosen for {counted(train.rows, 'row')} on {counted(devices, 'device')}: {counted(steps, 'step')} per epoch."
+    )
 
 
 def _has(layer: Mapping[str, Any], path: tuple[str, ...]) -> bool:

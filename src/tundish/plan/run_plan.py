@@ -17,6 +17,7 @@ from typing import Any, Self
 from tundish import __version__
 from tundish.base.files import write_atomic
 from tundish.base.run_folder import RunFolder
+from tundish.base.text import counted
 from tundish.base.typed_json import NewerError, object_of, parse
 from tundish.errors import SpecError
 from tundish.plan.batch import WARM_UP, choose_batch_size, count_steps, warm_up_in_batches
@@ -55,13 +56,14 @@ class DataFacts:
     def summary(self, context_length: int) -> str:
         """The counts, in a sentence or two."""
         text = (
-            f"{self.samples:,} samples with {self.tokens:,} tokens ({self.target_tokens:,} targets) in {self.rows:,} "
-            f"rows of {context_length:,}, {self.tokens / (self.rows * context_length):.1%} full."
+            f"{counted(self.samples, 'sample')} with {counted(self.tokens, 'token')} ("
+            f"{counted(self.target_tokens, 'target')}) in {counted(self.rows, 'row')} of {context_length:,}, "
+            f"{self.tokens / (self.rows * context_length):.1%} full."
         )
         if self.truncated:
-            text += f" {self.truncated:,} samples were cut at {context_length:,} tokens."
+            text += f" {counted(self.truncated, 'sample')} cut at {context_length:,} tokens."
         if self.empty:
-            text += f" {self.empty:,} empty files were left out."
+            text += f" {counted(self.empty, 'empty file')} left out."
         return text
 
 

@@ -268,7 +268,10 @@ def _device_problems(spec: RunSpec, card: ModelCard) -> Iterator[str]:
     compute = spec.compute
     batch_size = spec.overrides.get(BATCH_SIZE)
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1 or batch_size % compute.devices):
-        yield (f"overrides: {BATCH_SIZE} must be a multiple of the {compute.devices} device(s), not {batch_size!r}.")
+        yield (
+            f"overrides: {BATCH_SIZE} must be a multiple of the number of devices, {compute.devices}, "
+            f"not {batch_size!r}."
+        )
     attention, isolating = spec.overrides.get(ATTENTION), card.isolating_attentions(compute.device)
     if attention is not None and attention not in isolating:
         yield (

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tundish import launch
 from tundish.base.files import obstacle_to_writing
 from tundish.base.run_folder import RunFolder
+from tundish.base.text import counted
 from tundish.base.workers import guarded
 from tundish.data.opening import may_be_table, open_source
 from tundish.errors import CheckpointError, DataError, SpecError
@@ -188,8 +189,9 @@ def _memory_problems(planned: RunPlan) -> Iterator[str]:
     if states > compute.device_memory_gib * GIB:
         least = max(compute.devices + 1, math.ceil(states * compute.devices / (compute.device_memory_gib * GIB)))
         yield (
-            f"compute: weights, gradients and optimizer take {states / GIB:.0f} GiB on each of {compute.devices} "
-            f"device(s) of {compute.device_memory_gib:g} GiB. Use {least} devices or more, or a smaller model."
+            f"compute: weights, gradients and optimizer take {states / GIB:.0f} GiB on each of "
+            f"{counted(compute.devices, 'device')} of {compute.device_memory_gib:g} GiB. "
+            f"Use {least} devices or more, or a smaller model."
         )
 
 

@@ -14,6 +14,7 @@ import yaml
 from tundish.base.files import write_atomic
 from tundish.base.progress import Progress, no_progress
 from tundish.base.run_folder import RunFolder
+from tundish.base.text import counted
 from tundish.model.pretrained import state_of
 from tundish.plan.foundry import render
 from tundish.plan.models import find_card
@@ -169,7 +170,7 @@ def finish(run: RunFolder, plan: RunPlan, note: str = "") -> dict[str, Any]:
     if train.chatml_added:
         text += " The tokenizer has no chat template; ChatML is used, and saved with the export."
     about = "about " if plan.spec.training_duration.unit == "tok" else ""
-    text += f" A step takes {plan.batch_size:,} row(s), the run {about}{plan.steps or 0:,} step(s).{note}"
+    text += f" A step takes {counted(plan.batch_size, 'row')}, the run {about}{counted(plan.steps or 0, 'step')}.{note}"
     counts = {"batch_size": plan.batch_size, "steps": plan.steps}
     run.add_event("DATA_VALIDATED", text, rows=train.rows, tokens=train.tokens, **counts)
     return {split: facts.folder for split, facts in prepared.items()} | counts

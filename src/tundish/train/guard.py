@@ -10,6 +10,7 @@ from composer.utils import dist
 from torch.distributed.tensor import DTensor
 
 from tundish.base.run_folder import RunFolder
+from tundish.base.text import counted
 from tundish.errors import FailureCause, StageError
 
 METRICS = "metrics/train/Language"
@@ -88,8 +89,9 @@ def nothing_learned(state: State) -> StageError:
     """The error of a run that ends with the weights it began with."""
     rates = [group.get("initial_lr", group["lr"]) for group in cast(Any, state.optimizers[0]).param_groups]
     return StageError(
-        f"training changed no weight in {int(state.timestamp.batch):,} batch(es): the result would be the base model. "
-        f"Raise learning_rate (it is {max(rates):g}), or check the overrides of optimizer and scheduler.",
+        f"training changed no weight in {counted(int(state.timestamp.batch), 'step')}: the result would be "
+        f"the base model. Raise learning_rate (it is {max(rates):g}), or check the overrides of optimizer "
+        "and scheduler.",
         failure=FailureCause.NOTHING_LEARNED,
     )
 

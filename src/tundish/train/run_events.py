@@ -11,6 +11,7 @@ from composer.utils import dist
 
 from tundish.base import events
 from tundish.base.run_folder import RUN_VARIABLE
+from tundish.base.text import counted
 from tundish.train.saver import Saver
 
 PROGRESS_SECONDS = 2.0, 60.0
@@ -57,7 +58,7 @@ class RunEvents(Callback):
         if batch:
             self._facts = _facts_so_far(self.path)
         resumed = f" It resumes from batch {batch}." if batch else ""
-        self._write("TRAIN_STARTED", f"Training started on {dist.get_world_size()} device(s).{resumed}")
+        self._write("TRAIN_STARTED", f"Training started on {counted(dist.get_world_size(), 'device')}.{resumed}")
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Report progress, less often the longer training lasts, and after the last batch."""
