@@ -1,4 +1,4 @@
-"""Dataclass fields that users set: type, help text, group and placeholder are all found at the field."""
+"""Dataclass fields that users set: type, help text, group and placeholder are declared at the field itself."""
 
 import ast
 import dataclasses
